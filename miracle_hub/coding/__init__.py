@@ -1,0 +1,1 @@
+"""Posterior × code → message, and message → weights. Knows nothing of files or models."""

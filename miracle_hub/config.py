@@ -1,0 +1,65 @@
+"""The code: the few integers that fix the map from message bits to candidates."""
+
+from dataclasses import dataclass
+
+from miracle_hub.errors import OptionError
+
+MAX_WINDOW_BITS = 24
+# One byte of message can then stand for at most 2,048 weights, which bounds what a hostile
+# file of a given length can make a reader allocate.
+MAX_STEP_WEIGHTS = 256
+
+
+@dataclass(frozen=True)
+class Code:
+    """A window of `window_bits` that moves `step_bits` along the message per `step_weights` weights.
+
+    `step_bits == window_bits` is the block code of MIRACLE (Havasi et al. 2019); smaller steps
+    make the windows overlap, a bit-shift trellis (Tseng et al. 2024, QTIP) over the same
+    pseudo-random candidates.
+
+    Raises:
+        OptionError: a parameter is out of range.
+    """
+
+    window_bits: int
+    step_bits: int
+    step_weights: int
+    seed: int = 0
+    stream_id: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("window_bits", 1, MAX_WINDOW_BITS),
+            ("step_bits", 1, self.window_bits),
+            ("step_weights", 1, MAX_STEP_WEIGHTS),
+            ("seed", 0, 2**64 - 1),
+            ("stream_id", 0, 2**32 - 1),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or not low <= value <= high:
+                raise OptionError(
+                    f"code: {name} must be an integer from {low} to {high}, found {value!r}; "
+                    "choose another value"
+                )
+
+    @property
+    def overlap_bits(self) -> int:
+        """Bits that two neighboring windows share; 0 for the block code."""
+        return self.window_bits - self.step_bits
+
+    @property
+    def bits_per_weight(self) -> float:
+        """The rate of a long message (payload only)."""
+        return self.step_bits / self.step_weights
+
+    def steps(self, n_weights: int) -> int:
+        return -(-n_weights // self.step_weights)
+
+    def message_bits(self, n_weights: int) -> int:
+        """Exact length of the message of `n_weights` weights; 0 for an empty stream."""
+        steps = self.steps(n_weights)
+        return self.overlap_bits + self.step_bits * steps if steps else 0
+
+    def message_bytes(self, n_weights: int) -> int:
+        return -(-self.message_bits(n_weights) // 8)

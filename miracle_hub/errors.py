@@ -1,0 +1,70 @@
+"""Everything miracle-hub raises on purpose.
+
+    MiracleError
+    ├── SourceError (ValueError)         the model to compress
+    │   ├── MissingWeightsError          no safetensors file where one was expected
+    │   ├── PickleRefusedError           weights exist only as pickle
+    │   └── NonFiniteWeightError         NaN or infinity in a tensor
+    ├── BudgetError (ValueError)         a size or rate that cannot be met
+    ├── OptionError (ValueError)         a code, order or rotation that cannot exist
+    ├── OutputExistsError (FileExistsError)
+    ├── OutputWriteError (OSError)       disk full, folder not writable
+    └── FormatError (ValueError)         a file that is not what it claims to be
+        ├── TruncatedPayloadError
+        ├── ChecksumError                header or decoded tensor differ from their digest
+        └── UnsupportedVersionError
+
+Every message says what was expected, what was found, where, and what to do.
+"""
+
+
+class MiracleError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class SourceError(MiracleError, ValueError):
+    """The model to compress cannot be read."""
+
+
+class MissingWeightsError(SourceError):
+    """No safetensors weights were found."""
+
+
+class PickleRefusedError(SourceError):
+    """The weights exist only as pickle, which can run code when it is opened."""
+
+
+class NonFiniteWeightError(SourceError):
+    """A tensor holds NaN or infinity."""
+
+
+class BudgetError(MiracleError, ValueError):
+    """No choice of rates meets the requested size."""
+
+
+class OptionError(MiracleError, ValueError):
+    """A parameter of the code, the order or the rotation is out of range."""
+
+
+class OutputExistsError(MiracleError, FileExistsError):
+    """The output folder exists and overwriting was not asked for."""
+
+
+class OutputWriteError(MiracleError, OSError):
+    """The output could not be written."""
+
+
+class FormatError(MiracleError, ValueError):
+    """A file is not what it claims to be."""
+
+
+class TruncatedPayloadError(FormatError):
+    """A payload is shorter or longer than its header says."""
+
+
+class ChecksumError(FormatError):
+    """A header or a decoded tensor differs from its recorded checksum."""
+
+
+class UnsupportedVersionError(FormatError):
+    """The file was written by a newer version of the format."""

@@ -1,0 +1,96 @@
+"""safetensors files: written as a stream, read through the safetensors library.
+
+The library validates what it reads, so reading is its job. It cannot write a file without holding
+all tensors in memory, which a compressor that promises one tensor at a time must not do; hence the
+writer below.
+"""
+
+import errno
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from miracle_hub.errors import FormatError, OutputWriteError
+
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a safetensors file: dtype as safetensors spells it, shape, length in bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    n_bytes: int
+
+
+def encode_file_header(entries: list[Entry], metadata: dict[str, str]) -> bytes:
+    """The length prefix and JSON header of a safetensors file with these tensors, in this order."""
+    header: dict[str, object] = {"__metadata__": metadata}
+    offset = 0
+    for entry in entries:
+        header[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.n_bytes],
+        }
+        offset += entry.n_bytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals into errors that name the file."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, OutputWriteError):
+            raise
+        room = "; free some space and run it again" if error.errno == errno.ENOSPC else ""
+        raise OutputWriteError(f"{path}: cannot be written: {error.strerror}{room}") from error
+
+
+def write_file(
+    path: Path, entries: list[Entry], metadata: dict[str, str], data: Callable[[Entry], bytes]
+) -> None:
+    """Write a safetensors file tensor after tensor; `data` is asked for one tensor at a time.
+
+    Raises:
+        OutputWriteError: the file cannot be written.
+    """
+    with writing(path), open(path, "wb") as file:
+        file.write(encode_file_header(entries, metadata))
+        for entry in entries:
+            raw = data(entry)
+            if len(raw) != entry.n_bytes:
+                raise AssertionError(f"{entry.name}: planned {entry.n_bytes} bytes, got {len(raw)}")
+            file.write(raw)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[safe_open]:
+    """An open safetensors file (torch tensors).
+
+    Raises:
+        FormatError: the file is not a sound safetensors file.
+    """
+    try:
+        file = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        size = path.stat().st_size if path.exists() else "no"
+        raise FormatError(
+            f"{path}: expected a safetensors file, found {size} bytes that are not: {error}; "
+            "the file is truncated or damaged: download it again"
+        ) from error
+    with file as reader:
+        yield reader

@@ -1,0 +1,241 @@
+"""The payload: one compressed tensor as a string of bytes that decodes alone.
+
+    offset  bytes  field
+    0       4      magic "MRCL"
+    4       1      format version, 1
+    5       4      CRC-32 of the header after this field, little-endian
+    9       …      varints (LEB128, unsigned): dtype, number of dimensions, dimensions…, columns,
+                   band columns, permuted, log2(rotation width), seed, stream_id, number of
+                   segments, then per segment: rows, L, k, V, scales per row (1) or one (0)
+            4      relative squared error measured by the encoder, float32 little-endian
+            8      digest of the decoded float32 tensor, little-endian
+    header  2·S    scales, bfloat16 little-endian, segment after segment
+            …      messages, segment after segment, each padded to a byte with zero bits
+
+README.md, "The format", has the rules in full.
+"""
+
+import struct
+import zlib
+from dataclasses import dataclass
+
+from miracle_hub.coding.rotation import MAX_WIDTH_LOG2
+from miracle_hub.config import Code
+from miracle_hub.errors import (
+    ChecksumError,
+    FormatError,
+    OptionError,
+    TruncatedPayloadError,
+    UnsupportedVersionError,
+)
+
+MAGIC = b"MRCL"
+VERSION = 1
+# Position in this tuple is the number in the file: append only.
+DTYPES = ("F32", "BF16", "F16", "F64")
+_MAX_DIMENSIONS = 8
+_MAX_SEGMENTS = 64
+_MAX_WEIGHTS = 1 << 40
+_FIXED = struct.Struct("<4sBI")
+_TRAILER = struct.Struct("<fQ")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive rows that share one code and one stream."""
+
+    rows: int
+    code: Code
+    row_scales: bool
+
+    @property
+    def n_scales(self) -> int:
+        return self.rows if self.row_scales else 1
+
+
+@dataclass(frozen=True)
+class Header:
+    """Everything a decoder must know of one tensor besides its scales and messages."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    columns: int
+    rotation: int
+    segments: tuple[Segment, ...]
+    band_columns: int = 0
+    permuted: bool = False
+    relative_error: float = 0.0
+    digest: int = 0
+
+    @property
+    def rows(self) -> int:
+        return sum(segment.rows for segment in self.segments)
+
+    @property
+    def n_weights(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def n_scales(self) -> int:
+        return sum(segment.n_scales for segment in self.segments)
+
+    @property
+    def message_bytes(self) -> tuple[int, ...]:
+        """Length of each segment's message."""
+        return tuple(s.code.message_bytes(s.rows * self.columns) for s in self.segments)
+
+    @property
+    def payload_bytes(self) -> int:
+        """Exact length of the payload."""
+        return len(encode_header(self)) + 2 * self.n_scales + sum(self.message_bytes)
+
+
+def encode_header(header: Header) -> bytes:
+    """The header as bytes; `decode_header` reads it back."""
+    code = header.segments[0].code
+    numbers = [DTYPES.index(header.dtype), len(header.shape), *header.shape]
+    numbers += [header.columns, header.band_columns, int(header.permuted)]
+    numbers += [header.rotation.bit_length() - 1, code.seed, code.stream_id, len(header.segments)]
+    for segment in header.segments:
+        code = segment.code
+        numbers += [segment.rows, code.window_bits, code.step_bits, code.step_weights]
+        numbers += [int(segment.row_scales)]
+    body = b"".join(map(_encode_varint, numbers))
+    body += _TRAILER.pack(header.relative_error, header.digest)
+    return _FIXED.pack(MAGIC, VERSION, zlib.crc32(body)) + body
+
+
+def decode_header(data: bytes, where: str) -> tuple[Header, int]:
+    """The header at the start of `data` and its length; checked against the length of `data`.
+
+    Args:
+        data: the whole payload.
+        where: the tensor's name, for messages.
+
+    Raises:
+        FormatError: and its subclasses, for every way in which the payload can be wrong.
+    """
+    reader = _Reader(data, where)
+    reader.check_start()
+    header = reader.header()
+    length = reader.position
+    expected = length + 2 * header.n_scales + sum(header.message_bytes)
+    if expected != len(data):
+        raise TruncatedPayloadError(
+            f"{where}: the header announces a payload of {expected} bytes, found {len(data)}; "
+            "the file is truncated or damaged: download it again"
+        )
+    return header, length
+
+
+def is_payload(data: bytes) -> bool:
+    """Whether bytes start like a payload of any version."""
+    return data[:4] == MAGIC
+
+
+def _encode_varint(number: int) -> bytes:
+    out = bytearray()
+    while number >= 0x80:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    out.append(number)
+    return bytes(out)
+
+
+class _Reader:
+    """A cursor over an untrusted header."""
+
+    def __init__(self, data: bytes, where: str) -> None:
+        self.data, self.where, self.position = data, where, _FIXED.size
+
+    def fail(self, expected: str, found: object) -> FormatError:
+        return FormatError(
+            f"{self.where}: byte {self.position} of the payload header: expected {expected}, "
+            f"found {found}; the file is damaged or was not written by miracle-hub"
+        )
+
+    def check_start(self) -> None:
+        if len(self.data) < _FIXED.size + _TRAILER.size:
+            raise TruncatedPayloadError(
+                f"{self.where}: a payload has at least {_FIXED.size + _TRAILER.size} bytes, found "
+                f"{len(self.data)}; the file is truncated: download it again"
+            )
+        magic, version, self.crc = _FIXED.unpack_from(self.data)
+        if magic != MAGIC:
+            self.position = 0
+            raise self.fail(f"the magic {MAGIC!r}", magic)
+        if version != VERSION:
+            raise UnsupportedVersionError(
+                f"{self.where}: this miracle-hub reads payload version {VERSION}, found {version}; "
+                "upgrade: pip install -U miracle-hub"
+            )
+
+    def varint(self, what: str, low: int, high: int) -> int:
+        start, number, shift = self.position, 0, 0
+        while True:
+            if self.position >= len(self.data) or shift > 63:
+                raise self.fail(f"{what} as a varint", "no end of it")
+            byte = self.data[self.position]
+            self.position += 1
+            number |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                break
+        if not low <= number <= high or (byte == 0 and shift > 7):
+            self.position = start
+            raise self.fail(f"{what} from {low} to {high}", number)
+        return number
+
+    def header(self) -> Header:
+        start = self.position
+        dtype = DTYPES[self.varint("a dtype", 0, len(DTYPES) - 1)]
+        n_dimensions = self.varint("a number of dimensions", 0, _MAX_DIMENSIONS)
+        shape = tuple(self.varint("a dimension", 1, _MAX_WEIGHTS) for _ in range(n_dimensions))
+        columns = self.varint("a number of columns", 1, _MAX_WEIGHTS)
+        band_columns = self.varint("band columns", 0, _MAX_WEIGHTS)
+        permuted = bool(self.varint("permuted", 0, 1))
+        rotation = 1 << self.varint("log2 of the rotation width", 0, MAX_WIDTH_LOG2)
+        seed = self.varint("a seed", 0, 2**64 - 1)
+        stream_id = self.varint("a stream_id", 0, 2**32 - 1)
+        n_segments = self.varint("a number of segments", 1, _MAX_SEGMENTS)
+        segments = tuple(self.segment(seed, stream_id) for _ in range(n_segments))
+        if self.position + _TRAILER.size > len(self.data):
+            raise self.fail("relative error and digest", "the end of the payload")
+        error, digest = _TRAILER.unpack_from(self.data, self.position)
+        self.position += _TRAILER.size
+        self.check_crc(start)
+        header = Header(
+            dtype, shape, columns, rotation, segments, band_columns, permuted, error, digest
+        )
+        self.check_shape(header)
+        return header
+
+    def segment(self, seed: int, stream_id: int) -> Segment:
+        rows = self.varint("a number of rows", 1, _MAX_WEIGHTS)
+        window, step, weights = (self.varint(name, 1, 256) for name in ("L", "k", "V"))
+        row_scales = bool(self.varint("scales per row", 0, 1))
+        try:
+            return Segment(rows, Code(window, step, weights, seed, stream_id), row_scales)
+        except OptionError as error:
+            raise self.fail("a possible code", error) from None
+
+    def check_crc(self, start: int) -> None:
+        found = zlib.crc32(self.data[start : self.position])
+        if found != self.crc:
+            raise ChecksumError(
+                f"{self.where}: bytes {start} to {self.position} of the payload header: expected "
+                f"CRC-32 {self.crc:08x}, found {found:08x}; the file is damaged: download it again"
+            )
+
+    def check_shape(self, header: Header) -> None:
+        n_weights = 1
+        for dimension in header.shape:
+            n_weights *= dimension
+        if n_weights != header.n_weights or n_weights > _MAX_WEIGHTS:
+            raise self.fail(
+                f"{header.rows} rows × {header.columns} columns to fill the shape", header.shape
+            )
+        if header.columns % header.rotation:
+            raise self.fail(
+                f"a rotation width that divides {header.columns} columns", header.rotation
+            )
