@@ -1,9 +1,11 @@
-"""The code: the few integers that fix the map from message bits to candidates."""
+"""The code: the few integers that fix the map from message bits to candidates; and the format's name."""
 
 from dataclasses import dataclass
 
 from miracle_hub.errors import OptionError
 
+QUANT_METHOD = "miracle"
+FORMAT_VERSION = 1
 MAX_WINDOW_BITS = 24
 # One byte of message can then stand for at most 2,048 weights, which bounds what a hostile
 # file of a given length can make a reader allocate.

@@ -17,9 +17,7 @@ _TILE_BLOCKS = 2048
 _TILE_CANDIDATES = 4096
 
 
-def encode_block(
-    cost: Cost, code: Code, selection: str, generator: torch.Generator | None
-) -> np.ndarray:
+def encode_block(cost: Cost, code: Code, selection: str, generator: torch.Generator | None) -> np.ndarray:
     """Indices of a stream, int64 [blocks]; see `encode.encode_stream`."""
     n_blocks, width = code.steps(cost.linear.numel()), code.step_weights
     indices = torch.zeros(n_blocks, dtype=torch.int64)
@@ -37,9 +35,7 @@ def _rows(values: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(values, (0, -values.numel() % width)).view(-1, width)
 
 
-def _select(
-    coefficients: Tensor, code: Code, selection: str, generator: torch.Generator | None
-) -> Tensor:
+def _select(coefficients: Tensor, code: Code, selection: str, generator: torch.Generator | None) -> Tensor:
     """The chosen index of each block; sampling adds Gumbel noise, whose argmax is an exact draw."""
     best = torch.full((coefficients.shape[0],), -torch.inf)
     index = torch.zeros(coefficients.shape[0], dtype=torch.int64)

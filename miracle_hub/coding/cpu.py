@@ -153,15 +153,32 @@ def _decode_philox(message, quantile_table, code, stream_id, key0, key1, first, 
 
 
 @_jit
+def _butterflies_of_8(x, base):
+    """Stages 1, 2 and 4 of eight neighbors in registers: short strides do not vectorize."""
+    a0, a1, a2, a3 = x[base], x[base + 1], x[base + 2], x[base + 3]
+    a4, a5, a6, a7 = x[base + 4], x[base + 5], x[base + 6], x[base + 7]
+    b0, b1, b2, b3 = a0 + a1, a0 - a1, a2 + a3, a2 - a3
+    b4, b5, b6, b7 = a4 + a5, a4 - a5, a6 + a7, a6 - a7
+    c0, c1, c2, c3 = b0 + b2, b1 + b3, b0 - b2, b1 - b3
+    c4, c5, c6, c7 = b4 + b6, b5 + b7, b4 - b6, b5 - b7
+    x[base], x[base + 1], x[base + 2], x[base + 3] = c0 + c4, c1 + c5, c2 + c6, c3 + c7
+    x[base + 4], x[base + 5], x[base + 6], x[base + 7] = c0 - c4, c1 - c5, c2 - c6, c3 - c7
+
+
+@_jit
 def hadamard_rows(values, width):
     """In-place twin of `rotation.hadamard` on a flat array whose length is a multiple of `width`."""
+    first_stride = 1
+    if width >= 8:
+        first_stride = 8
+        for base in range(0, values.shape[0], 8):
+            _butterflies_of_8(values, base)
     for start in range(0, values.shape[0], width):
-        group = values[start : start + width]
-        stride = 1
+        stride = first_stride
         while stride < width:
-            for base in range(0, width, 2 * stride):
-                first = group[base : base + stride]
-                second = group[base + stride : base + 2 * stride]
+            for base in range(start, start + width, 2 * stride):
+                first = values[base : base + stride]
+                second = values[base + stride : base + 2 * stride]
                 for i in range(stride):
                     a, b = first[i], second[i]
                     first[i], second[i] = a + b, a - b
@@ -228,9 +245,7 @@ def digest(values: Tensor) -> int:
     words = values.detach().contiguous().flatten().numpy().view(np.uint32)
     partial: list[int] = []
     in_threads(
-        lambda start: partial.append(
-            int(digest_words(words[start : start + _ROWS_PER_TASK_WEIGHTS], start))
-        ),
+        lambda start: partial.append(int(digest_words(words[start : start + _ROWS_PER_TASK_WEIGHTS], start))),
         ((start,) for start in range(0, words.size, _ROWS_PER_TASK_WEIGHTS)),
     )
     return sum(partial) % 2**64

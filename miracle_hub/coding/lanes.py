@@ -16,6 +16,8 @@ _INTS = ir.VectorType(ir.IntType(32), LANES)
 _MASK = ir.VectorType(ir.IntType(1), LANES)
 _INDEX = ir.IntType(64)
 _FAST = ("fast",)
+# Larger than any cost; not infinity, which fast-math may not see.
+_UNREACHED = 3e38
 
 
 def _splat(builder, scalar, vector_type):
@@ -58,9 +60,7 @@ def _store_bit_planes(builder, choice, pointer, first_plane, planes):
 
 
 @intrinsic
-def relax_node(
-    typing, reached, codebook, quadratic, linear, offset, out, planes, step, node, shape
-):  # pyright: ignore[reportUnusedParameter]
+def relax_node(typing, reached, codebook, quadratic, linear, offset, out, planes, step, node, shape):  # pyright: ignore[reportUnusedParameter]
     """Best way into one node of the trellis, for 16 pieces at once.
 
     Args:
@@ -74,16 +74,14 @@ def relax_node(
         step, node: which row.
         shape: (nodes, step_bits, step_weights) as an int64 tuple.
     """
-    signature = types.void(
-        reached, codebook, quadratic, linear, offset, out, planes, step, node, shape
-    )
+    signature = types.void(reached, codebook, quadratic, linear, offset, out, planes, step, node, shape)
 
     def generate(context, builder, signature, args):
         arrays = zip(signature.args[:7], args[:7], strict=True)
         data = [context.make_array(kind)(context, builder, value).data for kind, value in arrays]
         nodes, step_bits, step_weights = cgutils.unpack_tuple(builder, args[9])
         step, node = args[7], args[8]
-        best = cgutils.alloca_once_value(builder, ir.Constant(_FLOATS, [float("inf")] * LANES))
+        best = cgutils.alloca_once_value(builder, ir.Constant(_FLOATS, [_UNREACHED] * LANES))
         choice = cgutils.alloca_once_value(builder, ir.Constant(_INTS, [0] * LANES))
         branches = builder.shl(ir.Constant(_INDEX, 1), step_bits)
         with cgutils.for_range(builder, branches) as loop:

@@ -38,9 +38,7 @@ def candidates(states: Int64[Tensor, " n"], code: Code) -> Float32[Tensor, "n st
     return quantiles()[uniform].float()
 
 
-def decode_stream(
-    message: UInt8[Tensor, " bytes"], code: Code, n_weights: int
-) -> Float32[Tensor, " n"]:
+def decode_stream(message: UInt8[Tensor, " bytes"], code: Code, n_weights: int) -> Float32[Tensor, " n"]:
     """The standard normal values of a stream, in stream order, before scale, rotation and mean."""
     states = windows(message, code, code.steps(n_weights))
     return candidates(states, code).flatten()[:n_weights]

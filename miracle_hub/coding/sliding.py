@@ -72,7 +72,8 @@ def best_paths(codebook, quadratic, linear, offset, first, planes, bits, weights
     for step in range(quadratic.shape[0]):
         q, b, o = quadratic[step], linear[step], offset[step]
         for node in range(nodes):
-            relax_node(reached, codebook, q, b, o, scratch, planes, step, node, shape)
+            # numba passes the first parameter, its typing context, itself
+            relax_node(reached, codebook, q, b, o, scratch, planes, step, node, shape)  # pyright: ignore[reportCallIssue]
         reached, scratch = scratch, reached
     return reached
 
@@ -161,14 +162,14 @@ class _Search:
     def group(self, pieces: list[Piece], seed: int) -> None:
         """Search up to 16 pieces and store the steps they keep."""
         code, length = self.code, max(piece.run_stop - piece.run_start for piece in pieces)
-        coefficients = self.lane_coefficients(pieces, length)
+        quadratic, linear, offset = self.lane_coefficients(pieces, length)
         first = np.array([self.first_node(p) for p in pieces] + [_FREE] * (LANES - len(pieces)))
         planes = np.empty((length, 1 << code.overlap_bits, code.step_bits), np.uint16)
         if self.selection == "best":
-            constants = (0,) * code.step_bits, _constant(code.step_weights)
-            final = best_paths(self.codebook, *coefficients, first, planes, *constants)
+            bits, weights = (0,) * code.step_bits, _constant(code.step_weights)
+            final = best_paths(self.codebook, quadratic, linear, offset, first, planes, bits, weights)
         else:
-            final = sampled_paths(self.codebook, *coefficients, first, planes, seed)
+            final = sampled_paths(self.codebook, quadratic, linear, offset, first, planes, seed)
         draw = np.random.default_rng(seed)
         for lane, piece in enumerate(pieces):
             n_steps = piece.run_stop - piece.run_start
@@ -180,7 +181,9 @@ class _Search:
             kept = slice(piece.start - piece.run_start, piece.stop - piece.run_start)
             self.states[piece.start : piece.stop] = states[kept]
 
-    def lane_coefficients(self, pieces: list[Piece], length: int) -> tuple[np.ndarray, ...]:
+    def lane_coefficients(
+        self, pieces: list[Piece], length: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """quadratic, linear [length, step_weights, 16] and offset [length, 16]; zero past a piece's end."""
         width, n_weights = self.code.step_weights, self.linear.size
         quadratic = np.zeros((length * width, LANES), np.float32)
@@ -215,9 +218,7 @@ class _Search:
         return int((draw.gumbel(size=costs.size) - 0.5 * costs).argmax())
 
 
-def encode_sliding(
-    cost: Cost, code: Code, selection: str, generator: torch.Generator | None
-) -> np.ndarray:
+def encode_sliding(cost: Cost, code: Code, selection: str, generator: torch.Generator | None) -> np.ndarray:
     """States of a stream, int64 [steps]; see `encode.encode_stream`."""
     seed = torch.randint(2**62, (), generator=generator).item() if generator else 0
     return _Search(cost, code, selection, np.random.default_rng(int(seed))).run()

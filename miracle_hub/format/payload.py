@@ -3,7 +3,7 @@
     offset  bytes  field
     0       4      magic "MRCL"
     4       1      format version, 1
-    5       4      CRC-32 of the header after this field, little-endian
+    5       4      CRC-32 of everything after this field, little-endian
     9       …      varints (LEB128, unsigned): dtype, number of dimensions, dimensions…, columns,
                    band columns, permuted, log2(rotation width), seed, stream_id, number of
                    segments, then per segment: rows, L, k, V, scales per row (1) or one (0)
@@ -90,8 +90,14 @@ class Header:
         return len(encode_header(self)) + 2 * self.n_scales + sum(self.message_bytes)
 
 
+def encode_payload(header: Header, body: bytes) -> bytes:
+    """Header and body (scales and messages) as one payload; `decode_header` reads it back."""
+    rest = encode_header(header)[_FIXED.size :] + body
+    return _FIXED.pack(MAGIC, VERSION, zlib.crc32(rest)) + rest
+
+
 def encode_header(header: Header) -> bytes:
-    """The header as bytes; `decode_header` reads it back."""
+    """The header alone, with a checksum of 0."""
     code = header.segments[0].code
     numbers = [DTYPES.index(header.dtype), len(header.shape), *header.shape]
     numbers += [header.columns, header.band_columns, int(header.permuted)]
@@ -102,7 +108,7 @@ def encode_header(header: Header) -> bytes:
         numbers += [int(segment.row_scales)]
     body = b"".join(map(_encode_varint, numbers))
     body += _TRAILER.pack(header.relative_error, header.digest)
-    return _FIXED.pack(MAGIC, VERSION, zlib.crc32(body)) + body
+    return _FIXED.pack(MAGIC, VERSION, 0) + body
 
 
 def decode_header(data: bytes, where: str) -> tuple[Header, int]:
@@ -117,6 +123,7 @@ def decode_header(data: bytes, where: str) -> tuple[Header, int]:
     """
     reader = _Reader(data, where)
     reader.check_start()
+    reader.check_crc()
     header = reader.header()
     length = reader.position
     expected = length + 2 * header.n_scales + sum(header.message_bytes)
@@ -187,7 +194,6 @@ class _Reader:
         return number
 
     def header(self) -> Header:
-        start = self.position
         dtype = DTYPES[self.varint("a dtype", 0, len(DTYPES) - 1)]
         n_dimensions = self.varint("a number of dimensions", 0, _MAX_DIMENSIONS)
         shape = tuple(self.varint("a dimension", 1, _MAX_WEIGHTS) for _ in range(n_dimensions))
@@ -203,10 +209,7 @@ class _Reader:
             raise self.fail("relative error and digest", "the end of the payload")
         error, digest = _TRAILER.unpack_from(self.data, self.position)
         self.position += _TRAILER.size
-        self.check_crc(start)
-        header = Header(
-            dtype, shape, columns, rotation, segments, band_columns, permuted, error, digest
-        )
+        header = Header(dtype, shape, columns, rotation, segments, band_columns, permuted, error, digest)
         self.check_shape(header)
         return header
 
@@ -219,12 +222,12 @@ class _Reader:
         except OptionError as error:
             raise self.fail("a possible code", error) from None
 
-    def check_crc(self, start: int) -> None:
-        found = zlib.crc32(self.data[start : self.position])
+    def check_crc(self) -> None:
+        found = zlib.crc32(self.data[_FIXED.size :])
         if found != self.crc:
             raise ChecksumError(
-                f"{self.where}: bytes {start} to {self.position} of the payload header: expected "
-                f"CRC-32 {self.crc:08x}, found {found:08x}; the file is damaged: download it again"
+                f"{self.where}: bytes {_FIXED.size} to {len(self.data)} of the payload: expected CRC-32 "
+                f"{self.crc:08x}, found {found:08x}; the file is truncated or damaged: download it again"
             )
 
     def check_shape(self, header: Header) -> None:
@@ -232,10 +235,6 @@ class _Reader:
         for dimension in header.shape:
             n_weights *= dimension
         if n_weights != header.n_weights or n_weights > _MAX_WEIGHTS:
-            raise self.fail(
-                f"{header.rows} rows × {header.columns} columns to fill the shape", header.shape
-            )
+            raise self.fail(f"{header.rows} rows × {header.columns} columns to fill the shape", header.shape)
         if header.columns % header.rotation:
-            raise self.fail(
-                f"a rotation width that divides {header.columns} columns", header.rotation
-            )
+            raise self.fail(f"a rotation width that divides {header.columns} columns", header.rotation)

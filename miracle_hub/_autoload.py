@@ -1,0 +1,68 @@
+"""Called by `import torch` through the entry-point group "torch.backends".
+
+Arms a hook that registers the plug-in the moment transformers' quantizers are imported, so that
+plain `from_pretrained` works with nothing of this package imported. An exception here would break
+`import torch`, so this file imports the standard library only and does next to nothing.
+"""
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import types
+import warnings
+from collections.abc import Sequence
+
+_TARGET = "transformers.quantizers.auto"
+
+
+def _register() -> None:
+    """Register, or say why not: an installation this plug-in cannot serve must still import transformers."""
+    try:
+        from miracle_hub.hub.quantizer import register
+
+        register()
+    except Exception as error:
+        warnings.warn(
+            f"miracle-hub could not register with transformers ({error!r}): compressed repositories will "
+            "not load; pip install -U miracle-hub transformers",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+class _PostImport(importlib.abc.MetaPathFinder):
+    """Finds the target as usual, and registers the plug-in once it has been executed."""
+
+    searching = False
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != _TARGET or self.searching:
+            return None
+        self.searching = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.searching = False
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: types.ModuleType) -> None:
+            execute(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+            _register()
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def activate() -> None:
+    """Register now if transformers is already there, else as soon as it is."""
+    if _TARGET in sys.modules:
+        _register()
+    elif not any(isinstance(finder, _PostImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _PostImport())

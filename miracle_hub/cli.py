@@ -1,0 +1,137 @@
+"""The command line: the four verbs of the package, with the same names and defaults."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import miracle_hub
+from miracle_hub.codec.artifact import DEFAULT_SHARD_SIZE
+from miracle_hub.codec.compress import DEFAULT_WINDOW_BITS
+from miracle_hub.codec.inspection import Inspection, TensorReport
+from miracle_hub.errors import MiracleError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="A neural network as a small, exact file.",
+)
+
+Source = Annotated[str, typer.Argument(help="Folder or Hub id.")]
+Out = Annotated[Path, typer.Argument(help="Folder to write.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
+ShardSize = Annotated[str, typer.Option(help="Largest output file.")]
+
+
+@app.command()
+def compress(
+    source: Source,
+    out: Out,
+    bits_per_weight: Annotated[
+        float | None, typer.Option(help="Bits of the whole files over all weights.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Bytes of the whole files, such as 5.5MB; never exceeded.")
+    ] = None,
+    window_bits: Annotated[
+        int, typer.Option(min=8, max=16, help="Longer windows: slower, a little less error.")
+    ] = DEFAULT_WINDOW_BITS,
+    rotation: Annotated[
+        int | None, typer.Option(help="Hadamard width; 1 is none.", show_default="per tensor")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the shared candidates.")] = 0,
+    modules_to_not_convert: Annotated[
+        list[str] | None, typer.Option(help="Leave tensors plain whose names contain this.")
+    ] = None,
+    max_shard_size: ShardSize = DEFAULT_SHARD_SIZE,
+    revision: Revision = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write OUT, a repository of exactly the size asked for that from_pretrained loads."""
+    report = miracle_hub.compress(
+        source,
+        out,
+        bits_per_weight=bits_per_weight,
+        size=size,
+        window_bits=window_bits,
+        rotation=rotation,
+        seed=seed,
+        modules_to_not_convert=modules_to_not_convert,
+        max_shard_size=max_shard_size,
+        revision=revision,
+        overwrite=overwrite,
+    )
+    typer.echo(
+        f"{out}: {report.dense_bytes:,} → {report.compressed_bytes:,} bytes "
+        f"({report.dense_bytes / report.compressed_bytes:.2f} times smaller), "
+        f"{report.bits_per_weight:.4f} bits per weight, {report.seconds:.1f} s\n"
+        f"digest {report.digest}"
+    )
+
+
+@app.command()
+def decompress(
+    source: Source,
+    out: Out,
+    max_shard_size: ShardSize = DEFAULT_SHARD_SIZE,
+    revision: Revision = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write OUT, an ordinary transformers checkpoint, from a compressed repository."""
+    n_bytes = miracle_hub.decompress(
+        source, out, max_shard_size=max_shard_size, revision=revision, overwrite=overwrite
+    )
+    typer.echo(f"{out}: {n_bytes:,} bytes")
+
+
+@app.command()
+def inspect(source: Source, revision: Revision = None) -> None:
+    """Show every tensor's shape, code, rate, scale and error, and the totals."""
+    inspection = miracle_hub.inspect(source, revision=revision)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    console.print(_table(inspection))
+    console.print(
+        f"{inspection.file_bytes:,} bytes, {inspection.n_weights:,} weights, "
+        f"{inspection.bits_per_weight:.4f} bits per weight (whole file), "
+        f"{inspection.payload_bits_per_weight:.4f} (payloads)\ndigest {inspection.digest}",
+        highlight=False,
+    )
+
+
+def _table(inspection: Inspection) -> Table:
+    table = Table(box=None, header_style="bold")
+    for title in ("tensor", "shape", "dtype", "code (L, k, V)", "rotation", "scale"):
+        table.add_column(title, overflow="fold")
+    for title in ("bits/weight", "relative error"):
+        table.add_column(title, justify="right")
+    for tensor in inspection.tensors:
+        table.add_row(*_row(tensor))
+    return table
+
+
+def _row(tensor: TensorReport) -> tuple[str, ...]:
+    shape = " × ".join(map(str, tensor.shape)) or "scalar"
+    rate = f"{tensor.bits_per_weight:.3f}"
+    if tensor.reason:
+        return tensor.name, shape, tensor.dtype, f"plain: {tensor.reason}", "", "", rate, ""
+    codes = " + ".join(dict.fromkeys(f"{c.window_bits},{c.step_bits},{c.step_weights}" for c in tensor.codes))
+    scale = f"{tensor.scale:.3g} per {'row' if tensor.row_scales else 'tensor'}"
+    rotation = str(tensor.rotation) if tensor.rotation > 1 else "none"
+    error = f"{tensor.relative_error:.5f}"
+    return tensor.name, shape, tensor.dtype, codes, rotation, scale, rate, error
+
+
+def main() -> None:
+    """Run the command line; errors of the package end it with one line and status 1."""
+    try:
+        app()
+    except MiracleError as error:
+        typer.echo(f"miracle: {error}", err=True)
+        sys.exit(1)

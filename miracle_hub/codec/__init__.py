@@ -1,0 +1,1 @@
+"""State dict ⇄ artifact: joins the code (`coding`) and the files (`format`)."""

@@ -1,0 +1,102 @@
+"""What every repository of the project shares: file layout, index, config and digest."""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from miracle_hub.errors import OptionError, SourceError
+from miracle_hub.format.container import Entry, encode_file_header, writing
+
+DEFAULT_SHARD_SIZE = "5GB"
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One safetensors file to write: its tensors in order, and its metadata."""
+
+    name: str
+    entries: list[Entry]
+    metadata: dict[str, str]
+
+    @property
+    def n_bytes(self) -> int:
+        data = sum(entry.n_bytes for entry in self.entries)
+        return len(encode_file_header(self.entries, self.metadata)) + data
+
+
+def shard_entries(entries: list[Entry], max_shard_bytes: int) -> list[OutputFile]:
+    """Files of at most `max_shard_bytes` of data each (one tensor may exceed it), named as on the Hub."""
+    shards: list[list[Entry]] = [[]]
+    filled = 0
+    for entry in entries:
+        if shards[-1] and filled + entry.n_bytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(entry)
+        filled += entry.n_bytes
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    return [OutputFile(n, shard, {"format": "pt"}) for n, shard in zip(names, shards, strict=True)]
+
+
+def write_index(folder: Path, files: list[OutputFile]) -> None:
+    """The index of a sharded repository, as transformers reads it."""
+    total = sum(entry.n_bytes for file in files for entry in file.entries)
+    weight_map = {entry.name: file.name for file in files for entry in file.entries}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    path = folder / "model.safetensors.index.json"
+    with writing(path):
+        path.write_text(json.dumps(index, indent=2) + "\n")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as a dictionary; empty where there is none.
+
+    Raises:
+        SourceError: the file is no JSON object.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        return {}
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise SourceError(f"{path}: expected JSON, found {error}; download it again") from None
+    if not isinstance(config, dict):
+        found = type(config).__name__
+        raise SourceError(f"{path}: expected a JSON object, found a {found}; download it again")
+    return config
+
+
+def repository_digest(digests: dict[str, int]) -> str:
+    """One digest for all coded tensors: SHA-256 of the lines "name digest", in order of name."""
+    lines = "".join(f"{name} {digests[name]:016x}\n" for name in sorted(digests))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def raw_bytes(tensor: Tensor) -> bytes:
+    """A tensor's bytes as safetensors stores them."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def parse_size(size: str | int, what: str = "size") -> int:
+    """Bytes of "5.5MB", "800 kB", "1GiB" or a plain number.
+
+    Raises:
+        OptionError: the text is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B|)\s*", str(size).upper())
+    n_bytes = int(float(match[1]) * _UNITS.get(match[2] or "B", 0)) if match else 0
+    if n_bytes <= 0:
+        raise OptionError(
+            f"{what}: expected a positive number of bytes such as 5.5MB, 800kB or 1GiB, found {size!r}"
+        )
+    return n_bytes

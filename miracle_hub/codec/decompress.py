@@ -1,0 +1,148 @@
+"""A compressed folder → a state dict, or an ordinary dense checkpoint, one tensor at a time."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from miracle_hub.codec.artifact import (
+    parse_size,
+    raw_bytes,
+    read_config,
+    shard_entries,
+    write_index,
+)
+from miracle_hub.codec.folder import output_folder
+from miracle_hub.codec.source import (
+    SourceTensor,
+    companion_files,
+    file_metadata,
+    list_tensors,
+    weight_files,
+)
+from miracle_hub.codec.tensor import TORCH_DTYPES, decode_payload
+from miracle_hub.config import QUANT_METHOD
+from miracle_hub.errors import FormatError
+from miracle_hub.format.container import Entry, write_file, writing
+from miracle_hub.format.payload import Header, decode_header, is_payload
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a compressed file: a payload (`header` is set) or a plain tensor."""
+
+    stored: SourceTensor
+    header: Header | None
+    dtype: str
+    shape: tuple[int, ...]
+
+    def load(self, *, verify: bool = True) -> Tensor:
+        """The tensor in its source dtype and shape.
+
+        Raises:
+            FormatError: and its subclasses, when the payload is not sound.
+        """
+        tensor = self.stored.load()
+        if self.header is not None:
+            tensor = decode_payload(tensor, self.stored.name, verify=verify)[0]
+        return tensor.to(TORCH_DTYPES[self.dtype]) if self.dtype in TORCH_DTYPES else tensor
+
+    @property
+    def n_weights(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+def stored_tensors(path: Path) -> list[StoredTensor]:
+    """Every tensor of a compressed folder or file; payload headers are read and checked."""
+    files = [path] if path.is_file() else weight_files(path)
+    narrowed = {file: _narrowed(file) for file in files}
+    return [_stored(tensor, narrowed[tensor.path]) for tensor in list_tensors(files)]
+
+
+def load_state_dict(path: str | Path, *, verify: bool = True) -> dict[str, Tensor]:
+    """All tensors of a compressed folder or file, dense, in their source dtypes.
+
+    Args:
+        path: a local folder, or one safetensors file.
+        verify: compare the digests in the file with those of what was decoded.
+
+    Raises:
+        FormatError: and its subclasses: the file is not sound; the message names the tensor.
+        MissingWeightsError: there is no safetensors file.
+    """
+    return {t.stored.name: t.load(verify=verify) for t in stored_tensors(Path(path))}
+
+
+def decompress_folder(
+    source: Path, out: Path, *, max_shard_size: str | int, overwrite: bool, progress: bool
+) -> int:
+    """Write an ordinary checkpoint; returns its bytes. See `miracle_hub.decompress`."""
+    tensors = {tensor.stored.name: tensor for tensor in stored_tensors(source)}
+    entries = [_dense_entry(tensor) for tensor in tensors.values()]
+    files = shard_entries(entries, parse_size(max_shard_size, "max_shard_size"))
+    with output_folder(out, overwrite) as temporary:
+        for relative in companion_files(source, weight_files(source)):
+            with writing(temporary / relative):
+                (temporary / relative).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / relative, temporary / relative)
+        total = sum(tensor.n_weights for tensor in tensors.values())
+        with tqdm(
+            total=total, unit="weights", unit_scale=True, desc="decompress", disable=not progress
+        ) as bar:
+
+            def data(entry: Entry) -> bytes:
+                bar.update(tensors[entry.name].n_weights)
+                return raw_bytes(tensors[entry.name].load())
+
+            for file in files:
+                write_file(temporary / file.name, file.entries, {"format": "pt"}, data)
+        if len(files) > 1:
+            write_index(temporary, files)
+        _write_dense_config(source, temporary)
+    return sum(path.stat().st_size for path in out.rglob("*.safetensors"))
+
+
+def _write_dense_config(source: Path, target: Path) -> None:
+    config = read_config(source)
+    if config.get("quantization_config", {}).get("quant_method") == QUANT_METHOD:
+        del config["quantization_config"]
+        with writing(target / "config.json"):
+            (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _dense_entry(tensor: StoredTensor) -> Entry:
+    width = (
+        torch.empty(0, dtype=TORCH_DTYPES[tensor.dtype]).element_size()
+        if (tensor.dtype in TORCH_DTYPES)
+        else None
+    )
+    n_bytes = tensor.stored.n_bytes if width is None else width * tensor.n_weights
+    return Entry(tensor.stored.name, tensor.dtype, tensor.shape, n_bytes)
+
+
+def _stored(tensor: SourceTensor, narrowed: set[str] | None) -> StoredTensor:
+    """`narrowed` None means every F16 tensor was F32."""
+    if tensor.dtype == "U8" and len(tensor.shape) == 1:
+        data = tensor.load().numpy().tobytes()
+        if is_payload(data):
+            header, _ = decode_header(data, tensor.name)
+            return StoredTensor(tensor, header, header.dtype, header.shape)
+    was_float32 = tensor.dtype == "F16" and (narrowed is None or tensor.name in narrowed)
+    return StoredTensor(tensor, None, "F32" if was_float32 else tensor.dtype, tensor.shape)
+
+
+def _narrowed(file: Path) -> set[str] | None:
+    text = file_metadata(file).get("narrowed_from_F32", "[]")
+    if text == "*":
+        return None
+    try:
+        return set(json.loads(text))
+    except (ValueError, TypeError):
+        raise FormatError(
+            f"{file}: metadata narrowed_from_F32: expected '*' or a JSON list of names, found "
+            f"{text[:80]!r}; the file is damaged: download it again"
+        ) from None

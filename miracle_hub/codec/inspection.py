@@ -1,0 +1,92 @@
+"""What a compressed repository holds, read from its headers: nothing is decoded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from miracle_hub.codec.artifact import repository_digest
+from miracle_hub.codec.decompress import StoredTensor, stored_tensors
+from miracle_hub.codec.plan import reason_plain
+from miracle_hub.config import Code
+from miracle_hub.format.payload import decode_header
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """One tensor. For plain tensors `reason` says why; the code's fields are then empty.
+
+    Attributes:
+        bits_per_weight: stored bytes of this tensor over its weights.
+        relative_error: ‖decoded - source‖² / ‖source‖², measured by the encoder; 0 for plain ones.
+        scale: median prior scale.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    n_bytes: int
+    n_weights: int
+    reason: str
+    codes: tuple[Code, ...] = ()
+    rotation: int = 1
+    row_scales: bool = False
+    scale: float = 0.0
+    relative_error: float = 0.0
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.n_bytes / self.n_weights if self.n_weights else 0.0
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A repository. `bits_per_weight` counts whole files, `payload_bits_per_weight` payloads alone."""
+
+    tensors: tuple[TensorReport, ...]
+    file_bytes: int
+    n_weights: int
+    digest: str
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.file_bytes / self.n_weights
+
+    @property
+    def payload_bits_per_weight(self) -> float:
+        coded = [tensor for tensor in self.tensors if not tensor.reason]
+        n_weights = sum(tensor.n_weights for tensor in coded)
+        return 8 * sum(tensor.n_bytes for tensor in coded) / n_weights if n_weights else 0.0
+
+
+def inspect_folder(path: Path) -> Inspection:
+    """See `miracle_hub.inspect`."""
+    stored = stored_tensors(path)
+    digests = {t.stored.name: t.header.digest for t in stored if t.header is not None}
+    files = {tensor.stored.path for tensor in stored}
+    return Inspection(
+        tensors=tuple(_report(tensor) for tensor in stored),
+        file_bytes=sum(file.stat().st_size for file in files),
+        n_weights=sum(tensor.n_weights for tensor in stored),
+        digest=repository_digest(digests),
+    )
+
+
+def _report(tensor: StoredTensor) -> TensorReport:
+    stored, header = tensor.stored, tensor.header
+    common = (stored.name, tensor.shape, tensor.dtype, stored.n_bytes, tensor.n_weights)
+    if header is None:
+        reason = reason_plain(stored.name, tensor.dtype, tensor.shape, [])
+        return TensorReport(*common, reason=reason or "excluded by modules_to_not_convert")
+    payload = stored.load().numpy().tobytes()
+    start = decode_header(payload, stored.name)[1]
+    scales = np.frombuffer(payload, "<u2", header.n_scales, start).astype(np.uint32) << 16
+    return TensorReport(
+        *common,
+        reason="",
+        codes=tuple(segment.code for segment in header.segments),
+        rotation=header.rotation,
+        row_scales=any(segment.row_scales for segment in header.segments),
+        scale=float(np.median(scales.view(np.float32))),
+        relative_error=header.relative_error,
+    )

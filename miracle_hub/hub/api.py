@@ -1,0 +1,109 @@
+"""The four verbs of the package; the command line has the same names and defaults."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from miracle_hub.codec.artifact import DEFAULT_SHARD_SIZE
+from miracle_hub.codec.compress import DEFAULT_WINDOW_BITS, Report, compress_folder
+from miracle_hub.codec.decompress import decompress_folder
+from miracle_hub.codec.decompress import load_state_dict as load_folder
+from miracle_hub.codec.inspection import Inspection, inspect_folder
+from miracle_hub.hub.card import write_card
+from miracle_hub.hub.resolve import local_folder
+
+
+def compress(
+    source: str | Path,
+    out: str | Path,
+    *,
+    bits_per_weight: float | None = None,
+    size: str | int | None = None,
+    window_bits: int = DEFAULT_WINDOW_BITS,
+    rotation: int | None = None,
+    seed: int = 0,
+    modules_to_not_convert: list[str] | None = None,
+    max_shard_size: str | int = DEFAULT_SHARD_SIZE,
+    revision: str | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Report:
+    """Write `out`, a repository that `from_pretrained` loads, of exactly the size asked for.
+
+    Args:
+        source: a folder written by `save_pretrained`, or a Hub id.
+        out: the folder to write; it appears whole or not at all.
+        bits_per_weight: bits of all `*.safetensors` of `out` over the number of weights of `source`.
+        size: the same as bytes, such as "5.5MB"; never exceeded. Give one of the two.
+        window_bits: window of the code, 8 to 16; each further bit doubles the time and lowers the
+            squared error a little.
+        rotation: width of the Hadamard groups, a power of two; None picks one per tensor, 1 is none.
+        seed: of the shared candidates; part of the file.
+        modules_to_not_convert: tensors whose names contain one of these stay plain.
+        max_shard_size: of one output file.
+        revision: branch, tag or commit of a Hub source.
+        overwrite: replace an existing `out`.
+        progress: show a progress bar.
+
+    Raises:
+        SourceError: and its subclasses: the source cannot be read or holds NaN.
+        BudgetError: the size cannot be met; the message says the least or most possible.
+        OptionError: an option is out of range.
+        OutputExistsError: `out` exists. OutputWriteError: it cannot be written.
+    """
+    folder = local_folder(source, revision)
+    base_model = None if Path(source).exists() else str(source)
+    return compress_folder(
+        folder,
+        Path(out),
+        bits_per_weight=bits_per_weight,
+        size=size,
+        window_bits=window_bits,
+        rotation=rotation,
+        seed=seed,
+        modules_to_not_convert=modules_to_not_convert,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        card=lambda target, report: write_card(target, report, folder, base_model),
+        progress=progress,
+    )
+
+
+def decompress(
+    source: str | Path,
+    out: str | Path,
+    *,
+    max_shard_size: str | int = DEFAULT_SHARD_SIZE,
+    revision: str | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> int:
+    """Write `out`, an ordinary transformers checkpoint, from a compressed one; returns its bytes.
+
+    Raises:
+        FormatError: and its subclasses: a file is not sound; the message names the tensor.
+        OutputExistsError: `out` exists. OutputWriteError: it cannot be written.
+    """
+    return decompress_folder(
+        local_folder(source, revision),
+        Path(out),
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def load_state_dict(
+    source: str | Path, *, revision: str | None = None, verify: bool = True
+) -> dict[str, Tensor]:
+    """All tensors of a compressed folder, file or Hub repository, dense; imports no transformers.
+
+    Raises:
+        FormatError: and its subclasses: a file is not sound; the message names the tensor.
+    """
+    return load_folder(local_folder(source, revision), verify=verify)
+
+
+def inspect(source: str | Path, *, revision: str | None = None) -> Inspection:
+    """What a compressed repository holds: per tensor the code, rate, scale and error, and totals."""
+    return inspect_folder(local_folder(source, revision))
