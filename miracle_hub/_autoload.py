@@ -13,7 +13,10 @@ import types
 import warnings
 from collections.abc import Sequence
 
-_TARGET = "transformers.quantizers.auto"
+# Registration needs the first module complete. If that one is being imported right now (it imports
+# torch, which calls us), the second is the next that every `from_pretrained` needs.
+_TARGETS = ("transformers.quantizers.auto", "transformers.modeling_utils")
+_LAST_NAME = "register_quantizer"  # one of the last names that the first target defines
 
 
 def _register() -> None:
@@ -32,14 +35,16 @@ def _register() -> None:
 
 
 class _PostImport(importlib.abc.MetaPathFinder):
-    """Finds the target as usual, and registers the plug-in once it has been executed."""
+    """Finds one module as usual, and registers the plug-in once it has been executed."""
 
-    searching = False
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.searching = False
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != _TARGET or self.searching:
+        if name != self.target or self.searching:
             return None
         self.searching = True
         try:
@@ -61,8 +66,9 @@ class _PostImport(importlib.abc.MetaPathFinder):
 
 
 def activate() -> None:
-    """Register now if transformers is already there, else as soon as it is."""
-    if _TARGET in sys.modules:
+    """Register now if transformers' quantizers are already there, else as soon as they are."""
+    if hasattr(sys.modules.get(_TARGETS[0]), _LAST_NAME):
         _register()
     elif not any(isinstance(finder, _PostImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _PostImport())
+        missing = [target for target in _TARGETS if target not in sys.modules]
+        sys.meta_path.insert(0, _PostImport(missing[0] if missing else _TARGETS[0]))

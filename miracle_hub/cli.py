@@ -26,31 +26,32 @@ Out = Annotated[Path, typer.Argument(help="Folder to write.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 ShardSize = Annotated[str, typer.Option(help="Largest output file.")]
+Progress = Annotated[bool, typer.Option(help="Show a progress bar.")]
+BitsPerWeight = Annotated[float | None, typer.Option(help="Bits of the whole files over all weights.")]
+Size = Annotated[str | None, typer.Option(help="Bytes of the whole files, such as 5.5MB; never exceeded.")]
+WindowBits = Annotated[int, typer.Option(help="8 to 16; longer is slower, with a little less error.")]
+Rotation = Annotated[
+    int | None,
+    typer.Option(help="Widest Hadamard rotation; 1 is none.", show_default="128"),
+]
+Seed = Annotated[int, typer.Option(help="Seed of the shared candidates.")]
+Excluded = Annotated[list[str] | None, typer.Option(help="Leave tensors plain whose names contain this.")]
 
 
 @app.command()
 def compress(
     source: Source,
     out: Out,
-    bits_per_weight: Annotated[
-        float | None, typer.Option(help="Bits of the whole files over all weights.")
-    ] = None,
-    size: Annotated[
-        str | None, typer.Option(help="Bytes of the whole files, such as 5.5MB; never exceeded.")
-    ] = None,
-    window_bits: Annotated[
-        int, typer.Option(min=8, max=16, help="Longer windows: slower, a little less error.")
-    ] = DEFAULT_WINDOW_BITS,
-    rotation: Annotated[
-        int | None, typer.Option(help="Hadamard width; 1 is none.", show_default="per tensor")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the shared candidates.")] = 0,
-    modules_to_not_convert: Annotated[
-        list[str] | None, typer.Option(help="Leave tensors plain whose names contain this.")
-    ] = None,
+    bits_per_weight: BitsPerWeight = None,
+    size: Size = None,
+    window_bits: WindowBits = DEFAULT_WINDOW_BITS,
+    rotation: Rotation = None,
+    seed: Seed = 0,
+    modules_to_not_convert: Excluded = None,
     max_shard_size: ShardSize = DEFAULT_SHARD_SIZE,
     revision: Revision = None,
     overwrite: Overwrite = False,
+    progress: Progress = True,
 ) -> None:
     """Write OUT, a repository of exactly the size asked for that from_pretrained loads."""
     report = miracle_hub.compress(
@@ -65,6 +66,7 @@ def compress(
         max_shard_size=max_shard_size,
         revision=revision,
         overwrite=overwrite,
+        progress=progress,
     )
     typer.echo(
         f"{out}: {report.dense_bytes:,} → {report.compressed_bytes:,} bytes "
@@ -81,10 +83,16 @@ def decompress(
     max_shard_size: ShardSize = DEFAULT_SHARD_SIZE,
     revision: Revision = None,
     overwrite: Overwrite = False,
+    progress: Progress = True,
 ) -> None:
     """Write OUT, an ordinary transformers checkpoint, from a compressed repository."""
     n_bytes = miracle_hub.decompress(
-        source, out, max_shard_size=max_shard_size, revision=revision, overwrite=overwrite
+        source,
+        out,
+        max_shard_size=max_shard_size,
+        revision=revision,
+        overwrite=overwrite,
+        progress=progress,
     )
     typer.echo(f"{out}: {n_bytes:,} bytes")
 

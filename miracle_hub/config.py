@@ -1,4 +1,4 @@
-"""The code: the few integers that fix the map from message bits to candidates; and the format's name."""
+"""The code: the few integers that fix the map from message bits to candidates; and the format's limits."""
 
 from dataclasses import dataclass
 
@@ -10,6 +10,8 @@ MAX_WINDOW_BITS = 24
 # One byte of message can then stand for at most 2,048 weights, which bounds what a hostile
 # file of a given length can make a reader allocate.
 MAX_STEP_WEIGHTS = 256
+# Of the widest Hadamard rotation.
+MAX_WIDTH_LOG2 = 15
 
 
 @dataclass(frozen=True)

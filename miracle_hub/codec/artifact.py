@@ -67,13 +67,28 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise SourceError(f"{path}: expected JSON, found {error}; download it again") from None
     if not isinstance(config, dict):
         found = type(config).__name__
         raise SourceError(f"{path}: expected a JSON object, found a {found}; download it again")
     return config
+
+
+def read_quantization(folder: Path) -> dict[str, Any]:
+    """The quantization_config of config.json; empty where there is none.
+
+    Raises:
+        SourceError: it is no JSON object.
+    """
+    found = read_config(folder).get("quantization_config") or {}
+    if not isinstance(found, dict):
+        raise SourceError(
+            f"{folder / 'config.json'}: quantization_config: expected a JSON object, found "
+            f"{str(found)[:80]!r}; download it again"
+        )
+    return found
 
 
 def repository_digest(digests: dict[str, int]) -> str:

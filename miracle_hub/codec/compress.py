@@ -4,7 +4,8 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -17,11 +18,15 @@ from miracle_hub.codec.artifact import (
     parse_size,
     raw_bytes,
     read_config,
+    read_quantization,
     repository_digest,
     write_index,
 )
-from miracle_hub.codec.folder import output_folder
+from miracle_hub.codec.folder import output_folder, refuse_overlap
 from miracle_hub.codec.plan import (
+    LARGEST_RMS,
+    OUT_OF_RANGE,
+    Budget,
     TensorPlan,
     lay_out,
     mark_narrowed,
@@ -29,17 +34,19 @@ from miracle_hub.codec.plan import (
     plan_tensor,
     total_bytes,
 )
-from miracle_hub.codec.rates import Choice, measure_options, sample_rows
+from miracle_hub.codec.rates import Choice, Sample, measure_options, sample_rows
 from miracle_hub.codec.source import companion_files, list_tensors, weight_files
-from miracle_hub.codec.tensor import encode_tensor
-from miracle_hub.config import FORMAT_VERSION, QUANT_METHOD
+from miracle_hub.codec.tensor import TORCH_DTYPES, encode_tensor
+from miracle_hub.coding.rotation import DEFAULT_WIDTH
+from miracle_hub.config import FORMAT_VERSION, MAX_WIDTH_LOG2, QUANT_METHOD
 from miracle_hub.errors import BudgetError, NonFiniteWeightError, OptionError, SourceError
 from miracle_hub.format.container import Entry, write_file, writing
-from miracle_hub.format.payload import decode_header
+from miracle_hub.format.payload import decode_header, is_payload
 
 # Windows of 14 bits: on two cores 1 M weights/s at 2 bits and 4 % more squared error than windows
 # of 16 bits, which take four times as long (benchmarks/rate_distortion.py).
 DEFAULT_WINDOW_BITS = 14
+WINDOW_BITS = (8, 16)
 
 
 @dataclass(frozen=True)
@@ -70,30 +77,30 @@ def compress_folder(
     progress: bool = True,
 ) -> Report:
     """Compress a folder written by `save_pretrained`; see `miracle_hub.compress`."""
-    excluded = list(modules_to_not_convert or [])
-    started = time.monotonic()
-    weights = weight_files(source)
-    _check_source(source, out)
-    if (bits_per_weight is None) == (size is None):
-        raise OptionError("give either bits_per_weight or size, not both and not neither")
+    started, excluded = time.monotonic(), list(modules_to_not_convert or [])
+    shard_bytes = parse_size(max_shard_size, "max_shard_size")
+    width = DEFAULT_WIDTH if rotation is None else rotation
+    _check_options(bits_per_weight, size, window_bits, width)
+    weights = _source_files(source, out)
     with output_folder(out, overwrite) as temporary:
         copied = _copy_companions(source, temporary, weights)
-        plans = _plan(weights, rotation, excluded)
+        plans = _plan(weights, width, excluded)
+        samples = _survey(plans)
+        measure_options(samples, window_bits, seed)
         n_weights = sum(plan.source.n_weights for plan in plans.values()) + copied.n_weights
         target = parse_size(size) if size is not None else _bytes_of(bits_per_weight, n_weights)
-        choices, files = _choose(plans, target - copied.n_bytes, window_bits, seed, max_shard_size)
+        budget = Budget(target, copied.n_bytes, n_weights, shard_bytes)
+        choices = meet_budget(plans, samples, budget)
+        files = lay_out(plans, choices, shard_bytes)
         digest = _write(temporary, files, plans, choices, progress)
-        report = Report(
-            dense_bytes=sum(path.stat().st_size for path in weights) + copied.n_bytes,
-            compressed_bytes=sum(p.stat().st_size for p in temporary.rglob("*.safetensors")),
-            n_weights=n_weights,
-            bits_per_weight=8 * (total_bytes(files) + copied.n_bytes) / n_weights,
-            seconds=time.monotonic() - started,
-            digest=digest,
-        )
-        _write_config(source, temporary, report, excluded, seed)
+        dense_bytes = sum(path.stat().st_size for path in weights) + copied.n_bytes
+        n_bytes = total_bytes(files) + copied.n_bytes
+        seconds = time.monotonic() - started
+        report = Report(dense_bytes, n_bytes, n_weights, 8 * n_bytes / n_weights, seconds, digest)
+        _write_config(source, temporary, report, excluded, seed, _main_dtype(plans))
         if card is not None:
-            card(temporary, report)
+            with writing(temporary / "README.md"):
+                card(temporary, report)
     return report
 
 
@@ -105,22 +112,45 @@ class _Copied:
     n_weights: int
 
 
+def _check_options(
+    bits_per_weight: float | None, size: str | int | None, window_bits: int, rotation: int
+) -> None:
+    if (bits_per_weight is None) == (size is None):
+        found = "neither" if size is None else "both"
+        raise OptionError(f"expected either bits_per_weight or size, found {found}; give one of them")
+    low, high = WINDOW_BITS
+    if not low <= window_bits <= high:
+        raise OptionError(
+            f"window_bits: expected {low} to {high}, found {window_bits}; longer windows are slower and "
+            f"lose a little less, {DEFAULT_WINDOW_BITS} suits most models"
+        )
+    if rotation not in (1 << i for i in range(MAX_WIDTH_LOG2 + 1)):
+        raise OptionError(
+            f"rotation: expected a power of two up to {1 << MAX_WIDTH_LOG2}, found {rotation}; "
+            f"{DEFAULT_WIDTH} suits most models, 1 is none"
+        )
+
+
 def _bytes_of(bits_per_weight: float | None, n_weights: int) -> int:
     if bits_per_weight is None or not 0 < bits_per_weight < 64:
-        raise BudgetError(f"bits_per_weight: expected a number above 0 and below 64, found {bits_per_weight}")
-    return int(bits_per_weight * n_weights / 8)
+        raise BudgetError(
+            f"bits_per_weight: expected a number above 0 and below 64, found {bits_per_weight}; "
+            "2 to 4 suit most models"
+        )
+    return int(Fraction(bits_per_weight) * n_weights / 8)
 
 
-def _check_source(source: Path, out: Path) -> None:
-    if out.resolve() == source.resolve() or source.resolve() in out.resolve().parents:
-        raise OptionError(f"{out}: the output must not be the source folder or inside it")
-    config = read_config(source)
-    method = config.get("quantization_config", {}).get("quant_method")
+def _source_files(source: Path, out: Path) -> list[Path]:
+    """The weight files of a dense model that writing `out` does not touch."""
+    weights = weight_files(source)
+    refuse_overlap(source, out)
+    method = read_quantization(source).get("quant_method")
     if method is not None:
         raise SourceError(
             f"{source / 'config.json'}: expected a dense model, found one quantized with {method!r}; "
             "compress the model it was made from"
         )
+    return weights
 
 
 def _copy_companions(source: Path, target: Path, weights: list[Path]) -> _Copied:
@@ -135,38 +165,41 @@ def _copy_companions(source: Path, target: Path, weights: list[Path]) -> _Copied
     return _Copied(sum(path.stat().st_size for path in nested), n_weights)
 
 
-def _plan(weights: list[Path], rotation: int | None, excluded: list[str]) -> dict[str, TensorPlan]:
-    plans = [plan_tensor(tensor, rotation, excluded) for tensor in list_tensors(weights)]
-    if all(plan.reason for plan in plans):
-        raise SourceError(
-            f"{weights[0].parent}: no tensor is large enough to compress; the largest has "
-            f"{max((plan.source.n_weights for plan in plans), default=0)} weights"
-        )
-    return {plan.source.name: mark_narrowed(plan) for plan in plans}
+def _plan(weights: list[Path], rotation: int, excluded: list[str]) -> dict[str, TensorPlan]:
+    plans = {}
+    for tensor in list_tensors(weights):
+        if tensor.dtype == "U8" and len(tensor.shape) == 1 and is_payload(tensor.head(4).numpy().tobytes()):
+            raise SourceError(
+                f"{tensor.path}: {tensor.name}: expected plain numbers, found bytes that begin like a "
+                "compressed tensor (MRCL), which readers would take for one; decompress the source first, "
+                "or store the tensor in another dtype or shape"
+            )
+        plans[tensor.name] = mark_narrowed(plan_tensor(tensor, rotation, excluded))
+    return plans
 
 
-def _choose(
-    plans: dict[str, TensorPlan],
-    target_bytes: int,
-    window_bits: int,
-    seed: int,
-    max_shard_size: str | int,
-) -> tuple[dict[str, Choice], list[OutputFile]]:
-    """Measure every coded tensor's curve, then meet the budget."""
+def _survey(plans: dict[str, TensorPlan]) -> list[Sample]:
+    """Rows of every tensor to be coded, each read once; those that no scale suits become plain."""
     coded = [plan for plan in plans.values() if not plan.reason]
     samples = []
     for plan in coded:
         weights = _load_finite(plan)
-        samples.append(sample_rows(plan.source.name, weights, plan.columns, plan.rotation, len(coded)))
-    measure_options(samples, window_bits, seed)
-    shard_bytes = parse_size(max_shard_size, "max_shard_size")
-    choices = meet_budget(plans, samples, target_bytes, shard_bytes)
-    return choices, lay_out(plans, choices, shard_bytes)
+        sample = sample_rows(plan.source.name, weights, plan.columns, plan.rotation, len(coded))
+        if 1 / LARGEST_RMS <= sample.rms <= LARGEST_RMS or not bool(weights.any()):
+            samples.append(sample)
+        else:
+            plans[plan.source.name] = replace(plan, reason=OUT_OF_RANGE)
+    if not samples:
+        found = "; ".join(sorted({plan.reason for plan in plans.values()})) or "no tensors at all"
+        raise SourceError(
+            f"expected at least one tensor to compress, found none ({found}); keep this model as it is"
+        )
+    return samples
 
 
 def _load_finite(plan: TensorPlan) -> Tensor:
     weights = plan.source.load()
-    finite = torch.isfinite(weights.float()).flatten()
+    finite = torch.isfinite(weights.float()).flatten()  # in float32, in which it would be decoded
     if not bool(finite.all()):
         at = int(finite.int().argmin())
         raise NonFiniteWeightError(
@@ -208,11 +241,25 @@ def _write(
     return repository_digest(digests)
 
 
-def _write_config(source: Path, target: Path, report: Report, excluded: list[str], seed: int) -> None:
+def _main_dtype(plans: dict[str, TensorPlan]) -> str:
+    """The floating dtype that most of the source's weights have, as transformers spells it."""
+    counts: dict[str, int] = {}
+    for plan in plans.values():
+        if plan.source.dtype in TORCH_DTYPES:
+            counts[plan.source.dtype] = counts.get(plan.source.dtype, 0) + plan.source.n_weights
+    return str(TORCH_DTYPES[max(counts, key=lambda dtype: counts[dtype])]).removeprefix("torch.")
+
+
+def _write_config(
+    source: Path, target: Path, report: Report, excluded: list[str], seed: int, dtype: str
+) -> None:
     """config.json with the quantization_config that makes transformers call the plug-in."""
     config = read_config(source)
     if not config:
         return
+    if config.get("dtype", config.get("torch_dtype")) is None:
+        # transformers would otherwise take the dtype of the first plain tensor, which may be narrowed.
+        config["dtype"] = dtype
     config["quantization_config"] = {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,

@@ -13,20 +13,23 @@ from miracle_hub.codec.artifact import (
     parse_size,
     raw_bytes,
     read_config,
+    read_quantization,
+    repository_digest,
     shard_entries,
     write_index,
 )
-from miracle_hub.codec.folder import output_folder
+from miracle_hub.codec.folder import output_folder, refuse_overlap
 from miracle_hub.codec.source import (
     SourceTensor,
     companion_files,
     file_metadata,
+    item_bits,
     list_tensors,
     weight_files,
 )
 from miracle_hub.codec.tensor import TORCH_DTYPES, decode_payload
 from miracle_hub.config import QUANT_METHOD
-from miracle_hub.errors import FormatError
+from miracle_hub.errors import ChecksumError, FormatError
 from miracle_hub.format.container import Entry, write_file, writing
 from miracle_hub.format.payload import Header, decode_header, is_payload
 
@@ -57,10 +60,22 @@ class StoredTensor:
 
 
 def stored_tensors(path: Path) -> list[StoredTensor]:
-    """Every tensor of a compressed folder or file; payload headers are read and checked."""
+    """Every tensor of a compressed folder or file; payload headers are read and checked.
+
+    Raises:
+        FormatError: and its subclasses: a file is not sound; the message names the tensor.
+    """
     files = [path] if path.is_file() else weight_files(path)
     narrowed = {file: _narrowed(file) for file in files}
-    return [_stored(tensor, narrowed[tensor.path]) for tensor in list_tensors(files)]
+    tensors = [_stored(tensor, narrowed[tensor.path]) for tensor in list_tensors(files)]
+    if path.is_dir():
+        _check_digest(path, tensors)
+    return tensors
+
+
+def stored_digest(tensors: list[StoredTensor]) -> str:
+    """The digest of a repository, as its headers promise it."""
+    return repository_digest({t.stored.name: t.header.digest for t in tensors if t.header is not None})
 
 
 def load_state_dict(path: str | Path, *, verify: bool = True) -> dict[str, Tensor]:
@@ -81,8 +96,10 @@ def decompress_folder(
     source: Path, out: Path, *, max_shard_size: str | int, overwrite: bool, progress: bool
 ) -> int:
     """Write an ordinary checkpoint; returns its bytes. See `miracle_hub.decompress`."""
+    refuse_overlap(source, out)
     tensors = {tensor.stored.name: tensor for tensor in stored_tensors(source)}
     entries = [_dense_entry(tensor) for tensor in tensors.values()]
+    entries.sort(key=lambda entry: -item_bits(entry.dtype))  # keeps them aligned
     files = shard_entries(entries, parse_size(max_shard_size, "max_shard_size"))
     with output_folder(out, overwrite) as temporary:
         for relative in companion_files(source, weight_files(source)):
@@ -108,19 +125,14 @@ def decompress_folder(
 
 def _write_dense_config(source: Path, target: Path) -> None:
     config = read_config(source)
-    if config.get("quantization_config", {}).get("quant_method") == QUANT_METHOD:
+    if read_quantization(source).get("quant_method") == QUANT_METHOD:
         del config["quantization_config"]
         with writing(target / "config.json"):
             (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _dense_entry(tensor: StoredTensor) -> Entry:
-    width = (
-        torch.empty(0, dtype=TORCH_DTYPES[tensor.dtype]).element_size()
-        if (tensor.dtype in TORCH_DTYPES)
-        else None
-    )
-    n_bytes = tensor.stored.n_bytes if width is None else width * tensor.n_weights
+    n_bytes = tensor.n_weights * item_bits(tensor.dtype) // 8
     return Entry(tensor.stored.name, tensor.dtype, tensor.shape, n_bytes)
 
 
@@ -135,14 +147,31 @@ def _stored(tensor: SourceTensor, narrowed: set[str] | None) -> StoredTensor:
     return StoredTensor(tensor, None, "F32" if was_float32 else tensor.dtype, tensor.shape)
 
 
+def _check_digest(folder: Path, tensors: list[StoredTensor]) -> None:
+    """Compare with config.json: finds payloads that were lost, renamed or hidden by a damaged magic."""
+    facts = read_quantization(folder)
+    expected = facts.get("digest") if facts.get("quant_method") == QUANT_METHOD else None
+    if expected is None or expected == (found := stored_digest(tensors)):
+        return
+    names = [t.stored.name for t in tensors if t.header is None and t.dtype == "U8" and len(t.shape) == 1]
+    suspects = f"; not compressed, though they look it: {', '.join(names)}" if names else ""
+    raise ChecksumError(
+        f"{folder}: config.json promises compressed tensors of digest {expected}, found {found}{suspects}; "
+        "tensors are damaged, missing or from another version: download the folder again"
+    )
+
+
 def _narrowed(file: Path) -> set[str] | None:
     text = file_metadata(file).get("narrowed_from_F32", "[]")
     if text == "*":
         return None
     try:
-        return set(json.loads(text))
-    except (ValueError, TypeError):
+        names = json.loads(text)
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise FormatError(
             f"{file}: metadata narrowed_from_F32: expected '*' or a JSON list of names, found "
             f"{text[:80]!r}; the file is damaged: download it again"
-        ) from None
+        )
+    return set(names)

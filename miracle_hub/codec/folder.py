@@ -4,10 +4,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from miracle_hub.errors import OutputExistsError
+from miracle_hub.errors import OptionError, OutputExistsError
 from miracle_hub.format.container import writing
 
 
@@ -21,6 +21,7 @@ def output_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         OutputExistsError: `out` exists and `overwrite` is false.
         OutputWriteError: the parent cannot be written.
     """
+    out = Path(os.path.abspath(out))
     _refuse_existing(out, overwrite)
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -36,8 +37,22 @@ def output_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         raise
 
 
+def refuse_overlap(source: Path, out: Path) -> None:
+    """Raise if writing `out` could touch `source`.
+
+    Raises:
+        OptionError: one is the other, or inside it.
+    """
+    found, wanted = source.resolve(), out.resolve()
+    if found == wanted or found in wanted.parents or wanted in found.parents:
+        raise OptionError(
+            f"{out}: expected an output folder apart from the source {source}, found one that is it, is "
+            "inside it or holds it; choose another"
+        )
+
+
 def _refuse_existing(out: Path, overwrite: bool) -> None:
-    if out.exists() and not overwrite:
+    if os.path.lexists(out) and not overwrite:
         raise OutputExistsError(
             f"{out}: the output folder exists; choose another, or pass --overwrite (overwrite=True) "
             "to replace it"
@@ -53,17 +68,28 @@ def _umask() -> int:
 def _move_into_place(temporary: Path, out: Path, overwrite: bool) -> None:
     """Rename; what was there before is set aside first and deleted last."""
     _refuse_existing(out, overwrite)
-    if not out.exists():
-        os.rename(temporary, out)
-        return
     aside = temporary.with_suffix(".old")
-    os.rename(out, aside)
+    if os.path.lexists(out):
+        os.rename(out, aside)
     try:
         os.rename(temporary, out)
-    except BaseException:
-        os.rename(aside, out)
-        raise
-    if aside.is_dir():
-        shutil.rmtree(aside)
+    except BaseException as error:
+        if not os.path.lexists(out):
+            with suppress(FileNotFoundError):
+                os.rename(aside, out)
+            raise
+        _remove(aside)
+        if not isinstance(error, OSError):
+            raise
+        raise OutputExistsError(
+            f"{out}: expected no such folder, found one that another process has just written; it was "
+            "left as it is: run one of the two at a time"
+        ) from None
+    _remove(aside)
+
+
+def _remove(aside: Path) -> None:
+    if aside.is_dir() and not aside.is_symlink():
+        shutil.rmtree(aside, ignore_errors=True)
     else:
-        aside.unlink()
+        aside.unlink(missing_ok=True)

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from miracle_hub.codec.artifact import repository_digest
-from miracle_hub.codec.decompress import StoredTensor, stored_tensors
-from miracle_hub.codec.plan import reason_plain
+from miracle_hub.codec.artifact import read_quantization
+from miracle_hub.codec.decompress import StoredTensor, stored_digest, stored_tensors
+from miracle_hub.codec.plan import OUT_OF_RANGE, reason_plain
+from miracle_hub.codec.source import companion_files, list_tensors, weight_files
 from miracle_hub.config import Code
 from miracle_hub.format.payload import decode_header
 
@@ -50,7 +51,7 @@ class Inspection:
 
     @property
     def bits_per_weight(self) -> float:
-        return 8 * self.file_bytes / self.n_weights
+        return 8 * self.file_bytes / self.n_weights if self.n_weights else 0.0
 
     @property
     def payload_bits_per_weight(self) -> float:
@@ -62,22 +63,47 @@ class Inspection:
 def inspect_folder(path: Path) -> Inspection:
     """See `miracle_hub.inspect`."""
     stored = stored_tensors(path)
-    digests = {t.stored.name: t.header.digest for t in stored if t.header is not None}
+    excluded = _excluded(path)
+    reports = [_report(tensor, excluded) for tensor in stored]
     files = {tensor.stored.path for tensor in stored}
+    for nested in _copied_files(path):
+        reports += _copied_reports(path, nested)
+        files.add(nested)
     return Inspection(
-        tensors=tuple(_report(tensor) for tensor in stored),
+        tensors=tuple(reports),
         file_bytes=sum(file.stat().st_size for file in files),
-        n_weights=sum(tensor.n_weights for tensor in stored),
-        digest=repository_digest(digests),
+        n_weights=sum(report.n_weights for report in reports),
+        digest=stored_digest(stored),
     )
 
 
-def _report(tensor: StoredTensor) -> TensorReport:
+def _excluded(path: Path) -> list[str]:
+    facts = read_quantization(path) if path.is_dir() else {}
+    return list(facts.get("modules_to_not_convert") or [])
+
+
+def _copied_files(path: Path) -> list[Path]:
+    """safetensors files in subfolders, which are not compressed but are part of the size."""
+    if path.is_file():
+        return []
+    companions = companion_files(path, weight_files(path))
+    return [path / relative for relative in companions if relative.suffix == ".safetensors"]
+
+
+def _copied_reports(folder: Path, file: Path) -> list[TensorReport]:
+    where = file.parent.relative_to(folder).as_posix()
+    return [
+        TensorReport(f"{where}/{t.name}", t.shape, t.dtype, t.n_bytes, t.n_weights, "in a subfolder, copied")
+        for t in list_tensors([file])
+    ]
+
+
+def _report(tensor: StoredTensor, excluded: list[str]) -> TensorReport:
     stored, header = tensor.stored, tensor.header
     common = (stored.name, tensor.shape, tensor.dtype, stored.n_bytes, tensor.n_weights)
     if header is None:
-        reason = reason_plain(stored.name, tensor.dtype, tensor.shape, [])
-        return TensorReport(*common, reason=reason or "excluded by modules_to_not_convert")
+        reason = reason_plain(stored.name, tensor.dtype, tensor.shape, excluded)
+        return TensorReport(*common, reason=reason or OUT_OF_RANGE)
     payload = stored.load().numpy().tobytes()
     start = decode_header(payload, stored.name)[1]
     scales = np.frombuffer(payload, "<u2", header.n_scales, start).astype(np.uint32) << 16

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 from miracle_hub.codec.artifact import OutputFile, shard_entries
 from miracle_hub.codec.rates import Choice, Sample, allocate, extreme_choices
-from miracle_hub.codec.source import SourceTensor
+from miracle_hub.codec.source import SourceTensor, item_bits
 from miracle_hub.codec.tensor import matrix_columns
-from miracle_hub.coding.rotation import check_width, widest_rotation
+from miracle_hub.coding.rotation import widest_rotation
 from miracle_hub.errors import BudgetError
 from miracle_hub.format.container import Entry
 from miracle_hub.format.payload import DTYPES, Header, Segment
@@ -19,6 +19,26 @@ _SMALLEST_CODED_VECTOR = 1 << 15
 # Relative squared error of rounding to 11 bits, with room for a few subnormal elements.
 _NARROWING_ERROR = 2.0**-22
 _FILL_ROUNDS = 12
+# Far inside the range of scales, so that rows and squares stay inside theirs.
+LARGEST_RMS = 2.0**40
+OUT_OF_RANGE = "root mean square outside 2^-40 … 2^40"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The largest size of all safetensors files together.
+
+    Attributes:
+        n_bytes: never exceeded.
+        copied_bytes: of files in subfolders, which are copied as they are.
+        n_weights: of the source, copied ones included.
+        max_shard_bytes: of one file.
+    """
+
+    n_bytes: int
+    copied_bytes: int
+    n_weights: int
+    max_shard_bytes: int
 
 
 @dataclass(frozen=True)
@@ -48,20 +68,13 @@ def reason_plain(name: str, dtype: str, shape: tuple[int, ...], excluded: list[s
     return ""
 
 
-def plan_tensor(tensor: SourceTensor, rotation: int | None, excluded: list[str]) -> TensorPlan:
-    """The plan of one tensor; `rotation` None picks the widest up to 128 that divides its rows.
-
-    Raises:
-        OptionError: an explicit rotation width does not divide the tensor's columns.
-    """
+def plan_tensor(tensor: SourceTensor, rotation: int, excluded: list[str]) -> TensorPlan:
+    """The plan of one tensor, rotated by the widest power of two up to `rotation` that divides its rows."""
     reason = reason_plain(tensor.name, tensor.dtype, tensor.shape, excluded)
     if reason:
         return TensorPlan(tensor, reason)
     columns = matrix_columns(tensor.shape)
-    if rotation is None:
-        return TensorPlan(tensor, "", columns, widest_rotation(columns))
-    check_width(rotation, columns, tensor.name)
-    return TensorPlan(tensor, "", columns, rotation)
+    return TensorPlan(tensor, "", columns, widest_rotation(columns, rotation))
 
 
 def planned_header(plan: TensorPlan, choice: Choice) -> Header:
@@ -97,8 +110,7 @@ def lay_out(
 ) -> list[OutputFile]:
     """The output files. Plain tensors come first, widest dtype first, so that they stay aligned."""
     entries = [entry_of(plan, choices) for plan in plans.values()]
-    width = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4}
-    entries.sort(key=lambda e: (not plans[e.name].reason, -width.get(e.dtype, 2), e.name))
+    entries.sort(key=lambda e: (not plans[e.name].reason, -item_bits(e.dtype), e.name))
     files = shard_entries(entries, max_shard_bytes)
     return [replace(file, metadata=file_metadata(file.entries, plans)) for file in files]
 
@@ -107,49 +119,45 @@ def total_bytes(files: list[OutputFile]) -> int:
     return sum(file.n_bytes for file in files)
 
 
-def meet_budget(
-    plans: dict[str, TensorPlan],
-    samples: list[Sample],
-    target_bytes: int,
-    max_shard_bytes: int,
-) -> dict[str, Choice]:
-    """Choices whose files together take at most `target_bytes`, and as nearly that as rows allow.
-
-    Args:
-        target_bytes: for the files that `lay_out` describes.
+def meet_budget(plans: dict[str, TensorPlan], samples: list[Sample], budget: Budget) -> dict[str, Choice]:
+    """Choices whose files together fill the budget as nearly as rows allow, and never exceed it.
 
     Raises:
-        BudgetError: the target is below the least or above the most that the ladder allows.
+        BudgetError: it is below the least or above the most that the ladder allows.
     """
 
     def size(choices: dict[str, Choice]) -> int:
-        return total_bytes(lay_out(plans, choices, max_shard_bytes))
+        return total_bytes(lay_out(plans, choices, budget.max_shard_bytes)) + budget.copied_bytes
 
-    _check_range(target_bytes, *(size(extreme_choices(samples, most)) for most in (False, True)))
+    _check_range(budget, *(size(extreme_choices(samples, most)) for most in (False, True)))
     best = extreme_choices(samples, most=False)
     best_size = size(best)
-    budget = target_bytes - best_size + sum(choice.n_bytes for choice in best.values())
+    payload_bytes = budget.n_bytes - best_size + sum(choice.n_bytes for choice in best.values())
     for _ in range(_FILL_ROUNDS):
-        choices = allocate(samples, budget)
+        choices = allocate(samples, payload_bytes)
         found = size(choices)
-        if best_size < found <= target_bytes:
+        if best_size < found <= budget.n_bytes:
             best, best_size = choices, found
-        if found == target_bytes:
+        if found == budget.n_bytes:
             break
-        budget += target_bytes - found
+        payload_bytes += budget.n_bytes - found
     return best
 
 
-def _check_range(target: int, least: int, most: int) -> None:
-    if target < least:
+def _check_range(budget: Budget, least: int, most: int) -> None:
+    # Rates are rounded inwards, so that asking for the printed one works.
+    unit = budget.n_weights / 8 / 10_000
+    if budget.n_bytes < least:
         raise BudgetError(
-            f"size: {target:,} bytes were asked for, but the least possible is {least:,} bytes (every "
-            "matrix at 0.25 bits per weight, vectors plain); ask for that or more"
+            f"size: {budget.n_bytes:,} bytes were asked for, but the least possible is {least:,} bytes "
+            f"({math.ceil(least / unit) / 10_000} bits per weight: every matrix at the lowest rate, vectors "
+            "plain); ask for that or more"
         )
-    if target > most:
+    if budget.n_bytes > most:
         raise BudgetError(
-            f"size: {target:,} bytes were asked for, but the most this model can use is {most:,} bytes "
-            "(every matrix at 8 bits per weight); ask for that or less"
+            f"size: {budget.n_bytes:,} bytes were asked for, but the most this model can use is {most:,} "
+            f"bytes ({math.floor(most / unit) / 10_000} bits per weight: every matrix at the highest rate); "
+            "ask for that or less"
         )
 
 

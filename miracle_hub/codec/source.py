@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from miracle_hub.errors import FormatError, MissingWeightsError, PickleRefusedError
+from miracle_hub.errors import FormatError, MissingWeightsError, PickleRefusedError, SourceError
 from miracle_hub.format.container import opened
 
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Other copies of the same weights; a compressed repository carries only one.
 _OTHER_WEIGHTS = (
     ".bin",
@@ -25,8 +26,9 @@ _OTHER_WEIGHTS = (
     ".gguf",
     ".ot",
 )
-_ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "C64": 8}
-_ITEM_BYTES |= {"F16": 2, "BF16": 2, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+# All others (bytes, truth values, the many float8) have 8.
+_ITEM_BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32}
+_ITEM_BITS |= {"F16": 16, "BF16": 16, "I16": 16, "U16": 16, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,32 @@ class SourceTensor:
 
     @property
     def n_bytes(self) -> int:
-        return self.n_weights * _ITEM_BYTES.get(self.dtype, 1)
+        return self.n_weights * item_bits(self.dtype) // 8
 
     def load(self) -> Tensor:
+        """The tensor as the file holds it.
+
+        Raises:
+            SourceError: its dtype is unknown to torch.
+        """
         with opened(self.path) as file:
-            return file.get_tensor(self.name)
+            try:
+                return file.get_tensor(self.name)
+            except SafetensorError as error:
+                raise SourceError(
+                    f"{self.path}: {self.name}: expected a dtype that torch knows, found {self.dtype} "
+                    f"({error}); upgrade torch and safetensors, or convert the tensor"
+                ) from None
+
+    def head(self, n_items: int) -> Tensor:
+        """The first elements of a vector; the rest is not read."""
+        with opened(self.path) as file:
+            return file.get_slice(self.name)[:n_items]
+
+
+def item_bits(dtype: str) -> int:
+    """Size of one element of a safetensors dtype."""
+    return _ITEM_BITS.get(dtype, 8)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -66,28 +89,37 @@ def weight_files(folder: Path) -> list[Path]:
     found = sorted(folder.glob("*.safetensors"))
     if found:
         return found
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    raise missing_weights(str(folder), [path.name for path in folder.glob("*")])
+
+
+def missing_weights(source: str, names: list[str]) -> SourceError:
+    """What to raise for a folder or repository without safetensors that holds these files."""
+    pickles = sorted(name for name in names if Path(name).suffix in _PICKLES)
     if pickles:
-        raise PickleRefusedError(
-            f"{folder}: expected model.safetensors, found only pickle weights ({', '.join(pickles)}), "
+        return PickleRefusedError(
+            f"{source}: expected model.safetensors, found only pickle weights ({', '.join(pickles)}), "
             "which can run code when opened; convert them once where you trust them: "
             "AutoModel.from_pretrained(source).save_pretrained(folder)"
         )
-    raise MissingWeightsError(
-        f"{folder}: expected model.safetensors or model.safetensors.index.json, found neither; "
+    return MissingWeightsError(
+        f"{source}: expected model.safetensors or model.safetensors.index.json, found neither; "
         "pass a folder written by save_pretrained, or a Hub id"
     )
 
 
 def _shards(folder: Path, index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise FormatError(
             f"{index}: expected a JSON object with a weight_map, found {error!r}; download it again"
         ) from None
+    if not names:
+        raise MissingWeightsError(
+            f"{index}: expected a weight_map that names files, found an empty one; download it again"
+        )
     for name in names:
-        if Path(name).name != name:
+        if not isinstance(name, str) or Path(name).name != name:
             raise FormatError(
                 f"{index}: expected file names without folders, found {name!r}; "
                 "the index is hostile or damaged"

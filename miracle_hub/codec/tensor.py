@@ -12,9 +12,9 @@ from miracle_hub.coding import cpu
 from miracle_hub.coding.encode import encode_stream
 from miracle_hub.coding.order import stream_order
 from miracle_hub.coding.posterior import squared_error_cost
-from miracle_hub.coding.rotation import check_width
+from miracle_hub.coding.rotation import check_width, widest_rotation
 from miracle_hub.config import Code
-from miracle_hub.errors import ChecksumError, FormatError
+from miracle_hub.errors import ChecksumError, FormatError, OptionError
 from miracle_hub.format.payload import Header, Segment, decode_header, encode_payload
 
 DTYPE_NAMES = {
@@ -27,6 +27,10 @@ TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 # Within these bounds scale · z is exact in float32 and never subnormal (README, "Exactness").
 _SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-64, 2.0**64
 _TASK_WEIGHTS = 1 << 17
+# Sizes are met by the row: one of 64 rows at the next rate (a quarter more bits) is 0.4 % of a tensor.
+_FEWEST_ROWS = 64
+_SHORTEST_ROW = 128
+_LONGEST_CUT_ROW = 1024
 
 
 @dataclass(frozen=True)
@@ -41,13 +45,18 @@ class SegmentPlan:
 def matrix_columns(shape: tuple[int, ...]) -> int:
     """Columns of a tensor's matrix view: all but the first dimension, or the last of stacked matrices.
 
-    Convolutions (out, in, height, width) have one row per output channel; a stack of expert
-    matrices (experts, in, out) has one row per last-dimension vector, so that scales stay local.
+    Convolutions (out, in, height, width) have one row per output channel; a stack of matrices, such
+    as experts (experts, in, out) or position embeddings (1, positions, width), has one row per
+    last-dimension vector, so that scales stay local. Vectors and matrices of few rows are cut up.
     """
-    if len(shape) == 1:
-        return shape[0]
-    stacked = len(shape) == 3 and shape[0] > 1 and min(shape[1:]) >= 32
-    return shape[-1] if stacked else math.prod(shape[1:])
+    stacked = len(shape) == 3 and min(shape[1:]) >= 32
+    columns = shape[-1] if stacked or len(shape) == 1 else math.prod(shape[1:])
+    n_weights = math.prod(shape)
+    if n_weights // columns >= _FEWEST_ROWS:
+        return columns
+    widths = range(_SHORTEST_ROW, min(_LONGEST_CUT_ROW, n_weights // _FEWEST_ROWS) + 1)
+    cuts = [width for width in widths if columns % width == 0]
+    return max(cuts, key=lambda width: (widest_rotation(width), width), default=columns)
 
 
 def prior_scale(code: Code) -> float:
@@ -95,9 +104,13 @@ def encode_tensor(
         segments: consecutive rows; their row counts add up to the matrix view's rows.
         rotation: width of the Hadamard groups; 1 means none.
         where: the tensor's name, for messages.
+
+    Raises:
+        OptionError: the rotation or the segments do not fit the tensor.
     """
     columns = matrix_columns(tuple(weights.shape))
     check_width(rotation, columns, where)
+    _check_rows(segments, weights.numel() // columns, where)
     matrix = rotated_matrix(weights, columns, rotation)
     header = Header(
         dtype=DTYPE_NAMES[weights.dtype],
@@ -146,6 +159,15 @@ def decode_payload(payload: Tensor, where: str, *, verify: bool = True) -> tuple
             f"{header.digest:016x}; the payload is damaged: download the file again"
         )
     return decoded.view(header.shape), header
+
+
+def _check_rows(segments: list[SegmentPlan], rows: int, where: str) -> None:
+    found = [segment.rows for segment in segments]
+    if sum(found) != rows or min(found, default=0) < 1:
+        raise OptionError(
+            f"{where}: expected segments that share {rows} rows, found segments of {found} rows; "
+            "give every segment at least one row"
+        )
 
 
 def _split_rows(matrix: Tensor, header: Header) -> tuple[Tensor, ...]:
@@ -237,7 +259,7 @@ def _check_scales(header: Header, body: bytes, start: int, where: str) -> None:
         at = int(np.argmin(good))
         raise FormatError(
             f"{where}: scale {at} at byte {start + 2 * at} of the payload: expected 0 or a number from "
-            f"2^-64 to 2^64, found {values[at]}; the file is damaged: download it again"
+            f"2^-64 to 2^64, found {values[at]:g}; the file is damaged: download it again"
         )
 
 

@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
+from miracle_hub.config import MAX_WIDTH_LOG2
 from miracle_hub.errors import OptionError
 
 # On MiniLM wider groups than 128 changed the squared error by less than 0.1 % (benchmarks/minilm.py).
 DEFAULT_WIDTH = 128
-MAX_WIDTH_LOG2 = 15
 
 
 def hadamard(values: Float32[Tensor, "rows columns"], width: int) -> Float32[Tensor, "rows columns"]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from miracle_hub.errors import FormatError, OutputWriteError
+from miracle_hub.errors import FormatError, MiracleError, OutputWriteError
 
 _ALIGNMENT = 8
 
@@ -52,7 +52,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, OutputWriteError):
+        if isinstance(error, MiracleError):
             raise
         room = "; free some space and run it again" if error.errno == errno.ENOSPC else ""
         raise OutputWriteError(f"{path}: cannot be written: {error.strerror}{room}") from error

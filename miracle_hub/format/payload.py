@@ -3,24 +3,43 @@
     offset  bytes  field
     0       4      magic "MRCL"
     4       1      format version, 1
-    5       4      CRC-32 of everything after this field, little-endian
-    9       …      varints (LEB128, unsigned): dtype, number of dimensions, dimensions…, columns,
-                   band columns, permuted, log2(rotation width), seed, stream_id, number of
-                   segments, then per segment: rows, L, k, V, scales per row (1) or one (0)
+    5       4      CRC-32 (zlib's) of everything after this field, little-endian
+    9       …      varints (LEB128, unsigned, shortest form): dtype (0 F32, 1 BF16, 2 F16, 3 F64),
+                   number of dimensions, dimensions…, columns, band columns, permuted (0, 1),
+                   log2(rotation width), seed, stream_id, number of segments,
+                   then per segment: rows, L, k, V, scales per row (1) or one (0)
             4      relative squared error measured by the encoder, float32 little-endian
             8      digest of the decoded float32 tensor, little-endian
     header  2·S    scales, bfloat16 little-endian, segment after segment
             …      messages, segment after segment, each padded to a byte with zero bits
 
-README.md, "The format", has the rules in full.
+The tensor is a row-major matrix of `columns` columns; segments are consecutive rows from the top,
+and each is one stream of N = rows · columns numbers z, decoded like this:
+
+    message   (L - k) + k·⌈N/V⌉ bits, most significant bit of a byte first
+    window    s_t = the L bits from bit k·t on, most significant first
+    stream    z[t·V + v] = Q[half v % 8 of Philox(counter = (s_t, v // 8, stream_id, 0))]
+    Philox    Philox4x32-10, key (seed mod 2^32, seed // 2^32); its four words are eight 16-bit
+              halves, low half of each word first
+    Q         65,536 float16 numbers: coding/quantiles.f16, little-endian
+    order     stream element i belongs to place order[i] of the segment's rows, counted row-major:
+              bands of `band columns` columns (0: one band; the last may be narrower) from the left,
+              inside a band row by row, inside a row column by column. If permuted, to
+              order[p[i]]: p sorts i = 0, 1, … by (second word, first word) of
+              Philox(counter = (i, 0, stream_id, 1)), equal keys by i
+    scale     times the scale of the row, or the segment's: exact in float32
+    rotation  in every group of `width` columns, for s = 1, 2, 4, … < width: columns j and j + s,
+              where j // s is even, hold (a, b) and then (a + b, a - b), in float32
+    digest    Σ_i f(i · 0x9E3779B97F4A7C15 + bits(w_i)) mod 2^64 over the float32 words in row-major
+              order, f the finalizer of splitmix64 (coding/digest.py); then the cast to dtype
 """
 
+import math
 import struct
 import zlib
 from dataclasses import dataclass
 
-from miracle_hub.coding.rotation import MAX_WIDTH_LOG2
-from miracle_hub.config import Code
+from miracle_hub.config import MAX_WIDTH_LOG2, Code
 from miracle_hub.errors import (
     ChecksumError,
     FormatError,
@@ -97,8 +116,12 @@ def encode_payload(header: Header, body: bytes) -> bytes:
 
 
 def encode_header(header: Header) -> bytes:
-    """The header alone, with a checksum of 0."""
-    code = header.segments[0].code
+    """The header alone, with a checksum of 0.
+
+    Raises:
+        OptionError: the segments cannot share a payload.
+    """
+    code = _shared_code(header.segments)
     numbers = [DTYPES.index(header.dtype), len(header.shape), *header.shape]
     numbers += [header.columns, header.band_columns, int(header.permuted)]
     numbers += [header.rotation.bit_length() - 1, code.seed, code.stream_id, len(header.segments)]
@@ -109,6 +132,17 @@ def encode_header(header: Header) -> bytes:
     body = b"".join(map(_encode_varint, numbers))
     body += _TRAILER.pack(header.relative_error, header.digest)
     return _FIXED.pack(MAGIC, VERSION, 0) + body
+
+
+def _shared_code(segments: tuple[Segment, ...]) -> Code:
+    """The first segment's code, whose seed and stream_id are those of all segments."""
+    streams = {(segment.code.seed, segment.code.stream_id) for segment in segments}
+    if len(streams) != 1 or len(segments) > _MAX_SEGMENTS:
+        raise OptionError(
+            f"a payload has 1 to {_MAX_SEGMENTS} segments of one seed and stream_id, found {len(segments)} "
+            f"segments of {len(streams)}; code the rows as separate tensors"
+        )
+    return segments[0].code
 
 
 def decode_header(data: bytes, where: str) -> tuple[Header, int]:
@@ -171,7 +205,10 @@ class _Reader:
         if magic != MAGIC:
             self.position = 0
             raise self.fail(f"the magic {MAGIC!r}", magic)
-        if version != VERSION:
+        if version < VERSION:
+            self.position = len(MAGIC)
+            raise self.fail(f"format version {VERSION}", version)
+        if version > VERSION:
             raise UnsupportedVersionError(
                 f"{self.where}: this miracle-hub reads payload version {VERSION}, found {version}; "
                 "upgrade: pip install -U miracle-hub"
@@ -188,7 +225,10 @@ class _Reader:
             shift += 7
             if byte < 0x80:
                 break
-        if not low <= number <= high or (byte == 0 and shift > 7):
+        if byte == 0 and shift > 7:
+            self.position = start
+            raise self.fail(f"{what} in the shortest form", f"{number} in {shift // 7} bytes")
+        if not low <= number <= high:
             self.position = start
             raise self.fail(f"{what} from {low} to {high}", number)
         return number
@@ -208,6 +248,8 @@ class _Reader:
         if self.position + _TRAILER.size > len(self.data):
             raise self.fail("relative error and digest", "the end of the payload")
         error, digest = _TRAILER.unpack_from(self.data, self.position)
+        if not 0 <= error < math.inf:
+            raise self.fail("a relative squared error of 0 or more", error)
         self.position += _TRAILER.size
         header = Header(dtype, shape, columns, rotation, segments, band_columns, permuted, error, digest)
         self.check_shape(header)
@@ -231,9 +273,7 @@ class _Reader:
             )
 
     def check_shape(self, header: Header) -> None:
-        n_weights = 1
-        for dimension in header.shape:
-            n_weights *= dimension
+        n_weights = math.prod(header.shape)
         if n_weights != header.n_weights or n_weights > _MAX_WEIGHTS:
             raise self.fail(f"{header.rows} rows × {header.columns} columns to fill the shape", header.shape)
         if header.columns % header.rotation:

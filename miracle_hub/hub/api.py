@@ -37,7 +37,8 @@ def compress(
         size: the same as bytes, such as "5.5MB"; never exceeded. Give one of the two.
         window_bits: window of the code, 8 to 16; each further bit doubles the time and lowers the
             squared error a little.
-        rotation: width of the Hadamard groups, a power of two; None picks one per tensor, 1 is none.
+        rotation: widest Hadamard rotation, a power of two; every tensor gets the widest up to it that
+            divides its rows. None means 128; 1 is none.
         seed: of the shared candidates; part of the file.
         modules_to_not_convert: tensors whose names contain one of these stay plain.
         max_shard_size: of one output file.

@@ -2,31 +2,78 @@
 
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage] (httpx's or httpx2's, as the client is built)
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
+from miracle_hub.codec.source import missing_weights
 from miracle_hub.errors import SourceError
 
-# Everything a repository needs besides other copies of its weights.
-_IGNORED = ["*.bin", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.ot", "*.pt", "*.pth", "*.ckpt"]
-_IGNORED += ["onnx/*", "openvino/*", "coreml/*", "*.tflite", "*.mlmodel"]
+# Other copies of the weights, and what training left behind.
+_IGNORED = ["*.bin", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf", "*.ot", "*.pt", "*.pth"]
+_IGNORED += ["*.ckpt", "*.pkl", "*.tflite", "*.mlmodel", "onnx/*", "openvino/*", "coreml/*", "original/*"]
+_IGNORED += ["consolidated*.safetensors", "checkpoint-*/*", "runs/*"]
+
+# What the client raises: the first for a connection that breaks (the client's own errors are
+# OSErrors), the last for an id that is none and for an answer that is no JSON.
+_CLIENT_ERRORS = (HTTPError, OSError, ValueError)
 
 
 def local_folder(source: str | Path, revision: str | None = None) -> Path:
-    """The folder itself, or a snapshot of the Hub repository of that id.
+    """The folder (or file) itself, or a snapshot of the Hub repository of that id.
 
     Raises:
-        SourceError: there is neither such a folder nor such a repository.
+        SourceError: there is neither, or the Hub cannot be read and has not been read before.
+        MissingWeightsError: the repository has no safetensors file.
+        PickleRefusedError: it has only pickle weights; they are not downloaded.
     """
     path = Path(source)
     if path.exists():
         return path
     try:
-        return Path(snapshot_download(str(source), revision=revision, ignore_patterns=_IGNORED))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        first_line = str(error).strip().splitlines()[0]
+        folder = Path(snapshot_download(str(source), revision=revision, ignore_patterns=_IGNORED))
+    except _CLIENT_ERRORS as error:
         raise SourceError(
-            f"{source}: expected a local folder or a Hub repository id, found neither "
-            f"({type(error).__name__}: {first_line}); check the spelling, or log in with `hf auth login` "
-            "if the repository is private"
+            f"{source}: expected a local folder or a Hub repository; there is no such folder, "
+            f"and {_reason(str(source), revision, error)}"
         ) from error
+    if not any(folder.glob("*.safetensors")):
+        raise missing_weights(str(source), _top_level_names(str(source), revision, folder))
+    return folder
+
+
+def _reason(repo_id: str, revision: str | None, error: Exception) -> str:
+    """Why the repository cannot be had, and what to do."""
+    if isinstance(error, HFValidationError):
+        return "this is no Hub id (name or owner/name); check the spelling"
+    if isinstance(error, GatedRepoError):
+        return (
+            f"the repository is gated; ask for access at https://huggingface.co/{repo_id}, then log in "
+            "with `hf auth login`"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            "the Hub has no such repository; check the spelling, or log in with `hf auth login` "
+            "if the repository is private"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"the repository has no branch, tag or commit {revision!r}; check the spelling"
+    first_line = str(error).strip().partition("\n")[0]
+    return (
+        f"the Hub could not be read ({type(error).__name__}: {first_line}); check the connection and try "
+        "again, or set HF_HUB_OFFLINE=1 to use what was downloaded before"
+    )
+
+
+def _top_level_names(repo_id: str, revision: str | None, folder: Path) -> list[str]:
+    """Names of the repository's own files, those that were not downloaded included."""
+    try:
+        names = HfApi().list_repo_files(repo_id, revision=revision)
+    except _CLIENT_ERRORS:  # offline, with a snapshot from before: what is there must do
+        names = [path.name for path in folder.glob("*")]
+    return [name for name in names if "/" not in name]

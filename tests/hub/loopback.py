@@ -1,0 +1,389 @@
+"""A Hugging Face Hub on 127.0.0.1, in memory: model repositories for the real huggingface_hub client.
+
+It knows repositories, branches, tags, commits, Git LFS uploads, tokens and ranges, and answers errors
+with the headers by which the client picks its exceptions. There is no git and no Xet: a client that
+uploads needs HF_HUB_DISABLE_XET=1. Set HF_ENDPOINT to `LoopbackHub.url` before the client is imported.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from email.message import Message
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+TOKEN = "hf_loopback"  # the one token that may write, and see private repositories
+DROP_CONNECTION = 0  # as a fault, instead of a status
+_LFS_SUFFIXES = (".safetensors", ".bin", ".onnx", ".h5", ".pt")
+_DATE = "2026-01-01T00:00:00.000Z"
+
+
+class HubError(Exception):
+    """An answer that is no success; the client reads `code` from a header of its own."""
+
+    def __init__(self, status: int, code: str, message: str, *, commit: str = "", url: str = "") -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = {"error": message, "url": url}
+        self.headers = {"X-Error-Code": code, "X-Error-Message": message}
+        if commit:  # lets the client remember that a file is absent from this commit
+            self.headers["X-Repo-Commit"] = commit
+
+
+@dataclass(frozen=True)
+class Blob:
+    """The content of one file, and whether it is stored through LFS."""
+
+    data: bytes
+    is_lfs: bool
+
+    @property
+    def git_id(self) -> str:
+        return hashlib.sha1(b"blob %d\0" % len(self.data) + self.data).hexdigest()
+
+    @property
+    def oid(self) -> str:
+        """SHA-256 for LFS, git's id otherwise: the ETag, and what tells the client a file is unchanged."""
+        return hashlib.sha256(self.data).hexdigest() if self.is_lfs else self.git_id
+
+    def listed_as(self, path: str) -> dict[str, Any]:
+        entry: dict[str, Any] = {"type": "file", "path": path, "size": len(self.data), "oid": self.git_id}
+        if self.is_lfs:
+            entry["lfs"] = {"oid": self.oid, "size": len(self.data), "pointerSize": 134}
+        return entry
+
+
+@dataclass
+class Repository:
+    """Commits (path → blob) by id, and the branches and tags that name some of them."""
+
+    repo_id: str
+    private: bool = False
+    commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+
+    def commit(self, branch: str, files: dict[str, Blob]) -> str:
+        commit = hashlib.sha1(f"{self.repo_id} {len(self.commits)}".encode()).hexdigest()
+        self.commits[commit] = files
+        self.branches[branch] = commit
+        return commit
+
+    def find(self, revision: str) -> str:
+        """The commit that a branch, a tag or its own id names."""
+        commit = self.branches.get(revision) or self.tags.get(revision) or revision
+        if commit not in self.commits:
+            raise HubError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return commit
+
+    def files(self, revision: str = "main") -> dict[str, Blob]:
+        return self.commits[self.find(revision)]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a route needs: `fields` are the parts of the path that its pattern names."""
+
+    method: str
+    fields: dict[str, str]
+    query: dict[str, str]
+    headers: Message
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body) if self.body else {}
+
+    @property
+    def has_token(self) -> bool:
+        return self.headers.get("Authorization") == f"Bearer {TOKEN}"
+
+
+@dataclass(frozen=True)
+class Answer:
+    body: bytes = b""
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of_json(cls, value: Any) -> Self:
+        return cls(json.dumps(value).encode(), headers={"Content-Type": "application/json"})
+
+
+class LoopbackHub:
+    """The server; use it as a context manager, or `start` and `stop`.
+
+    Attributes:
+        repositories: by id, to look at what a client wrote.
+        requests: every answered request as (method, path, status).
+        faults: status (or DROP_CONNECTION) for every request whose path contains the key.
+    """
+
+    def __init__(self) -> None:
+        self.repositories: dict[str, Repository] = {}
+        self.requests: list[tuple[str, str, int]] = []
+        self.faults: dict[str, int] = {}
+        self._uploads: dict[str, bytes] = {}
+        self._server = _server(self)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def start(self) -> None:
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def add(self, repo_id: str, folder: Path, *, branch: str = "main", private: bool = False) -> Repository:
+        """A repository (or a further branch of it) with the files of a local folder, without a client."""
+        repository = self.repositories.setdefault(repo_id, Repository(repo_id, private))
+        names = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in names}
+        repository.commit(branch, {name: Blob(data, _is_lfs(name)) for name, data in files.items()})
+        return repository
+
+    def downloads(self, repo_id: str) -> set[str]:
+        """The files whose content has been sent."""
+        pattern = re.compile(rf"/{re.escape(repo_id)}/resolve/[^/]+/(.+)")
+        sent = [pattern.fullmatch(path) for method, path, status in self.requests if method == "GET"]
+        return {match[1] for match in sent if match}
+
+    def answer(self, method: str, url: str, headers: Message, body: bytes) -> Answer:
+        """The answer to one request."""
+        parts = urlsplit(url)
+        for verb, pattern, respond in _ROUTES:
+            match = pattern.fullmatch(parts.path)
+            if match and method in (verb, "HEAD" if verb == "GET" else verb):
+                fields = {name: unquote(value) for name, value in match.groupdict().items()}
+                query = dict(parse_qsl(parts.query))
+                try:
+                    return respond(self, Request(method, fields, query, headers, body))
+                except HubError as error:
+                    return Answer(json.dumps(error.body).encode(), error.status, error.headers)
+        return Answer(status=404)
+
+    def _repository(self, request: Request, *, writing: bool = False) -> Repository:
+        """The repository of the path, if the caller may see (or write) it."""
+        repository = self.repositories.get(request.fields["repo"])
+        hidden = repository is None or (repository.private and not request.has_token)
+        if repository is None or hidden:
+            # The Hub does not tell strangers whether a repository exists.
+            raise HubError(404 if request.has_token else 401, "RepoNotFound", "Repository not found")
+        if writing and not request.has_token:
+            raise HubError(403, "Forbidden", "a token is needed to write")
+        return repository
+
+    # Reading.
+
+    def _info(self, request: Request) -> Answer:
+        repository = self._repository(request)
+        revision = request.fields.get("revision", "main")
+        siblings = [{"rfilename": path} for path in sorted(repository.files(revision))]
+        facts = {"id": repository.repo_id, "sha": repository.find(revision), "private": repository.private}
+        facts |= {"siblings": siblings, "tags": [], "downloads": 0, "likes": 0, "gated": False}
+        return Answer.of_json(facts | {"createdAt": _DATE, "lastModified": _DATE})
+
+    def _tree(self, request: Request) -> Answer:
+        """Files below a folder, folders themselves left out."""
+        repository = self._repository(request)
+        files = repository.files(request.fields["revision"])
+        folder = request.fields["path"] + "/" if "path" in request.fields else ""
+        found = {path: blob for path, blob in files.items() if path.startswith(folder)}
+        if folder and not found:
+            raise HubError(404, "EntryNotFound", f"{folder} does not exist")
+        if request.query.get("recursive", "").lower() not in ("true", "1"):
+            found = {path: blob for path, blob in found.items() if "/" not in path[len(folder) :]}
+        return Answer.of_json([blob.listed_as(path) for path, blob in sorted(found.items())])
+
+    def _refs(self, request: Request) -> Answer:
+        repository = self._repository(request)
+
+        def listed(kind: str, names: dict[str, str]) -> list[dict[str, str]]:
+            return [{"name": n, "ref": f"refs/{kind}/{n}", "targetCommit": c} for n, c in names.items()]
+
+        branches, tags = listed("heads", repository.branches), listed("tags", repository.tags)
+        return Answer.of_json({"branches": branches, "tags": tags, "converts": []})
+
+    def _resolve(self, request: Request) -> Answer:
+        """The content of a file, or the range of it that was asked for."""
+        repository = self._repository(request)
+        commit = repository.find(request.fields["revision"])
+        blob = repository.commits[commit].get(request.fields["path"])
+        if blob is None:
+            raise HubError(404, "EntryNotFound", "Entry not found", commit=commit)
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{blob.oid}"', "Accept-Ranges": "bytes"}
+        if blob.is_lfs:
+            headers |= {"X-Linked-ETag": f'"{blob.oid}"', "X-Linked-Size": str(len(blob.data))}
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range") or "")
+        if not wanted:
+            return Answer(blob.data, headers=headers)
+        first, last = int(wanted[1]), min(int(wanted[2] or len(blob.data)), len(blob.data) - 1)
+        if first > last:
+            return Answer(status=416, headers={"Content-Range": f"bytes */{len(blob.data)}"})
+        headers["Content-Range"] = f"bytes {first}-{last}/{len(blob.data)}"
+        return Answer(blob.data[first : last + 1], 206, headers)
+
+    # Writing.
+
+    def _create_repository(self, request: Request) -> Answer:
+        if not request.has_token:
+            raise HubError(401, "Unauthorized", "a token is needed to create a repository")
+        wanted = request.json
+        repo_id = f"{wanted.get('organization') or 'user'}/{wanted['name']}"
+        url = f"{self.url}/{repo_id}"
+        if repo_id in self.repositories:
+            raise HubError(409, "Conflict", "You already created this model repo", url=url)
+        repository = Repository(repo_id, wanted.get("visibility") == "private")
+        repository.commit("main", {})
+        self.repositories[repo_id] = repository
+        return Answer.of_json({"id": repo_id, "name": repo_id, "url": url})
+
+    def _create_branch(self, request: Request) -> Answer:
+        repository = self._repository(request, writing=True)
+        start = repository.find(request.json.get("startingPoint", "main"))
+        repository.branches[request.fields["revision"]] = start
+        return Answer.of_json({})
+
+    def _create_tag(self, request: Request) -> Answer:
+        repository = self._repository(request, writing=True)
+        repository.tags[request.json["tag"]] = repository.find(request.fields["revision"])
+        return Answer.of_json({})
+
+    def _validate_card(self, request: Request) -> Answer:
+        return Answer.of_json({"errors": [], "warnings": []})
+
+    def _choose_upload_modes(self, request: Request) -> Answer:
+        repository = self._repository(request, writing=True)
+        stored = repository.files(request.fields["revision"])
+        entries = []
+        for path in [file["path"] for file in request.json["files"]]:
+            mode = "lfs" if _is_lfs(path) else "regular"
+            entry = {"path": path, "uploadMode": mode, "shouldIgnore": False}
+            if path in stored:
+                entry["oid"] = stored[path].oid
+            entries.append(entry)
+        return Answer.of_json({"files": entries})
+
+    def _plan_lfs_uploads(self, request: Request) -> Answer:
+        """An upload address for every object that is not here yet."""
+        self._repository(request, writing=True)
+        objects = []
+        for wanted in request.json["objects"]:
+            entry = {"oid": wanted["oid"], "size": wanted["size"]}
+            if wanted["oid"] not in self._uploads:
+                entry["actions"] = {"upload": {"href": f"{self.url}/objects/{wanted['oid']}"}}
+            objects.append(entry)
+        return Answer.of_json({"transfer": "basic", "objects": objects})
+
+    def _upload_lfs_object(self, request: Request) -> Answer:
+        if hashlib.sha256(request.body).hexdigest() != request.fields["oid"]:
+            raise HubError(400, "BadRequest", "the content does not have this SHA-256")
+        self._uploads[request.fields["oid"]] = request.body
+        return Answer()
+
+    def _commit(self, request: Request) -> Answer:
+        """Apply a commit: one JSON object per line, each a header, a file or a deletion."""
+        repository = self._repository(request, writing=True)
+        files = dict(repository.files(request.fields["revision"]))
+        for line in map(json.loads, request.body.splitlines()):
+            kind, value = line["key"], line["value"]
+            if kind == "file":
+                files[value["path"]] = Blob(base64.b64decode(value["content"]), is_lfs=False)
+            elif kind == "lfsFile":
+                files[value["path"]] = Blob(self._uploads[value["oid"]], is_lfs=True)
+            elif kind == "deletedFile":
+                files.pop(value["path"], None)
+            elif kind != "header":
+                raise HubError(400, "BadRequest", f"unknown operation {kind}")
+        commit = repository.commit(request.fields["revision"], files)
+        url = f"{self.url}/{repository.repo_id}/commit/{commit}"
+        return Answer.of_json({"success": True, "commitOid": commit, "commitUrl": url})
+
+
+def _is_lfs(path: str) -> bool:
+    return path.endswith(_LFS_SUFFIXES)
+
+
+def _pattern(path: str) -> re.Pattern[str]:
+    """`{name}` stands for one segment; `{repo}` for one or two, `{path}` for any number."""
+    segments = {"repo": "[^/]+(?:/[^/]+)?", "path": ".+"}
+    return re.compile(re.sub(r"\{(\w+)\}", lambda m: f"(?P<{m[1]}>{segments.get(m[1], '[^/]+')})", path))
+
+
+_ROUTES: list[tuple[str, re.Pattern[str], Callable[[LoopbackHub, Request], Answer]]] = [
+    (verb, _pattern(path), respond)
+    for verb, path, respond in (
+        ("GET", "/api/models/{repo}", LoopbackHub._info),
+        ("GET", "/api/models/{repo}/revision/{revision}", LoopbackHub._info),
+        ("GET", "/api/models/{repo}/tree/{revision}", LoopbackHub._tree),
+        ("GET", "/api/models/{repo}/tree/{revision}/{path}", LoopbackHub._tree),
+        ("GET", "/api/models/{repo}/refs", LoopbackHub._refs),
+        ("GET", "/{repo}/resolve/{revision}/{path}", LoopbackHub._resolve),
+        ("POST", "/api/repos/create", LoopbackHub._create_repository),
+        ("POST", "/api/models/{repo}/branch/{revision}", LoopbackHub._create_branch),
+        ("POST", "/api/models/{repo}/tag/{revision}", LoopbackHub._create_tag),
+        ("POST", "/api/validate-yaml", LoopbackHub._validate_card),
+        ("POST", "/api/models/{repo}/preupload/{revision}", LoopbackHub._choose_upload_modes),
+        ("POST", "/{repo}.git/info/lfs/objects/batch", LoopbackHub._plan_lfs_uploads),
+        ("PUT", "/objects/{oid}", LoopbackHub._upload_lfs_object),
+        ("POST", "/api/models/{repo}/commit/{revision}", LoopbackHub._commit),
+    )
+]
+
+
+def _server(hub: LoopbackHub) -> ThreadingHTTPServer:
+    class Handler(BaseHTTPRequestHandler):
+        """HTTP only: what to answer is the hub's affair."""
+
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # an answer is two writes; 40 ms would pass between them
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+        def _body(self) -> bytes:
+            if self.headers.get("Transfer-Encoding") != "chunked":
+                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            chunks = []
+            while size := int(self.rfile.readline(), 16):
+                chunks.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(chunks)
+
+        def _serve(self) -> None:
+            body = self._body()
+            fault = next((status for part, status in hub.faults.items() if part in self.path), None)
+            if fault == DROP_CONNECTION:
+                self.close_connection = True
+                return
+            answer = hub.answer(self.command, self.path, self.headers, body)
+            if fault is not None:
+                answer = Answer(status=fault)
+            hub.requests.append((self.command, urlsplit(self.path).path, answer.status))
+            self.send_response(answer.status)
+            for name, value in (answer.headers | {"Content-Length": str(len(answer.body))}).items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(answer.body)
+
+        do_GET = do_HEAD = do_POST = do_PUT = _serve
+
+    return ThreadingHTTPServer(("127.0.0.1", 0), Handler)

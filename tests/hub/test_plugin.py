@@ -1,0 +1,185 @@
+"""The plug-in in fresh processes: found without an import, harmless when it cannot work."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from transformers import AutoModel
+
+if TYPE_CHECKING:
+    from tests.hub.conftest import Repository
+
+# What each process does last: the digest of what it loaded.
+_LOAD = """
+import hashlib
+from transformers import AutoModel
+model = AutoModel.from_pretrained({folder!r})
+values = b"".join(t.numpy().tobytes() for _, t in sorted(model.state_dict().items()))
+print("loaded", hashlib.sha256(values).hexdigest())
+"""
+_NO_AUTOLOAD = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+# Refuses every module of the package, as an environment without it does.
+_HIDE = """
+import sys
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "miracle_hub":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Hide())
+"""
+
+
+@pytest.fixture(scope="module")
+def load(llama: Repository) -> str:
+    return _LOAD.format(folder=str(llama.compressed))
+
+
+@pytest.fixture(scope="module")
+def expected(llama: Repository) -> str:
+    """What a process prints that loaded the right weights."""
+    tensors = AutoModel.from_pretrained(llama.decompressed).state_dict()
+    values = b"".join(tensor.numpy().tobytes() for _, tensor in sorted(tensors.items()))
+    return f"loaded {hashlib.sha256(values).hexdigest()}"
+
+
+def run(
+    code: str, folder: Path, *options: str, python: Path | str = sys.executable, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `code` in `folder`, which is outside of the repository."""
+    kept = {name: value for name, value in os.environ.items() if name not in _NO_AUTOLOAD}
+    return subprocess.run(
+        [str(python), *options, "-c", code],
+        cwd=folder,
+        env={**kept, "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "",
+        "import torch",
+        "import transformers",
+        "import miracle_hub",
+        "from transformers import AutoModel; import miracle_hub",
+        # These import torch, which calls the plug-in, in the middle of their own import.
+        "import transformers.quantizers",
+        "import transformers.quantizers.auto",
+        "import transformers.modeling_utils",
+        "import transformers.core_model_loading",
+    ],
+)
+def test_whatever_is_imported_first_the_weights_are_right(
+    first: str, load: str, expected: str, tmp_path: Path
+) -> None:
+    done = run(first + load, tmp_path, "-W", "error")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == expected
+
+
+def test_importing_transformers_imports_no_decoder(llama: Repository, tmp_path: Path) -> None:
+    code = f"""
+import sys, miracle_hub
+from transformers import AutoModel, pipeline
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+assert "miracle" in AUTO_QUANTIZER_MAPPING
+AutoModel.from_pretrained({str(llama.decompressed)!r})
+late = [name for name in sys.modules if name.startswith(("numba", "miracle_hub."))]
+print(sorted(late))
+"""
+    done = run(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "numba" not in done.stdout
+    assert "miracle_hub.codec" not in done.stdout and "miracle_hub.hub.conversion" not in done.stdout
+
+
+def test_activating_again_is_harmless(load: str, expected: str, tmp_path: Path) -> None:
+    code = """
+import sys, torch
+from miracle_hub._autoload import activate
+activate(); activate()
+assert sum(type(finder).__name__ == "_PostImport" for finder in sys.meta_path) == 1
+import transformers.quantizers.auto
+activate(); activate()
+assert not any(type(finder).__name__ == "_PostImport" for finder in sys.meta_path)
+"""
+    done = run(code + load, tmp_path, "-W", "error")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == expected
+
+
+@pytest.mark.parametrize(
+    "first", ["import miracle_hub", "from transformers import AutoModel; import miracle_hub"]
+)
+def test_without_autoloading_one_import_is_enough(
+    first: str, load: str, expected: str, tmp_path: Path
+) -> None:
+    done = run(first + load, tmp_path, **_NO_AUTOLOAD)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == expected
+
+
+def assert_size_mismatch(done: subprocess.CompletedProcess[str]) -> None:
+    assert done.returncode != 0
+    assert "loaded" not in done.stdout
+    assert "RuntimeError: You set `ignore_mismatched_sizes` to `False`" in done.stderr
+    assert "MISMATCH" in done.stderr and "Unknown quantization type, got miracle" in done.stderr
+
+
+def test_with_the_package_hidden_loading_fails(load: str, tmp_path: Path) -> None:
+    assert_size_mismatch(run(_HIDE + load, tmp_path, "-I", **_NO_AUTOLOAD))
+
+
+def test_in_an_environment_without_the_package_loading_fails(load: str, tmp_path: Path) -> None:
+    """A virtual environment with links to everything installed here but this package."""
+    venv.create(tmp_path / "environment", with_pip=False, symlinks=True)
+    python = tmp_path / "environment" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("virtual environments are laid out in another way here")
+    (site_packages,) = (tmp_path / "environment" / "lib").glob("python*/site-packages")
+    for path in {Path(sysconfig.get_path("purelib")), Path(sysconfig.get_path("platlib"))}:
+        for entry in path.iterdir():
+            if "miracle" not in entry.name and not (site_packages / entry.name).exists():
+                (site_packages / entry.name).symlink_to(entry)
+    assert run("import torch, miracle_hub", tmp_path, "-I", python=python).returncode != 0
+    assert_size_mismatch(run(load, tmp_path, "-I", python=python))
+
+
+def test_a_plug_in_that_cannot_be_imported_only_warns(llama: Repository, tmp_path: Path) -> None:
+    code = f"""
+import sys
+class Break:
+    def find_spec(self, name, path=None, target=None):
+        if name == "miracle_hub.hub.quantizer":
+            raise ImportError("broken on purpose")
+sys.meta_path.insert(0, Break())
+from transformers import AutoModel
+AutoModel.from_pretrained({str(llama.decompressed)!r})
+print("dense models load")
+"""
+    done = run(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "dense models load"
+    assert "RuntimeWarning: miracle-hub could not register with transformers" in done.stderr
+    assert "broken on purpose" in done.stderr and "pip install -U miracle-hub transformers" in done.stderr
+
+
+def test_the_processes_differ_from_random_weights(llama: Repository, expected: str) -> None:
+    """The comparison above is not empty: other weights have another digest."""
+    model = AutoModel.from_pretrained(llama.source)
+    tensors = model.state_dict()
+    values = b"".join(tensor.numpy().tobytes() for _, tensor in sorted(tensors.items()))
+    assert f"loaded {hashlib.sha256(values).hexdigest()}" != expected
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
