@@ -168,7 +168,7 @@ def mark_narrowed(plan: TensorPlan) -> TensorPlan:
     sensitive to their last digits.
     """
     source = plan.source
-    is_affine = source.name.endswith((".weight", ".bias")) and len(source.shape) == 1
+    is_affine = source.name.endswith((".weight", ".bias")) and len(source.shape) == 1 and source.n_weights
     if not plan.reason or source.dtype != "F32" or not is_affine:
         return plan
     values = source.load().double()

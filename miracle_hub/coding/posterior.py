@@ -34,8 +34,8 @@ class Posterior:
 class Prior:
     """N(mean, scale²) per weight, known to sender and receiver; both broadcast to `[n]`."""
 
-    mean: Float32[Tensor, "*shape"]
-    scale: Float32[Tensor, "*shape"]
+    mean: Float32[Tensor, "*#shape"]
+    scale: Float32[Tensor, "*#shape"]
 
 
 @dataclass(frozen=True)

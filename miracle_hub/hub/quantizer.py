@@ -27,6 +27,8 @@ from miracle_hub.errors import ChecksumError, UnsupportedVersionError
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
 
+    from miracle_hub.hub.conversion import Expected
+
 
 class MiracleQuantizationConfig(QuantizationConfigMixin):
     """The `quantization_config` of a compressed repository. Payloads describe themselves, so this
@@ -62,7 +64,7 @@ class MiracleQuantizer(HfQuantizer):
     def __init__(self, quantization_config: MiracleQuantizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._dtype = torch.float32
-        self._kept_dtypes: dict[str, torch.dtype] = {}
+        self._expected: dict[str, Expected] = {}
         self._conversions: list = []
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -74,10 +76,12 @@ class MiracleQuantizer(HfQuantizer):
         self, model: "PreTrainedModel", *args: Any, **kwargs: Any
     ) -> "PreTrainedModel":
         """Check every payload's checksum and header before anything is allocated."""
+        from miracle_hub.hub.conversion import expected_tensors
+
         # transformers builds the model, and calls this, under `torch.device("meta")`.
         with torch.device("cpu"):
             _check_payloads(kwargs.get("checkpoint_files") or [], vars(self.quantization_config)["digest"])
-        self._kept_dtypes = model._get_dtype_plan(self._dtype)
+        self._expected = expected_tensors(model, self._dtype)
         return model
 
     def update_weight_conversions(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -86,20 +90,25 @@ class MiracleQuantizer(HfQuantizer):
         """The model's own converters with decoding in front, and one for all other names."""
         from miracle_hub.hub.conversion import with_decoding
 
-        self._conversions = with_decoding(weight_conversions, self._kept_dtypes)
+        self._conversions = with_decoding(weight_conversions, self._expected)
         return self._conversions
 
     def _process_model_after_weight_loading(
         self, model: "PreTrainedModel", **kwargs: Any
     ) -> "PreTrainedModel":
-        """Take decoding out of the converters again: save_pretrained reverses those that are left."""
-        from miracle_hub.hub.conversion import without_decoding
+        """Take decoding out of the converters again: save_pretrained reverses those that are left.
+
+        Raises:
+            FormatError: and its subclasses: a payload that was left over cannot be decoded.
+        """
+        from miracle_hub.hub.conversion import decode_leftovers, without_decoding
 
         # In place: transformers goes on using its list when it loads an adapter after the model.
         self._conversions[:] = without_decoding(self._conversions)
         used = getattr(model, "_weight_conversions", None)
         if used is not None:
             model._weight_conversions = without_decoding(used)  # pyright: ignore[reportArgumentType]
+        decode_leftovers(model, self._expected)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]

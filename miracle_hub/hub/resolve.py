@@ -1,5 +1,6 @@
 """A folder or a Hub id → a local folder."""
 
+import os
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
@@ -32,9 +33,8 @@ def local_folder(source: str | Path, revision: str | None = None) -> Path:
         MissingWeightsError: the repository has no safetensors file.
         PickleRefusedError: it has only pickle weights; they are not downloaded.
     """
-    path = Path(source)
-    if path.exists():
-        return path
+    if os.path.exists(source):  # unlike Path.exists, False for names that no file can have
+        return Path(source)
     try:
         folder = Path(snapshot_download(str(source), revision=revision, ignore_patterns=_IGNORED))
     except _CLIENT_ERRORS as error:

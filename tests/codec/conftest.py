@@ -1,9 +1,9 @@
 """Tiny models, saved in a moment, and one of them compressed once for all tests that only read."""
 
 import json
+import runpy
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from miracle_hub.codec.compress import Report, compress_folder
+from miracle_hub.errors import BudgetError
 
 
 def save_folder(
@@ -54,6 +55,11 @@ def save_model(tmp_path: Path) -> Callable[..., Path]:
     return save
 
 
+@pytest.fixture(scope="session")
+def save_anywhere() -> Callable[..., Path]:
+    return save_folder
+
+
 @pytest.fixture
 def compress() -> Callable[..., Report]:
     """`compress_folder` at its fastest, 3 bits per weight unless a size or rate is given."""
@@ -64,6 +70,19 @@ def compress() -> Callable[..., Report]:
         return compress_folder(source, out, **{"window_bits": 8, "progress": False, **options})
 
     return run
+
+
+@pytest.fixture
+def least_size(compress: Callable[..., Report], tmp_path: Path) -> Callable[..., int]:
+    """The least size of a model, as the error for asking less says it."""
+
+    def ask(source: Path, **options: Any) -> int:
+        with pytest.raises(BudgetError) as raised:
+            compress(source, tmp_path / "never", size=1, **options)
+        assert not (tmp_path / "never").exists()
+        return int(str(raised.value).split("least possible is ")[1].split(" bytes")[0].replace(",", ""))
+
+    return ask
 
 
 @pytest.fixture
@@ -93,7 +112,5 @@ def compressed(compressed_once: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def independent_decode() -> Callable[[bytes], tuple[int, Any, float]]:
     """The decoder of tests/golden, which shares no code with the package."""
-    import runpy
-
     path = Path(__file__).parents[1] / "golden" / "payload_decoder.py"
-    return partial(runpy.run_path(str(path))["decode"])
+    return runpy.run_path(str(path))["decode"]

@@ -46,7 +46,7 @@ def test_both_ends_of_every_range_are_valid(name: str, low: int, high: int) -> N
         ("stream_id", None, 0, 2**32 - 1),
     ],
 )
-def test_a_value_out_of_range_is_named_with_its_range(name: str, value: object, low: int, high: int) -> None:
+def test_a_value_out_of_range_is_named_with_its_range(name: str, value: Any, low: int, high: int) -> None:
     with pytest.raises(OptionError) as caught:
         Code(**VALID | {name: value})
     assert str(caught.value) == (

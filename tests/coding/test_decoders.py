@@ -100,7 +100,9 @@ def test_bits_behind_the_message_change_nothing() -> None:
     for decoder in (reference, cpu):
         assert_same_bits(decoder.decode_stream(flipped, code, n), decoder.decode_stream(message, code, n))
         flipped[-1] ^= 2**unused
-        assert not torch.equal(decoder.decode_stream(flipped, code, n), decoder.decode_stream(message, code, n))
+        assert not torch.equal(
+            decoder.decode_stream(flipped, code, n), decoder.decode_stream(message, code, n)
+        )
         flipped[-1] ^= 2**unused
 
 

@@ -1,6 +1,7 @@
 """The digest against plain integers, its numba twin, and what it must notice."""
 
 import struct
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -39,14 +40,14 @@ def test_the_finalizer_is_that_of_splitmix64() -> None:
 
 
 @BOTH
-def test_digest_follows_the_formula(digest) -> None:
+def test_digest_follows_the_formula(digest: Callable[[torch.Tensor], int]) -> None:
     values = torch.randn(1000, generator=torch.Generator().manual_seed(3))
     assert digest(values) == by_hand(values)
     assert digest(torch.zeros(2)) == 0xE220A8397B1DCDAF
 
 
 @BOTH
-def test_digest_of_nothing_is_zero(digest) -> None:
+def test_digest_of_nothing_is_zero(digest: Callable[[torch.Tensor], int]) -> None:
     assert digest(torch.zeros(0)) == 0
 
 
@@ -60,7 +61,7 @@ def test_numba_digest_equals_the_reference_for_any_words(words: list[int]) -> No
 
 
 @BOTH
-def test_any_single_changed_bit_changes_the_digest(digest) -> None:
+def test_any_single_changed_bit_changes_the_digest(digest: Callable[[torch.Tensor], int]) -> None:
     words = torch.randn(7, generator=torch.Generator().manual_seed(4)).numpy().view(np.uint32).tolist()
     digests = {digest(of_words(words))}
     for position in range(7):
@@ -72,7 +73,7 @@ def test_any_single_changed_bit_changes_the_digest(digest) -> None:
 
 
 @BOTH
-def test_swapped_values_change_the_digest(digest) -> None:
+def test_swapped_values_change_the_digest(digest: Callable[[torch.Tensor], int]) -> None:
     assert digest(torch.tensor([1.0, 2.0])) != digest(torch.tensor([2.0, 1.0]))
     assert digest(torch.tensor([0.0])) != digest(torch.tensor([-0.0]))
 

@@ -68,7 +68,20 @@ def test_equal_keys_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_golden_permutation() -> None:
-    assert permutation(12, Code(8, 2, 1, 0x123456789ABCDEF0, 3)).tolist() == [6, 2, 5, 11, 10, 9, 4, 3, 8, 1, 0, 7]
+    assert permutation(12, Code(8, 2, 1, 0x123456789ABCDEF0, 3)).tolist() == [
+        6,
+        2,
+        5,
+        11,
+        10,
+        9,
+        4,
+        3,
+        8,
+        1,
+        0,
+        7,
+    ]
 
 
 def test_seed_and_stream_id_choose_the_permutation_and_the_window_does_not() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from miracle_hub.coding.posterior import Cost, Posterior, Prior, importance_cost, kl_nats, squared_error_cost
+from miracle_hub.coding.posterior import Posterior, Prior, importance_cost, kl_nats, squared_error_cost
 from miracle_hub.errors import OptionError
 
 N = 40
@@ -45,9 +45,12 @@ def test_importance_cost_is_the_log_density_ratio_up_to_a_constant_per_weight(se
     assert float(difference[0].std()) > 0.1
 
 
-def test_one_prior_for_all_weights_equals_the_same_prior_for_each() -> None:
+@pytest.mark.parametrize(("mean_shape", "scale_shape"), [((), ()), ((N,), ()), ((), (N,)), ((1,), (N,))])
+def test_one_prior_for_all_weights_equals_the_same_prior_for_each(
+    mean_shape: tuple[int, ...], scale_shape: tuple[int, ...]
+) -> None:
     posterior, _ = random_case(1)
-    one = Prior(torch.tensor(0.3), torch.tensor(1.7))
+    one = Prior(torch.full(mean_shape, 0.3), torch.full(scale_shape, 1.7))
     each = Prior(torch.full((N,), 0.3), torch.full((N,), 1.7))
     assert torch.equal(importance_cost(posterior, one).quadratic, importance_cost(posterior, each).quadratic)
     assert torch.equal(importance_cost(posterior, one).linear, importance_cost(posterior, each).linear)

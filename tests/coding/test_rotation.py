@@ -1,5 +1,7 @@
 """The Hadamard rotation: the matrix, the order of the float32 sums, and the numba twin's bits."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from miracle_hub.coding import cpu
 from miracle_hub.coding.rotation import DEFAULT_WIDTH, check_width, hadamard, widest_rotation
 from miracle_hub.errors import OptionError
 
+Rotation = Callable[[torch.Tensor, int], torch.Tensor]
 WIDTHS = [1, 2, 4, 8, 16, 64, 128]
 BOTH = pytest.mark.parametrize("rotate", [hadamard, cpu.hadamard], ids=["reference", "cpu"])
 
@@ -41,14 +44,14 @@ def by_hand(row: np.ndarray, width: int) -> np.ndarray:
 
 @BOTH
 @pytest.mark.parametrize("width", WIDTHS)
-def test_rotation_of_the_identity_is_the_walsh_hadamard_matrix(rotate, width: int) -> None:
-    expected = torch.from_numpy(hadamard_matrix(width, np.float32))
+def test_rotation_of_the_identity_is_the_walsh_hadamard_matrix(rotate: Rotation, width: int) -> None:
+    expected = torch.from_numpy(hadamard_matrix(width).astype(np.float32))
     assert torch.equal(rotate(torch.eye(width), width), expected)
 
 
 @BOTH
 @pytest.mark.parametrize("width", WIDTHS)
-def test_rotating_twice_multiplies_by_the_width(rotate, width: int) -> None:
+def test_rotating_twice_multiplies_by_the_width(rotate: Rotation, width: int) -> None:
     # Small integers: every sum is exact, so that H·H = width·I holds to the last bit.
     generator = torch.Generator().manual_seed(1)
     values = torch.randint(-9, 10, (3, 2 * width), generator=generator).float()
@@ -57,7 +60,7 @@ def test_rotating_twice_multiplies_by_the_width(rotate, width: int) -> None:
 
 @BOTH
 @pytest.mark.parametrize("width", WIDTHS)
-def test_sums_are_taken_in_the_documented_order(rotate, width: int) -> None:
+def test_sums_are_taken_in_the_documented_order(rotate: Rotation, width: int) -> None:
     values = random_rows(2, 3 * width)
     expected = torch.from_numpy(np.stack([by_hand(row, width) for row in values.numpy()]))
     assert same_bits(rotate(values, width), expected)
@@ -65,7 +68,7 @@ def test_sums_are_taken_in_the_documented_order(rotate, width: int) -> None:
 
 def test_another_order_of_the_sums_would_be_noticed() -> None:
     values = random_rows(2, 128)
-    product = values @ torch.from_numpy(hadamard_matrix(128, np.float32))
+    product = values @ torch.from_numpy(hadamard_matrix(128).astype(np.float32))
     assert torch.allclose(hadamard(values, 128), product, rtol=1e-3, atol=1e-1)
     assert not same_bits(hadamard(values, 128), product)
 
@@ -93,7 +96,7 @@ def test_rotation_does_not_depend_on_the_number_of_threads(
 
 
 @BOTH
-def test_rotation_leaves_its_input_alone_and_reads_any_strides(rotate) -> None:
+def test_rotation_leaves_its_input_alone_and_reads_any_strides(rotate: Rotation) -> None:
     values = random_rows(8, 16)
     before = values.clone()
     transposed = rotate(values.T, 8)
@@ -103,9 +106,20 @@ def test_rotation_leaves_its_input_alone_and_reads_any_strides(rotate) -> None:
 
 @pytest.mark.parametrize(
     ("columns", "limit", "width"),
-    [(0, 128, 1), (1, 128, 1), (7, 128, 1), (12, 128, 4), (96, 128, 32), (384, 128, 128), (384, 64, 64), (4096, 8192, 4096)],
+    [
+        (0, 128, 1),
+        (1, 128, 1),
+        (7, 128, 1),
+        (12, 128, 4),
+        (96, 128, 32),
+        (384, 128, 128),
+        (384, 64, 64),
+        (4096, 8192, 4096),
+    ],
 )
-def test_widest_rotation_is_the_largest_power_of_two_that_divides(columns: int, limit: int, width: int) -> None:
+def test_widest_rotation_is_the_largest_power_of_two_that_divides(
+    columns: int, limit: int, width: int
+) -> None:
     assert widest_rotation(columns, limit) == width
     assert DEFAULT_WIDTH == 128 and widest_rotation(4096) == 128
 

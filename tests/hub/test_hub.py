@@ -5,9 +5,6 @@ the Hub runs in a fresh process; the fixtures share them, for an import of trans
 """
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +21,8 @@ import miracle_hub
 from miracle_hub.codec.compress import Report
 from miracle_hub.hub.card import write_card
 
-from .loopback import DROP_CONNECTION, TOKEN, LoopbackHub
+from .client import Client, stopped_url
+from .loopback import TOKEN, LoopbackHub
 
 SOURCE_CARD = """---
 license: cc-by-4.0
@@ -44,31 +42,6 @@ OTHER_COPIES = (
 )
 OPTIONS: dict[str, Any] = {"bits_per_weight": 3.0, "window_bits": 8}
 SHARD_SIZE = "12KB"
-
-
-@dataclass(frozen=True)
-class Client:
-    """Processes that know one Hub and share one cache."""
-
-    endpoint: str
-    home: Path
-
-    def start(self, command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
-        ours = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(self.home), "HF_HUB_DISABLE_XET": "1"}
-        ours |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"}
-        environment = kept | ours | environment
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-
-    def python(self, code: str, *arguments: str | Path, **environment: str) -> Any:
-        """Run code in a fresh interpreter; its last line of output is JSON."""
-        done = self.start([sys.executable, "-c", code, *map(str, arguments)], **environment)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
-
-    def miracle(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        command = Path(sys.executable).with_name("miracle")
-        return self.start([str(command), *map(str, arguments)])
 
 
 @pytest.fixture(scope="module")
@@ -140,11 +113,6 @@ def client(hub: LoopbackHub, folders: Folders, tmp_path_factory: pytest.TempPath
     hub.add("user/dense", folders.retrained, branch="retrained")
     hub.add("user/sharded", folders.sharded)
     hub.add("user/private", folders.compressed_sharded, private=True)
-    pickled, bare = tmp_path_factory.mktemp("pickled"), tmp_path_factory.mktemp("bare")
-    (bare / "config.json").write_text("{}")
-    (pickled / "pytorch_model.bin").write_bytes(b"\x80 not to be opened")
-    hub.add("user/bare", bare)
-    hub.add("user/pickled", pickled)
     client = Client(hub.url, tmp_path_factory.mktemp("home"))
     client.python(UPLOAD, folders.compressed, HF_TOKEN=TOKEN)
     return client
@@ -234,8 +202,9 @@ def test_uploaded_weights_go_through_lfs_and_the_rest_does_not(
 ) -> None:
     stored = hub.repositories["user/compressed"].files()
     assert {path for path, blob in stored.items() if blob.is_lfs} == {"model.safetensors"}
-    local = {path.name: path.read_bytes() for path in folders.compressed.iterdir()}
-    assert {path: blob.data for path, blob in stored.items()} == local
+    for path, blob in stored.items():
+        assert blob.data == (folders.compressed / path).read_bytes()
+    assert len(stored) == sum(path.is_file() for path in folders.compressed.rglob("*"))
 
 
 def test_from_pretrained_of_a_hub_id_equals_load_state_dict_bitwise(loaded: Path, folders: Folders) -> None:
@@ -360,98 +329,3 @@ def test_offline_mode_reads_the_cache(client: Client, loaded: Path, read: Read, 
 def test_cache_is_read_when_the_server_is_gone(client: Client, read: Read) -> None:
     found = Client(stopped_url(), client.home).python(CACHED)
     assert found == [sorted(read.facts["names"]), read.facts["digest"]]
-
-
-def stopped_url() -> str:
-    """An address of this machine where nothing listens any more."""
-    with LoopbackHub() as hub:
-        return hub.url
-
-
-# Errors.
-
-TRY = """
-import json, sys, time
-import miracle_hub
-from miracle_hub.errors import MiracleError
-found = {}
-for source, revision in json.loads(sys.argv[1]):
-    start = time.monotonic()
-    try:
-        miracle_hub.load_state_dict(source, revision=revision)
-    except MiracleError as error:
-        found[source] = [type(error).__name__, str(error), time.monotonic() - start]
-print(json.dumps(found))
-"""
-FAULTS = {
-    "user/failing": 500,
-    "user/hanging-up": DROP_CONNECTION,
-    "user/behind-a-portal": 200,  # an empty answer that is no JSON
-    "user/dense/resolve": DROP_CONNECTION,
-}
-NEITHER = "expected a local folder or a Hub repository; there is no such folder, and"
-UNREADABLE = f"{NEITHER} the Hub could not be read"
-ERRORS: dict[str, tuple[str, str]] = {
-    "user/missing": ("SourceError", f"{NEITHER} the Hub has no such repository; check the spelling"),
-    "missing": ("SourceError", f"{NEITHER} the Hub has no such repository; check the spelling"),
-    "user/private": ("SourceError", "log in with `hf auth login` if the repository is private"),
-    "user/two words": ("SourceError", f"{NEITHER} this is no Hub id (name or owner/name)"),
-    "./models/bert": ("SourceError", f"{NEITHER} this is no Hub id (name or owner/name)"),
-    "user/compressed": ("SourceError", "no branch, tag or commit 'retrained'; check the spelling"),
-    "user/failing": (
-        "SourceError",
-        f"{UNREADABLE} (LocalEntryNotFoundError: Got: HfHubHTTPError: Server error",
-    ),
-    "user/hanging-up": ("SourceError", f"{UNREADABLE} (RemoteProtocolError: Server disconnected"),
-    "user/behind-a-portal": ("SourceError", f"{UNREADABLE} (JSONDecodeError: "),
-    "user/dense": ("SourceError", UNREADABLE),
-    "user/bare": ("MissingWeightsError", "expected model.safetensors"),
-    "user/pickled": ("PickleRefusedError", "found only pickle weights (pytorch_model.bin)"),
-}
-REVISIONS = {"user/compressed": "retrained"}
-
-
-@pytest.fixture(scope="module")
-def errors(
-    hub: LoopbackHub, client: Client, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, tuple[str, str, float]]]:
-    """What every source of ERRORS raised, in one process with an empty cache and no token."""
-    sources = [(source, REVISIONS.get(source)) for source in ERRORS]
-    hub.faults = FAULTS
-    yield Client(hub.url, tmp_path_factory.mktemp("empty")).python(TRY, json.dumps(sources))
-    hub.faults = {}
-
-
-@pytest.mark.parametrize("source", ERRORS)
-def test_unreadable_source_says_what_to_do_at_once(
-    source: str, errors: dict[str, tuple[str, str, float]]
-) -> None:
-    kind, message, seconds = errors[source]
-    expected_kind, words = ERRORS[source]
-    assert kind == expected_kind
-    assert message.startswith(f"{source}: ")
-    assert words in message
-    assert "\n" not in message
-    assert seconds < 5  # the client gives up at once; it would try for 23 s once a download runs
-
-
-def test_refused_pickles_are_not_downloaded(
-    hub: LoopbackHub, errors: dict[str, tuple[str, str, float]]
-) -> None:
-    assert hub.downloads("user/pickled") == set()
-
-
-def test_command_line_reports_a_missing_repository_in_one_line(client: Client, tmp_path: Path) -> None:
-    done = client.miracle("compress", "user/missing", tmp_path / "out", "--size", "1MB")
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert done.stderr.startswith("miracle: user/missing: ")
-    assert done.stderr.count("\n") == 1
-    assert not (tmp_path / "out").exists()
-
-
-def test_unreachable_hub_is_a_source_error(tmp_path: Path) -> None:
-    nowhere = Client(stopped_url(), tmp_path)
-    kind, message, _ = nowhere.python(TRY, json.dumps([["user/compressed", None]]))["user/compressed"]
-    assert kind == "SourceError"
-    assert UNREADABLE in message and "Connection refused" in message

@@ -1,0 +1,39 @@
+"""Memory grows with the largest tensor, not with the model."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+# VmHWM is this process's own peak; getrusage would hand down the peak of the process that started it.
+SCRIPT = """
+import sys
+from pathlib import Path
+from miracle_hub.codec.compress import compress_folder
+from miracle_hub.codec.decompress import decompress_folder
+
+source, small, dense = map(Path, sys.argv[1:])
+compress_folder(source, small, bits_per_weight=0.5, window_bits=8, max_shard_size="1MB", progress=False)
+decompress_folder(small, dense, max_shard_size="20MB", overwrite=False, progress=False)
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+"""
+MEGABYTE = 1 << 20
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+def test_a_model_of_96_mb_needs_hardly_more_memory_than_one_of_16_mb(
+    save_anywhere: Callable[..., Path], tmp_path: Path
+) -> None:
+    peaks = {}
+    generator = torch.Generator().manual_seed(0)
+    for n_tensors in (8, 48):
+        tensors = {f"layer.{i}.weight": torch.randn(512, 1024, generator=generator) for i in range(n_tensors)}
+        source = save_anywhere(tmp_path / f"model{n_tensors}", tensors, shards=5)
+        out = [str(tmp_path / f"{name}{n_tensors}") for name in ("small", "dense")]
+        command = [sys.executable, "-c", SCRIPT, str(source), *out]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+        peaks[n_tensors] = int(done.stdout) * 1024
+    assert peaks[48] - peaks[8] < 40 * MEGABYTE  # 80 MB would be the difference of the models

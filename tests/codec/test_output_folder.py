@@ -1,0 +1,338 @@
+"""The output appears whole or not at all: existing folders, errors, Ctrl-C, kill -9, races, full disks."""
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+import miracle_hub.codec.compress as compress_module
+import miracle_hub.codec.folder as folder_module
+import miracle_hub.format.container as container_module
+from miracle_hub.codec.compress import Report
+from miracle_hub.codec.decompress import decompress_folder, load_state_dict
+from miracle_hub.codec.folder import output_folder
+from miracle_hub.errors import OutputExistsError, OutputWriteError
+
+Compress = Callable[..., Report]
+
+SCRIPT = """
+import os, signal, sys, time
+from pathlib import Path
+import miracle_hub.codec.compress as module
+
+encode = module.encode_tensor
+def slow_encode(*args, **kwargs):
+    (parent / f"ready-{os.getpid()}").touch()
+    while len(list(parent.glob("ready-*"))) < processes:
+        time.sleep(0.01)
+    if die:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return encode(*args, **kwargs)
+
+module.encode_tensor = slow_encode
+parent, processes, die = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "die"
+try:
+    options = dict(bits_per_weight=3.0, window_bits=8, progress=False)
+    module.compress_folder(parent / "model", parent / "out", **options)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+def start(folder: Path, processes: int, fate: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", SCRIPT, str(folder), str(processes), fate]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def decompress(source: Path, out: Path, **options: Any) -> int:
+    return decompress_folder(
+        source, out, **{"max_shard_size": "5GB", "overwrite": False, "progress": False, **options}
+    )
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@contextmanager
+def largest_file(n_bytes: int) -> Iterator[None]:
+    """The kernel refuses to let any file of this process grow beyond `n_bytes`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.fixture
+def existing(tmp_path: Path) -> Path:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("mine")
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("write", ["compress", "decompress"])
+def test_an_existing_output_is_refused_untouched(
+    write: str, model: Path, compressed: Path, existing: Path, compress: Compress
+) -> None:
+    with pytest.raises(OutputExistsError) as raised:
+        compress(model, existing) if write == "compress" else decompress(compressed, existing)
+    assert str(raised.value) == (
+        f"{existing}: the output folder exists; choose another, or pass --overwrite (overwrite=True) to "
+        "replace it"
+    )
+    assert names(existing) == ["precious.txt"]
+    assert names(existing.parent) == ["model", "out", "small"]
+
+
+@pytest.mark.parametrize("kind", ["file", "link to a folder", "dangling link"])
+def test_whatever_has_the_outputs_name_is_refused_and_replaced_only_when_asked(
+    kind: str, model: Path, compress: Compress, tmp_path: Path
+) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    other.mkdir()
+    (other / "precious.txt").write_text("mine")
+    if kind == "file":
+        out.write_text("a file")
+    else:
+        out.symlink_to(other if kind == "link to a folder" else tmp_path / "nowhere")
+    with pytest.raises(OutputExistsError):
+        compress(model, out)
+    compress(model, out, overwrite=True)
+    assert not out.is_symlink() and names(out) == ["config.json", "model.safetensors"]
+    assert names(other) == ["precious.txt"]
+    assert names(tmp_path) == ["model", "other", "out"]
+
+
+@pytest.mark.parametrize("write", ["compress", "decompress"])
+def test_overwriting_replaces_the_folder_as_a_whole(
+    write: str, model: Path, compressed: Path, existing: Path, compress: Compress
+) -> None:
+    if write == "compress":
+        compress(model, existing, overwrite=True)
+    else:
+        decompress(compressed, existing, overwrite=True)
+    assert names(existing) == ["config.json", "model.safetensors"]
+    assert names(existing.parent) == ["model", "out", "small"]
+
+
+def test_missing_parents_are_made_and_permissions_are_those_of_any_new_folder(
+    model: Path, compress: Compress, tmp_path: Path
+) -> None:
+    compress(model, tmp_path / "a" / "b" / "out")
+    (tmp_path / "a" / "plain").mkdir()
+    mode = (tmp_path / "a" / "plain").stat().st_mode
+    assert (tmp_path / "a" / "b" / "out").stat().st_mode == mode
+    assert names(tmp_path / "a" / "b") == ["out"]
+
+
+def test_an_output_relative_to_here_is_written_here(
+    model: Path, compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    compress(model, Path("out"))
+    compress(model, Path("."), overwrite=True)
+    assert names(tmp_path / "here") == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError, MemoryError])
+@pytest.mark.parametrize("before", [False, True])
+def test_a_failure_in_the_middle_leaves_what_was_there_before(
+    failure: type[BaseException],
+    before: bool,
+    model: Path,
+    compress: Compress,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if before:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "precious.txt").write_text("mine")
+    encode, seen = compress_module.encode_tensor, []
+
+    def failing(*args: Any, **kwargs: Any) -> bytes:
+        seen.append(names(tmp_path))
+        if len(seen) == 2:
+            raise failure
+        return encode(*args, **kwargs)
+
+    monkeypatch.setattr(compress_module, "encode_tensor", failing)
+    with pytest.raises(failure):
+        compress(model, tmp_path / "out", overwrite=before)
+    assert len(seen[0]) == 2 + before and seen[0][0].startswith(".out.")
+    assert names(tmp_path) == (["model", "out"] if before else ["model"])
+    assert not before or names(tmp_path / "out") == ["precious.txt"]
+
+
+def test_a_failing_card_or_decode_leaves_nothing(
+    model: Path, compressed: Path, compress: Compress, tmp_path: Path
+) -> None:
+    def card(folder: Path, report: Report) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(
+        OutputWriteError, match=r"README\.md: cannot be written: No space left on device; free"
+    ):
+        compress(model, tmp_path / "out", card=card)
+    data = bytearray((compressed / "model.safetensors").read_bytes())
+    data[-1] ^= 255
+    (compressed / "model.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match="CRC-32"):
+        decompress(compressed, tmp_path / "out")
+    assert names(tmp_path) == ["model", "small"]
+
+
+def test_a_killed_process_leaves_no_output_and_the_next_one_is_not_disturbed(
+    model: Path, compress: Compress, tmp_path: Path
+) -> None:
+    process = start(tmp_path, 1, "die")
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    left = names(tmp_path)
+    assert "out" not in left and [name for name in left if name.startswith(".out.")]
+    compress(model, tmp_path / "out")
+    assert names(tmp_path / "out") == ["config.json", "model.safetensors"]
+
+
+def test_of_two_processes_on_one_output_exactly_one_wins_and_its_result_is_whole(
+    model: Path, compress: Compress, tmp_path: Path
+) -> None:
+    said = [process.communicate(timeout=120)[0] for process in [start(tmp_path, 2, "live") for _ in range(2)]]
+    assert sorted(text.split(" ")[0] for text in said) == ["", "OutputExistsError"]
+    assert f"{tmp_path / 'out'}: " in "".join(said)
+    compress(model, tmp_path / "alone")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    assert not [name for name in names(tmp_path) if name.startswith(".")]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_output_that_appears_meanwhile_is_kept_unless_overwriting(overwrite: bool, tmp_path: Path) -> None:
+    def write() -> None:
+        with output_folder(tmp_path / "out", overwrite) as temporary:
+            (temporary / "new.txt").write_text("new")
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "other.txt").write_text("other")
+
+    if overwrite:
+        write()
+    else:
+        with pytest.raises(OutputExistsError):
+            write()
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["new.txt" if overwrite else "other.txt"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_losing_the_very_last_race_keeps_the_winners_folder(
+    overwrite: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = os.rename
+
+    def raced(source: Path, target: Path) -> None:
+        if Path(source).suffix == ".tmp":
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "other.txt").write_text("other")
+        rename(source, target)
+
+    monkeypatch.setattr(folder_module.os, "rename", raced)
+    if overwrite:
+        (tmp_path / "out").mkdir()
+    with pytest.raises(OutputExistsError) as raised, output_folder(tmp_path / "out", overwrite) as temporary:
+        (temporary / "new.txt").write_text("new")
+    assert str(raised.value) == (
+        f"{tmp_path / 'out'}: expected no such folder, found one that another process has just written; it "
+        "was left as it is: run one of the two at a time"
+    )
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["other.txt"]
+
+
+@pytest.mark.parametrize("failure", [PermissionError(errno.EACCES, "Permission denied"), KeyboardInterrupt()])
+def test_a_rename_that_fails_gives_the_old_folder_back(
+    failure: BaseException, existing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = os.rename
+
+    def failing(source: Path, target: Path) -> None:
+        if Path(source).suffix == ".tmp":
+            raise failure
+        rename(source, target)
+
+    monkeypatch.setattr(folder_module.os, "rename", failing)
+    expected = OutputWriteError if isinstance(failure, OSError) else KeyboardInterrupt
+    with pytest.raises(expected), output_folder(existing, True) as temporary:
+        (temporary / "new.txt").write_text("new")
+    assert names(existing.parent) == ["out"] and names(existing) == ["precious.txt"]
+
+
+def test_a_file_that_may_not_grow_is_named_and_nothing_stays(
+    model: Path, compressed: Path, compress: Compress, tmp_path: Path
+) -> None:
+    for write in (
+        lambda: compress(model, tmp_path / "out"),
+        lambda: decompress(compressed, tmp_path / "out"),
+    ):
+        with pytest.raises(OutputWriteError) as raised, largest_file(2000):
+            write()
+        message = str(raised.value)
+        assert message.startswith(f"{tmp_path}/.out.")
+        assert message.endswith("/model.safetensors: cannot be written: File too large")
+        assert names(tmp_path) == ["model", "small"]
+
+
+def test_a_full_disk_is_named_with_the_file_and_the_way_out(
+    model: Path, compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(container_module.os, "fsync", full)
+    with pytest.raises(OutputWriteError) as raised:
+        compress(model, tmp_path / "out")
+    assert str(raised.value).endswith(
+        "/model.safetensors: cannot be written: No space left on device; free some space and run it again"
+    )
+    assert names(tmp_path) == ["model"]
+
+
+def test_other_files_and_the_config_meet_a_full_disk_the_same_way(
+    model: Path, compress: Compress, tmp_path: Path
+) -> None:
+    (model / "tokenizer.json").write_bytes(bytes(5000))
+    with pytest.raises(OutputWriteError, match=r"/tokenizer\.json: cannot be written: File too large"):
+        with largest_file(4700):
+            compress(model, tmp_path / "out")
+    (model / "tokenizer.json").unlink()
+    (model / "config.json").write_text('{"long": "' + "x" * 6000 + '"}')
+    with pytest.raises(OutputWriteError, match=r"/config\.json: cannot be written: File too large"):
+        with largest_file(5500):
+            compress(model, tmp_path / "out")
+    assert names(tmp_path) == ["model"]
+
+
+def test_a_parent_that_is_a_file_is_named(model: Path, compress: Compress, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputWriteError, match=r"/file/out: cannot be written: "):
+        compress(model, tmp_path / "file" / "out")
+
+
+def test_the_loser_of_a_race_can_still_read_the_winners_model(
+    model: Path, tensors: dict[str, Tensor], compress: Compress, tmp_path: Path
+) -> None:
+    compress(model, tmp_path / "out")
+    with pytest.raises(OutputExistsError):
+        compress(model, tmp_path / "out")
+    assert load_state_dict(tmp_path / "out").keys() == tensors.keys()

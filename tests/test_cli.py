@@ -1,0 +1,145 @@
+"""The command line is the package's functions: same names, same defaults, errors in one line."""
+
+import inspect
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import miracle_hub
+from miracle_hub import cli
+
+VERBS = ("compress", "decompress", "inspect")
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {"first.weight": torch.randn(64, 48, generator=generator), "norm.weight": torch.ones(48)}
+    (tmp_path / "model").mkdir()
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "bert"}')
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """`miracle ARGUMENTS…` in this process: its status, standard output and standard error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["miracle", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+def test_the_verbs_are_those_of_the_package() -> None:
+    names = [command.callback.__name__ for command in cli.app.registered_commands if command.callback]
+    assert tuple(names) == VERBS and set(VERBS) < set(miracle_hub.__all__)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_options_have_the_names_order_and_defaults_of_the_function(verb: str) -> None:
+    def defaults(function: Callable[..., object]) -> list[tuple[str, object]]:
+        return [(p.name, p.default) for p in inspect.signature(function).parameters.values()]
+
+    assert defaults(getattr(cli, verb)) == defaults(getattr(miracle_hub, verb))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_shows_every_option(verb: str) -> None:
+    shown = CliRunner().invoke(cli.app, [verb, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert shown.exit_code == 0
+    for parameter in inspect.signature(getattr(miracle_hub, verb)).parameters.values():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            assert "--" + parameter.name.replace("_", "-") in shown.output
+
+
+def test_a_model_goes_through_all_three_verbs(run: Run, model: Path, tmp_path: Path) -> None:
+    small, dense = tmp_path / "small", tmp_path / "dense"
+    status, out, _ = run("compress", model, small, "--size", "1.4kB", "--window-bits", 8, "--no-progress")
+    n_bytes = (small / "model.safetensors").stat().st_size
+    digest = json.loads((small / "config.json").read_text())["quantization_config"]["digest"]
+    assert status == 0 and 0.99 * 1400 < n_bytes <= 1400
+    assert out.startswith(f"{small}: 12,648 → {n_bytes:,} bytes ({12648 / n_bytes:.2f} times smaller), ")
+    assert f"{8 * n_bytes / 3120:.4f} bits per weight" in out and out.endswith(f"digest {digest}\n")
+    status, out, _ = run("inspect", small)
+    assert (
+        status == 0 and f"{n_bytes:,} bytes, 3,120 weights, {8 * n_bytes / 3120:.4f} bits per weight" in out
+    )
+    rows = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    assert (
+        "64 × 48" in rows["first.weight"] and "8,3,1" in rows["first.weight"] and "16" in rows["first.weight"]
+    )
+    assert "plain: a vector of fewer than 32768 weights" in rows["norm.weight"] and digest in out
+    status, out, _ = run("decompress", small, dense, "--no-progress")
+    assert (status, out) == (0, f"{dense}: {(dense / 'model.safetensors').stat().st_size:,} bytes\n")
+    decoded = miracle_hub.load_state_dict(small)
+    written = load_file(dense / "model.safetensors")
+    assert all(torch.equal(written[name], tensor) for name, tensor in decoded.items())
+
+
+def test_the_command_line_writes_what_the_function_writes(run: Run, model: Path, tmp_path: Path) -> None:
+    run("compress", model, tmp_path / "a", "--bits-per-weight", 4, "--window-bits", 8, "--seed", 7,
+        "--rotation", 4, "--modules-to-not-convert", "norm", "--modules-to-not-convert", "bias", "--no-progress")  # fmt: skip
+    miracle_hub.compress(
+        model, tmp_path / "b", bits_per_weight=4, window_bits=8, seed=7, rotation=4,
+        modules_to_not_convert=["norm", "bias"], progress=False,
+    )  # fmt: skip
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("compress", "{empty}", "{out}", "--size", "1kB"), "expected model.safetensors or"),
+        (("compress", "{model}", "{out}"), "expected either bits_per_weight or size, found neither"),
+        (("compress", "{model}", "{out}", "--size", "9B"), "the least possible is"),
+        (("compress", "{model}", "{out}", "--size", "big"), "expected a positive number of bytes such as"),
+        (("compress", "{model}", "{out}", "--size", "1kB", "--window-bits", "30"), "window_bits: expected 8"),
+        (("compress", "{model}", "{empty}", "--size", "1400"), "the output folder exists"),
+        (("compress", "{model}", "{model}/out", "--size", "1400"), "apart from the source"),
+        (("decompress", "{empty}", "{out}"), "expected model.safetensors or"),
+        (("decompress", "{model}", "{empty}"), "the output folder exists"),
+        (("inspect", "{empty}"), "expected model.safetensors or"),
+    ],
+)
+def test_an_error_is_one_line_on_standard_error_with_status_1(
+    arguments: tuple[str, ...], message: str, run: Run, model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    places = {"empty": tmp_path / "empty", "out": tmp_path / "out", "model": model}
+    status, out, err = run(*(argument.format(**places) for argument in arguments))
+    assert status == 1 and out == ""
+    assert err.startswith("miracle: ") and message in err and err.count("\n") == 1 and err.endswith("\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_option_is_refused_by_the_parser(run: Run, model: Path, tmp_path: Path) -> None:
+    status, _, err = run("compress", model, tmp_path / "out", "--bits", "2")
+    assert status == 2 and "--bits" in err
+
+
+def test_progress_is_shown_on_standard_error_only(run: Run, model: Path, tmp_path: Path) -> None:
+    _, out, err = run("compress", model, tmp_path / "a", "--size", "1400", "--window-bits", 8)
+    assert "compress: 100%" in err and "weights/s" in err and "%|" not in out
+    _, _, err = run("decompress", tmp_path / "a", tmp_path / "b", "--no-progress")
+    assert err == ""
+
+
+def test_the_installed_script_runs_and_fails_the_same_way(tmp_path: Path) -> None:
+    script = Path(sys.executable).parent / "miracle"
+    done = subprocess.run([script, "inspect", tmp_path], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr
+    assert done.stderr.startswith(f"miracle: {tmp_path}: expected model.safetensors")

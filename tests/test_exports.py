@@ -1,0 +1,85 @@
+"""What `import miracle_hub` offers, and what it does not load."""
+
+import ast
+import inspect
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import miracle_hub
+from miracle_hub import _HOMES
+
+ROOT = Path(__file__).parents[1]
+
+
+def public_names() -> dict[str, str]:
+    """Names that __init__ re-exports (`import x as x`), with the modules they come from."""
+    tree = ast.parse((ROOT / "miracle_hub" / "__init__.py").read_text())
+    return {
+        alias.asname: str(node.module)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.asname == alias.name
+    }
+
+
+def test_all_is_sorted_and_lists_exactly_the_public_names() -> None:
+    assert miracle_hub.__all__ == sorted(miracle_hub.__all__) == sorted(public_names())
+
+
+def test_lazy_names_come_from_where_type_checkers_look() -> None:
+    modules = public_names()
+    assert _HOMES == {name: module for name, module in modules.items() if name != "Code"}
+    for name, module in modules.items():
+        assert getattr(miracle_hub, name) is getattr(sys.modules[module], name)
+
+
+def test_every_public_function_and_class_says_what_it_is_for() -> None:
+    for name in miracle_hub.__all__:
+        found = getattr(miracle_hub, name)
+        assert inspect.getdoc(found), name
+        if inspect.isfunction(found):
+            signature = inspect.signature(found)
+            assert signature.return_annotation is not inspect.Signature.empty
+            assert all(p.annotation is not inspect.Parameter.empty for p in signature.parameters.values())
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="^module 'miracle_hub' has no attribute 'nothing'$"):
+        miracle_hub.nothing  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_the_version_is_that_of_the_project_file() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert miracle_hub.__version__ == project["version"]
+
+
+def test_every_error_is_ours_and_of_the_standard_kind_that_callers_expect() -> None:
+    from miracle_hub import errors
+
+    classes = [found for _, found in inspect.getmembers(errors, inspect.isclass)]
+    assert all(issubclass(found, errors.MiracleError) and found.__doc__ for found in classes)
+    drawn = {line.split("── ")[1].split(" ")[0] for line in str(errors.__doc__).splitlines() if "── " in line}
+    assert drawn | {"MiracleError"} == {found.__name__ for found in classes}
+    for found in classes:
+        if found not in (errors.MiracleError, errors.OutputExistsError, errors.OutputWriteError):
+            assert issubclass(found, ValueError)
+    assert issubclass(errors.OutputExistsError, FileExistsError)
+    assert issubclass(errors.OutputWriteError, OSError)
+
+
+def test_importing_loads_no_compiler_and_decoding_no_transformers() -> None:
+    code = """
+import sys
+import miracle_hub
+assert not {"numba", "transformers", "huggingface_hub"} & sys.modules.keys()
+import miracle_hub.codec.decompress, miracle_hub.codec.inspection
+assert not {"transformers", "triton", "huggingface_hub", "typer"} & sys.modules.keys()
+miracle_hub.load_state_dict
+assert not {"transformers", "triton", "typer"} & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

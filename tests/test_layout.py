@@ -1,0 +1,175 @@
+"""The house's rules, read off the syntax trees: who imports whom, and how long things get."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE, KERNELS = ROOT / "miracle_hub", ROOT / "kernels" / "torch-ext" / "miracle_kernels"
+MODULES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
+
+# Arrows point down only. "" is `import miracle_hub` itself.
+ALLOWED = {
+    "errors": set(),
+    "config": {"errors"},
+    "format": {"format", "config", "errors"},
+    "coding": {"coding", "config", "errors"},
+    "codec": {"codec", "coding", "format", "config", "errors"},
+    "hub": {"hub", "codec", "format", "config", "errors"},
+    "cli": {"", "hub", "codec", "config", "errors"},
+    "_autoload": {"hub"},
+    "__init__": {"_autoload", "hub", "codec", "config"},
+}
+# Who alone may import a third party.
+HOMES = {
+    "transformers": {"hub"},
+    "huggingface_hub": {"hub"},
+    "typer": {"cli"},
+    "rich": {"cli"},
+    "miracle_kernels": {"coding"},
+    "numba": {"coding"},
+    "llvmlite": {"coding"},
+    "safetensors": {"format", "codec"},
+    "triton": set(),
+    "pickle": set(),
+}
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Dotted names of everything a module imports, wherever in the module it does."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} imports relatively"
+            assert node.module is not None
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from names if node.module == "miracle_hub" else [node.module]
+
+
+def part(path: Path) -> str:
+    """The layer of a module: the folder or file right below miracle_hub."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def functions(path: Path) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef, int]]:
+    """Every function with its length in lines, docstring and decorators not counted."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first, docstring = node.body[0], 0
+            if ast.get_docstring(node) is not None:
+                docstring = (first.end_lineno or first.lineno) - first.lineno + 1
+            yield node, (node.end_lineno or node.lineno) - node.lineno + 1 - docstring
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path.is_relative_to(PACKAGE)], ids=name)
+def test_imports_point_down_only(path: Path) -> None:
+    for found in imported(path):
+        top, _, rest = found.partition(".")
+        if top == "miracle_hub":
+            assert rest.split(".")[0] in ALLOWED[part(path)], f"{name(path)} imports {found}"
+        elif top in HOMES:
+            assert part(path) in HOMES[top], f"{name(path)} imports {found}"
+
+
+def test_every_part_of_the_package_has_its_place_in_the_order() -> None:
+    assert {part(path) for path in MODULES if path.is_relative_to(PACKAGE)} == set(ALLOWED)
+
+
+def test_names_imported_by_text_obey_the_same_order() -> None:
+    """`_HOMES` in __init__ and the target of _autoload are imports too."""
+    texts = {"transformers": set(), "miracle_hub": set()}
+    for path in MODULES:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                dotted, top = node.value.replace(".", "").replace("_", ""), node.value.split(".")[0]
+                if top in texts and "." in node.value and dotted.isidentifier():
+                    texts[top].add((part(path), node.value))
+    assert {where for where, _ in texts["transformers"]} == {"_autoload"}
+    for where, text in texts["miracle_hub"]:
+        assert text.split(".")[1] in ALLOWED[where], f"{where} names {text}"
+
+
+def test_format_and_config_import_no_torch() -> None:
+    for path in MODULES:
+        if path.is_relative_to(PACKAGE) and part(path) in ("errors", "config", "format"):
+            assert not {"torch", "numpy"} & {found.split(".")[0] for found in imported(path)}, name(path)
+
+
+def test_autoload_imports_the_standard_library_only_until_it_registers() -> None:
+    at_import = [
+        alias.name if isinstance(node, ast.Import) else str(node.module)
+        for node in tree(PACKAGE / "_autoload.py").body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    ]
+    assert {found.split(".")[0] for found in at_import} <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path.is_relative_to(KERNELS)], ids=name)
+def test_kernels_import_only_the_standard_library_torch_and_triton(path: Path) -> None:
+    allowed = sys.stdlib_module_names | {"torch", "triton", "miracle_kernels"}
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ImportFrom) and node.level > 0:
+            continue
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            modules = (
+                [alias.name for alias in node.names] if isinstance(node, ast.Import) else [str(node.module)]
+            )
+            assert {module.split(".")[0] for module in modules} <= allowed, f"{name(path)}:{node.lineno}"
+
+
+def test_neither_kernels_nor_tests_are_packages() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "kernels" / "torch-ext" / "__init__.py").exists()
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_no_module_is_longer_than_400_lines(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_no_function_is_longer_than_40_lines_or_a_triton_kernel_than_60(path: Path) -> None:
+    for node, length in functions(path):
+        is_kernel = any("triton" in ast.unparse(decorator) for decorator in node.decorator_list)
+        assert length <= (60 if is_kernel else 40), f"{name(path)}:{node.lineno} {node.name}: {length} lines"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_every_module_says_what_it_is_for(path: Path) -> None:
+    assert not path.read_text(encoding="utf-8") or ast.get_docstring(tree(path))
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path.is_relative_to(PACKAGE)], ids=name)
+def test_no_module_runs_what_it_reads(path: Path) -> None:
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("eval", "exec", "torch.load", "compile"), (
+                f"{name(path)}:{node.lineno} {called}"
+            )
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path.is_relative_to(PACKAGE)], ids=name)
+def test_no_error_is_swallowed_without_a_name(path: Path) -> None:
+    """A bare `except` re-raises; only the registration with transformers may catch everything and warn."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ExceptHandler):
+            caught = ast.unparse(node.type) if node.type else "BaseException"
+            if caught in ("Exception", "BaseException") and part(path) != "_autoload":
+                assert any(isinstance(inner, ast.Raise) for inner in ast.walk(node)), (
+                    f"{name(path)}:{node.lineno}"
+                )
