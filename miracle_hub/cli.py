@@ -1,4 +1,4 @@
-"""The command line: the four verbs of the package, with the same names and defaults."""
+"""The command line: the verbs of the package, with the same names and defaults."""
 
 import sys
 from pathlib import Path

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -71,16 +72,16 @@ def test_a_model_goes_through_all_three_verbs(run: Run, model: Path, tmp_path: P
     n_bytes = (small / "model.safetensors").stat().st_size
     digest = json.loads((small / "config.json").read_text())["quantization_config"]["digest"]
     assert status == 0 and 0.99 * 1400 < n_bytes <= 1400
-    assert out.startswith(f"{small}: 12,648 → {n_bytes:,} bytes ({12648 / n_bytes:.2f} times smaller), ")
+    dense_bytes = (model / "model.safetensors").stat().st_size
+    smaller = f"{dense_bytes / n_bytes:.2f} times smaller"
+    assert out.startswith(f"{small}: {dense_bytes:,} → {n_bytes:,} bytes ({smaller}), ")
     assert f"{8 * n_bytes / 3120:.4f} bits per weight" in out and out.endswith(f"digest {digest}\n")
     status, out, _ = run("inspect", small)
     assert (
         status == 0 and f"{n_bytes:,} bytes, 3,120 weights, {8 * n_bytes / 3120:.4f} bits per weight" in out
     )
     rows = {line.split()[0]: line for line in out.splitlines() if line.strip()}
-    assert (
-        "64 × 48" in rows["first.weight"] and "8,3,1" in rows["first.weight"] and "16" in rows["first.weight"]
-    )
+    assert "64 × 48" in rows["first.weight"] and re.search(r"8,\d,\d .* 16 ", rows["first.weight"])
     assert "plain: a vector of fewer than 32768 weights" in rows["norm.weight"] and digest in out
     status, out, _ = run("decompress", small, dense, "--no-progress")
     assert (status, out) == (0, f"{dense}: {(dense / 'model.safetensors').stat().st_size:,} bytes\n")
@@ -90,8 +91,9 @@ def test_a_model_goes_through_all_three_verbs(run: Run, model: Path, tmp_path: P
 
 
 def test_the_command_line_writes_what_the_function_writes(run: Run, model: Path, tmp_path: Path) -> None:
-    run("compress", model, tmp_path / "a", "--bits-per-weight", 4, "--window-bits", 8, "--seed", 7,
-        "--rotation", 4, "--modules-to-not-convert", "norm", "--modules-to-not-convert", "bias", "--no-progress")  # fmt: skip
+    excluded = ("--modules-to-not-convert", "norm", "--modules-to-not-convert", "bias")
+    options = ("--bits-per-weight", 4, "--window-bits", 8, "--seed", 7, "--rotation", 4, "--no-progress")
+    run("compress", model, tmp_path / "a", *options, *excluded)
     miracle_hub.compress(
         model, tmp_path / "b", bits_per_weight=4, window_bits=8, seed=7, rotation=4,
         modules_to_not_convert=["norm", "bias"], progress=False,

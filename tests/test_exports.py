@@ -19,7 +19,7 @@ def public_names() -> dict[str, str]:
     """Names that __init__ re-exports (`import x as x`), with the modules they come from."""
     tree = ast.parse((ROOT / "miracle_hub" / "__init__.py").read_text())
     return {
-        alias.asname: str(node.module)
+        alias.name: str(node.module)
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom)
         for alias in node.names

@@ -229,7 +229,7 @@ def _write(
             if plan.reason:
                 return raw_bytes(plan.source.load())
             segments = choices[entry.name].segments()
-            payload = encode_tensor(_load_finite(plan), segments, plan.rotation, where=entry.name)
+            payload = encode_tensor(plan.source.load(), segments, plan.rotation, where=entry.name)
             digests[entry.name] = decode_header(payload, entry.name)[0].digest
             bar.update(plan.source.n_weights)
             return payload

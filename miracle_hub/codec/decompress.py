@@ -28,8 +28,8 @@ from miracle_hub.codec.source import (
     weight_files,
 )
 from miracle_hub.codec.tensor import TORCH_DTYPES, decode_payload
-from miracle_hub.config import QUANT_METHOD
-from miracle_hub.errors import ChecksumError, FormatError
+from miracle_hub.config import FORMAT_VERSION, QUANT_METHOD
+from miracle_hub.errors import ChecksumError, FormatError, UnsupportedVersionError
 from miracle_hub.format.container import Entry, write_file, writing
 from miracle_hub.format.payload import Header, decode_header, is_payload
 
@@ -65,6 +65,8 @@ def stored_tensors(path: Path) -> list[StoredTensor]:
     Raises:
         FormatError: and its subclasses: a file is not sound; the message names the tensor.
     """
+    if path.is_dir():
+        _check_version(path)
     files = [path] if path.is_file() else weight_files(path)
     narrowed = {file: _narrowed(file) for file in files}
     tensors = [_stored(tensor, narrowed[tensor.path]) for tensor in list_tensors(files)]
@@ -145,6 +147,16 @@ def _stored(tensor: SourceTensor, narrowed: set[str] | None) -> StoredTensor:
             return StoredTensor(tensor, header, header.dtype, header.shape)
     was_float32 = tensor.dtype == "F16" and (narrowed is None or tensor.name in narrowed)
     return StoredTensor(tensor, None, "F32" if was_float32 else tensor.dtype, tensor.shape)
+
+
+def _check_version(folder: Path) -> None:
+    facts = read_quantization(folder)
+    found = facts.get("format_version", FORMAT_VERSION)
+    if facts.get("quant_method") == QUANT_METHOD and found != FORMAT_VERSION:
+        raise UnsupportedVersionError(
+            f"{folder / 'config.json'}: this miracle-hub reads format version {FORMAT_VERSION}, found "
+            f"{found}; upgrade: pip install -U miracle-hub"
+        )
 
 
 def _check_digest(folder: Path, tensors: list[StoredTensor]) -> None:

@@ -14,7 +14,13 @@ from torch import Tensor
 from miracle_hub.codec.compress import Report
 from miracle_hub.codec.decompress import decompress_folder, load_state_dict
 from miracle_hub.codec.inspection import inspect_folder
-from miracle_hub.errors import ChecksumError, FormatError, MissingWeightsError, SourceError
+from miracle_hub.errors import (
+    ChecksumError,
+    FormatError,
+    MissingWeightsError,
+    SourceError,
+    UnsupportedVersionError,
+)
 from miracle_hub.format.payload import decode_header
 
 Compress = Callable[..., Report]
@@ -210,6 +216,19 @@ def test_truncated_and_missing_files_are_named(compressed: Path, tmp_path: Path)
     with pytest.raises(MissingWeightsError):
         decompress(compressed, tmp_path / "dense")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]
+
+
+def test_a_repository_of_a_newer_format_says_to_upgrade(compressed: Path) -> None:
+    config = json.loads((compressed / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 2
+    (compressed / "config.json").write_text(json.dumps(config))
+    for read in (load_state_dict, inspect_folder):
+        with pytest.raises(UnsupportedVersionError) as raised:
+            read(compressed)
+        assert str(raised.value) == (
+            f"{compressed / 'config.json'}: this miracle-hub reads format version 1, found 2; "
+            "upgrade: pip install -U miracle-hub"
+        )
 
 
 def test_a_config_whose_quantization_is_no_object_is_named(compressed: Path) -> None:

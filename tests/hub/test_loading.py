@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -270,6 +272,21 @@ def test_a_user_may_pass_the_config(llama: Repository) -> None:
         "quantization_config"
     ]
     model = llama.auto.from_pretrained(llama.compressed, config=config)
+    assert_same(model.state_dict(), llama.auto.from_pretrained(llama.decompressed).state_dict())
+
+
+def test_renamed_tensors_are_decoded(llama: Repository, tmp_path: Path) -> None:
+    shutil.copytree(llama.compressed, tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    renamed = {name.replace("mlp.up_proj.weight", "feed.kernel"): t for name, t in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    config = tmp_path / "out" / "config.json"
+    config.write_text(re.sub(r'"digest": "\w+"', '"digest": null', config.read_text()))
+    model, info = llama.auto.from_pretrained(
+        tmp_path / "out", key_mapping={r"feed\.kernel": "mlp.up_proj.weight"}, output_loading_info=True
+    )
+    assert not any(info.values())
     assert_same(model.state_dict(), llama.auto.from_pretrained(llama.decompressed).state_dict())
 
 

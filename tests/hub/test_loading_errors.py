@@ -18,6 +18,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from miracle_hub.errors import ChecksumError, FormatError, TruncatedPayloadError, UnsupportedVersionError
 from miracle_hub.format.payload import decode_header, encode_payload
+from miracle_hub.hub.conversion import Expected, decode_leftovers
 from miracle_hub.hub.quantizer import MiracleQuantizationConfig, MiracleQuantizer, register
 
 if TYPE_CHECKING:
@@ -151,6 +152,20 @@ def test_a_newer_repository_asks_for_an_upgrade(folder: Path, version: object) -
         "upgrade: pip install -U miracle-hub$",
     ):
         AutoModel.from_pretrained(folder)
+
+
+def test_a_left_over_payload_is_decoded_in_place_and_keeps_its_ties(llama: Repository) -> None:
+    """transformers <= 5.20 leaves some names to nobody; here without finding a model of that kind."""
+    payload = load_file(llama.compressed / "model.safetensors")[_NAME]
+    built = torch.nn.Sequential(torch.nn.Linear(32, 32, bias=False), torch.nn.Linear(32, 32, bias=False))
+    shape, float16, float32 = torch.Size([32, 32]), torch.float16, torch.float32
+    built[0].weight = built[1].weight = torch.nn.Parameter(payload, requires_grad=False)
+    decode_leftovers(built, {"0.weight": Expected(shape, float16, float32)})
+    assert torch.equal(built[0].weight, load_file(llama.decompressed / "model.safetensors")[_NAME])
+    assert built[0].weight is built[1].weight and built[0].weight.requires_grad
+    built[0].weight = torch.nn.Parameter(payload, requires_grad=False)
+    with pytest.raises(FormatError, match=r"^0\.weight: expected weights of shape \(3,\), found \(32, 32\)"):
+        decode_leftovers(built, {"0.weight": Expected(torch.Size([3]), float16, float32)})
 
 
 def test_figures_of_later_releases_are_ignored(folder: Path) -> None:
