@@ -1,4 +1,4 @@
-"""The README is true: its examples run, its commands exist, its file tree and its numbers are the real ones."""
+"""The README is true: its examples run, its commands exist, its file tree and numbers are the real ones."""
 
 import json
 import re

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
 
 from miracle_hub.codec.tensor import TORCH_DTYPES, decode_payload
-from miracle_hub.errors import FormatError
+from miracle_hub.errors import FormatError, OptionError
 from miracle_hub.format.payload import MAGIC, is_payload
 
 if TYPE_CHECKING:
@@ -55,8 +55,9 @@ class DecodePayloads(ConversionOps):
 
     @torch.no_grad()
     def convert(
-        self, input_dict: dict[str, Any], *args: Any, full_layer_name: str, **kwargs: Any
+        self, input_dict: dict[str, Any], *args: Any, full_layer_name: str, model: Any, **kwargs: Any
     ) -> dict[str, Any]:
+        _refuse_shards(input_dict, full_layer_name, model)
         wanted = self.expected.get(full_layer_name)
         dtype = wanted.loaded_dtype if wanted else None
         decoded = {
@@ -91,7 +92,7 @@ class DecodingConverter(WeightConverter):
             return tensors
         for name, found in list(tensors.items()):
             found = found[0] if isinstance(found, list) else found
-            expected = _expected_shape(name, model)
+            expected = getattr(_reference(name, model), "shape", None)
             if expected is not None and found.shape != expected:
                 loading_info.mismatched_keys.add((name, found.shape, expected))
                 loading_info.missing_keys.discard(name)
@@ -162,13 +163,23 @@ def _decoding(original: WeightConverter, expected: Mapping[str, Expected]) -> De
     return copy
 
 
-def _expected_shape(name: str, model: Any) -> torch.Size | None:
-    """The shape of a parameter or buffer (of the local shard, if it is distributed)."""
+def _reference(name: str, model: Any) -> Any:
+    """The parameter or buffer that is to be loaded (the local shard, if it is distributed)."""
     try:
-        reference = model.get_parameter_or_buffer(name)
+        found = model.get_parameter_or_buffer(name)
     except AttributeError:
         return None
-    return getattr(getattr(reference, "_local_tensor", reference), "shape", None)
+    return getattr(found, "_local_tensor", found)
+
+
+def _refuse_shards(tensors: dict[str, Any], name: str, model: Any) -> None:
+    """Where each process gets a slice of every tensor, a slice of a payload is no payload."""
+    sharded = hasattr(model.get_parameter_or_buffer(name), "_local_tensor")
+    if sharded and any(tensor.dtype == torch.uint8 for part in tensors.values() for tensor in part):
+        raise OptionError(
+            f"{name}: a compressed tensor cannot be loaded in slices (tensor parallelism); decompress the "
+            "folder first (miracle decompress) and load that"
+        )
 
 
 def _dense(tensor: Tensor, name: str, dtype: torch.dtype | None) -> Tensor:

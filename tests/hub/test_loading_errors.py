@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,9 +17,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-from miracle_hub.errors import ChecksumError, FormatError, TruncatedPayloadError, UnsupportedVersionError
+from miracle_hub.errors import (
+    ChecksumError,
+    FormatError,
+    OptionError,
+    TruncatedPayloadError,
+    UnsupportedVersionError,
+)
 from miracle_hub.format.payload import decode_header, encode_payload
-from miracle_hub.hub.conversion import Expected, decode_leftovers
+from miracle_hub.hub.conversion import DecodePayloads, Expected, decode_leftovers
 from miracle_hub.hub.quantizer import MiracleQuantizationConfig, MiracleQuantizer, register
 
 if TYPE_CHECKING:
@@ -166,6 +173,14 @@ def test_a_left_over_payload_is_decoded_in_place_and_keeps_its_ties(llama: Repos
     built[0].weight = torch.nn.Parameter(payload, requires_grad=False)
     with pytest.raises(FormatError, match=r"^0\.weight: expected weights of shape \(3,\), found \(32, 32\)"):
         decode_leftovers(built, {"0.weight": Expected(torch.Size([3]), float16, float32)})
+
+
+def test_slices_of_payloads_are_refused_by_name(llama: Repository) -> None:
+    """As tensor parallelism hands them over; the stand-in has what a distributed parameter has."""
+    payload = load_file(llama.compressed / "model.safetensors")[_NAME]
+    model = SimpleNamespace(get_parameter_or_buffer=lambda name: SimpleNamespace(_local_tensor=payload))
+    with pytest.raises(OptionError, match=rf"^{_NAME}: a compressed tensor cannot be loaded in slices"):
+        DecodePayloads({}, None).convert({"any": [payload[:100]]}, full_layer_name=_NAME, model=model)
 
 
 def test_figures_of_later_releases_are_ignored(folder: Path) -> None:
