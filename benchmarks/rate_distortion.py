@@ -55,18 +55,18 @@ def measure(code: Code, grid: tuple[float, ...] = _GRID) -> dict[str, Any]:
     return row
 
 
-def pieces() -> dict[str, float]:
+def pieces(n_weights: int) -> dict[str, float]:
     """Squared error of the default pieces over that of one undivided search, L = 12, 2 bits."""
     code = Code(12, 2, 1)
-    source = gaussian(60_000, seed=3)
+    source = gaussian(n_weights, seed=3)
     joined = squared_error(code, source, 1.05)
-    length, sliding._PIECE_STEPS = sliding._PIECE_STEPS, 1 << 30
+    length, sliding._PIECE_STEPS = sliding._PIECE_STEPS, 1 << 30  # one piece
     memory, sliding._BACK_POINTER_BYTES = sliding._BACK_POINTER_BYTES, 1 << 40
     try:
         undivided = squared_error(code, source, 1.05)
     finally:
         sliding._PIECE_STEPS, sliding._BACK_POINTER_BYTES = length, memory
-    return {"joined": joined, "undivided": undivided, "ratio": joined / undivided}
+    return {"weights": n_weights, "joined": joined, "undivided": undivided, "ratio": joined / undivided}
 
 
 def main() -> None:
@@ -75,7 +75,7 @@ def main() -> None:
     rows.append(measure(Code(16, 16, 16), (0.95, 0.97, 1.0, 1.03)))
     # The ladder takes 1 bit as 2 bits for 2 weights, which is faster; one for one is a little better.
     rows += [measure(Code(window, 1, 1), (1.0, 1.02, 1.04, 1.06)) for window in (12, 16)]
-    record("rate_distortion", {"codes": rows, "pieces": pieces()})
+    record("rate_distortion", {"codes": rows, "pieces": [pieces(8192), pieces(60_000)]})
 
 
 if __name__ == "__main__":

@@ -75,8 +75,8 @@ def speed() -> str:
             f"- load the 2-bit MiniLM in a fresh process: {process['compressed_seconds']:.2f} s against "
             f"{process['dense_seconds']:.2f} s dense ({process['ratio']:.2f} times); the `from_pretrained` "
             f"call alone {call['ratio']:.2f} times, a repeated call in the same process "
-            f"{warm['compressed_seconds']:.2f} s against {warm['dense_seconds']:.2f} s (a dense load only maps "
-            "the file);",
+            f"{warm['compressed_seconds']:.2f} s against {warm['dense_seconds']:.2f} s (a dense load only "
+            "maps the file);",
             f"- a {memory['checkpoint_bytes'] / 1e9:.2f} GB checkpoint in five shards compresses in "
             f"{memory['compress']['peak_rss_mb']:,} MB of resident memory (importing the package takes "
             f"{memory['import_only']['peak_rss_mb']:,} MB) and decompresses in "

@@ -17,6 +17,7 @@ from torch import Tensor
 from miracle_hub.coding.digest import GOLDEN, MIX_1, MIX_2
 from miracle_hub.coding.quantiles import quantiles
 from miracle_hub.config import Code
+from miracle_hub.errors import TruncatedPayloadError
 
 # Candidates of a stream are tabulated up to this many states × step_weights (8 MB of float32);
 # beyond it the table would leave the cache and Philox on the fly is as fast.
@@ -217,7 +218,16 @@ def pad_message(message: np.ndarray) -> np.ndarray:
 
 
 def decode_stream(message: Tensor, code: Code, n_weights: int) -> Tensor:
-    """Twin of `reference.decode_stream`: float32 [n_weights] in stream order."""
+    """Twin of `reference.decode_stream`: float32 [n_weights] in stream order.
+
+    Raises:
+        TruncatedPayloadError: the message is shorter than the stream needs.
+    """
+    if message.numel() < code.message_bytes(n_weights):
+        raise TruncatedPayloadError(
+            f"message: {n_weights} weights need {code.message_bytes(n_weights)} bytes, found "
+            f"{message.numel()}; pass the whole message"
+        )
     out = np.empty(n_weights, np.float32)
     padded = pad_message(message.numpy())
     chunk = _ROWS_PER_TASK_WEIGHTS
