@@ -38,11 +38,15 @@ def commit() -> str:
     return described.stdout.strip() or "unknown"
 
 
+# The commit that was there when the program was read, whatever happens to the tree meanwhile.
+_COMMIT = commit()
+
+
 def record(name: str, results: Any) -> Path:
     """Write benchmarks/results/<name>.json and print where."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    content = {"benchmark": name, "commit": commit(), "machine": machine(), "results": results}
+    content = {"benchmark": name, "commit": _COMMIT, "machine": machine(), "results": results}
     path.write_text(json.dumps(content, indent=2) + "\n")
     print(f"wrote {path.relative_to(ROOT)}")
     return path

@@ -18,7 +18,7 @@ _SMALLEST_CODED = 1024
 _SMALLEST_CODED_VECTOR = 1 << 15
 # Relative squared error of rounding to 11 bits, with room for a few subnormal elements.
 _NARROWING_ERROR = 2.0**-22
-_FILL_ROUNDS = 12
+_FILL_ROUNDS = 24
 # Far inside the range of scales, so that rows and squares stay inside theirs.
 LARGEST_RMS = 2.0**40
 OUT_OF_RANGE = "root mean square outside 2^-40 … 2^40"
@@ -133,6 +133,7 @@ def meet_budget(plans: dict[str, TensorPlan], samples: list[Sample], budget: Bud
     best = extreme_choices(samples, most=False)
     best_size = size(best)
     payload_bytes = budget.n_bytes - best_size + sum(choice.n_bytes for choice in best.values())
+    step_back = 1
     for _ in range(_FILL_ROUNDS):
         choices = allocate(samples, payload_bytes)
         found = size(choices)
@@ -140,7 +141,12 @@ def meet_budget(plans: dict[str, TensorPlan], samples: list[Sample], budget: Bud
             best, best_size = choices, found
         if found == budget.n_bytes:
             break
-        payload_bytes += budget.n_bytes - found
+        if found < budget.n_bytes:
+            payload_bytes += budget.n_bytes - found
+        else:
+            # Sizes move by whole rows: stepping back by the excess alone could leave them as they are.
+            payload_bytes -= max(found - budget.n_bytes, step_back)
+            step_back *= 2
     return best
 
 

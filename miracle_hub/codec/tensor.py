@@ -63,7 +63,7 @@ def prior_scale(code: Code) -> float:
     """The best prior scale for a unit Gaussian source under squared error.
 
     √(1 - D) at Shannon's D = 2^(-2R), raised where short windows miss the tails; within 1 % of the
-    least error at every rate of the ladder for L = 8 … 16 (benchmarks/prior_scale.py).
+    least error at every rate of the ladder for L = 8 … 16 (benchmarks/rate_distortion.py).
     """
     rate = code.bits_per_weight
     ideal = math.sqrt(1 - 4.0**-rate)

@@ -1,0 +1,1 @@
+"""The GPU half of the project: a Hugging Face kernel repository. It has no kernel yet."""
