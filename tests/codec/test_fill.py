@@ -9,7 +9,7 @@ from miracle_hub.codec.plan import Budget, TensorPlan, lay_out, meet_budget, pla
 from miracle_hub.codec.rates import Option, Sample, ladder
 from miracle_hub.codec.source import SourceTensor
 
-SHAPES = {
+SHAPES: dict[str, tuple[int, ...]] = {
     "embeddings.word_embeddings.weight": (30522, 384),
     "embeddings.position_embeddings.weight": (512, 384),
 }
