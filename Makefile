@@ -35,3 +35,4 @@ bench: setup
 	$(BIN)/python benchmarks/load_time.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/minilm.py
+	$(BIN)/python benchmarks/report.py

@@ -29,6 +29,11 @@ def minilm() -> str:
         lines.append(
             f"| {row['asked']} | {row['bytes']:,} | {score} | {row['compress_seconds']:.0f} | {peer} |"
         )
+    lines += [
+        "",
+        "The NNCodec column (trellis on) is Spearman at bits per weight from an earlier measurement on the",
+    ]
+    lines += ["same test split; `make bench` does not repeat it."]
     return "\n".join(lines)
 
 
