@@ -62,8 +62,8 @@ def matrix_columns(shape: tuple[int, ...]) -> int:
 def prior_scale(code: Code) -> float:
     """The best prior scale for a unit Gaussian source under squared error.
 
-    √(1 - D) at Shannon's D = 2^(-2R), raised where short windows miss the tails; within 1 % of the
-    least error at every rate of the ladder for L = 8 … 16 (benchmarks/rate_distortion.py).
+    √(1 - D) at Shannon's D = 2^(-2R), raised where short windows miss the tails. The factors are
+    rounded from a grid over the ladder for L = 8 … 16; benchmarks/rate_distortion.py searches near them.
     """
     rate = code.bits_per_weight
     ideal = math.sqrt(1 - 4.0**-rate)

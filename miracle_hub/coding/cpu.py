@@ -20,7 +20,7 @@ from miracle_hub.config import Code
 from miracle_hub.errors import TruncatedPayloadError
 
 # Candidates of a stream are tabulated up to this many states × step_weights (8 MB of float32);
-# beyond it the table would leave the cache and Philox on the fly is as fast.
+# beyond it Philox runs on the fly and memory stays bounded.
 _TABLE_LIMIT = 1 << 21
 _ROWS_PER_TASK_WEIGHTS = 1 << 18
 
