@@ -116,6 +116,7 @@ def lay_out(
 
 
 def total_bytes(files: list[OutputFile]) -> int:
+    """Bytes of the files together, headers included."""
     return sum(file.n_bytes for file in files)
 
 

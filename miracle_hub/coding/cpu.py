@@ -76,6 +76,7 @@ def fill_candidates(first_state, quantile_table, stream_id, key0, key1, out):
 
 @lru_cache(1)
 def quantiles_float32() -> np.ndarray:
+    """The quantile table in the type that numba can compute with; the values stay float16's."""
     return quantiles().float().numpy()
 
 

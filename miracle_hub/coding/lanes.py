@@ -1,6 +1,6 @@
 """Sixteen pieces of a stream side by side: the vector instructions of the trellis recursion.
 
-LLVM does not vectorize the recursion by itself (numba's scalar loop ran 20 times slower, see
+LLVM does not vectorize the recursion by itself (numba's scalar loop runs 10 times slower per thread, see
 benchmarks/throughput.py), so the inner step is written in LLVM vectors of 16 lanes, which it
 lowers to whatever the processor has. Every lane works on its own piece.
 """
