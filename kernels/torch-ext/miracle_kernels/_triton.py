@@ -1,0 +1,42 @@
+"""Triton, or a stand-in where it is not installed: the torch references work without it."""
+
+from .errors import KernelUnavailableError
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ModuleNotFoundError:  # CPU builds of torch, macOS, Windows
+
+    class _Absent:
+        """Takes every decorator and annotation of a kernel and does nothing with it."""
+
+        def __getattr__(self, name):
+            return self
+
+        def __call__(self, function=None, **options):
+            return self if function is None else function
+
+    triton = tl = _Absent()
+    HAS_TRITON = False
+
+INTERPRETED = HAS_TRITON and bool(triton.knobs.runtime.interpret)
+
+
+def check_launch(op, tensor):
+    """Raise unless Triton can run on the device of `tensor`.
+
+    Raises:
+        KernelUnavailableError: Triton is missing, or the tensor is on the CPU and kernels are compiled.
+    """
+    if not HAS_TRITON:
+        raise KernelUnavailableError(
+            f"{op}: expected the Python package triton, found none; pip install triton, or pass CPU tensors "
+            "to the op itself, which then runs the torch reference"
+        )
+    if tensor.device.type == "cpu" and not INTERPRETED:
+        raise KernelUnavailableError(
+            f"{op}: expected tensors on a GPU, found {tensor.device}; move them, or set TRITON_INTERPRET=1 "
+            "before Python starts to run kernels on the CPU, slowly"
+        )

@@ -1,0 +1,85 @@
+"""What every op checks before it allocates: dtype, device, dimensions, ranges."""
+
+from typing import Tuple
+
+import torch
+from torch import Tensor
+
+from .errors import KernelInputError
+
+MAX_WINDOW_BITS = 24
+MAX_STEP_WEIGHTS = 256
+N_QUANTILES = 1 << 16
+
+
+def check_tensor(op: str, name: str, tensor: Tensor, dtypes: Tuple[torch.dtype, ...], like: Tensor) -> None:
+    """Raise unless `tensor` is contiguous, of one of `dtypes`, and on the device of `like`.
+
+    Raises:
+        KernelInputError: it is not.
+    """
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(str(dtype).replace("torch.", "") for dtype in dtypes)
+        raise KernelInputError(
+            f"{op}: {name}: expected {wanted}, found {tensor.dtype}; convert it with .to()"
+        )
+    if tensor.device != like.device:
+        raise KernelInputError(
+            f"{op}: {name}: expected all tensors on {like.device}, found {tensor.device}; move one of them"
+        )
+    if not tensor.is_contiguous():
+        raise KernelInputError(
+            f"{op}: {name}: expected a contiguous tensor, found strides {tuple(tensor.stride())} for shape "
+            f"{tuple(tensor.shape)}; call .contiguous()"
+        )
+
+
+def check_size(op: str, name: str, found: int, expected: int, what: str) -> None:
+    """Raise unless a tensor has exactly the elements (or bytes) that the other arguments imply.
+
+    Raises:
+        KernelInputError: it has not.
+    """
+    if found != expected:
+        raise KernelInputError(
+            f"{op}: {name}: expected {expected} {what}, found {found}; it belongs to another shape or code"
+        )
+
+
+def check_range(op: str, name: str, value: int, low: int, high: int) -> None:
+    """Raise unless low ≤ value ≤ high.
+
+    Raises:
+        KernelInputError: it is outside.
+    """
+    if not low <= value <= high:
+        raise KernelInputError(
+            f"{op}: {name}: expected an integer from {low} to {high}, found {value}; choose another value"
+        )
+
+
+def check_code(op: str, window_bits: int, step_bits: int, step_weights: int) -> None:
+    """Raise unless L, k and V make a code of the format.
+
+    Raises:
+        KernelInputError: one of them is out of range.
+    """
+    check_range(op, "window_bits", window_bits, 1, MAX_WINDOW_BITS)
+    check_range(op, "step_bits", step_bits, 1, window_bits)
+    check_range(op, "step_weights", step_weights, 1, MAX_STEP_WEIGHTS)
+
+
+def check_stream(op: str, seed: int, stream_id: int) -> None:
+    """Raise unless the seed is a signed 64-bit word and the stream_id an unsigned 32-bit one.
+
+    Raises:
+        KernelInputError: one of them is out of range.
+    """
+    check_range(op, "seed", seed, -(2**63), 2**63 - 1)
+    check_range(op, "stream_id", stream_id, 0, 2**32 - 1)
+
+
+def message_bytes(n_weights: int, window_bits: int, step_bits: int, step_weights: int) -> int:
+    """Bytes of the message of `n_weights` weights: (L - k) + k·⌈N/V⌉ bits, rounded up; 0 for none."""
+    steps = -(-n_weights // step_weights)
+    return -(-(window_bits - step_bits + step_bits * steps) // 8) if steps else 0

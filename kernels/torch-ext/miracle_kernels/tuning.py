@@ -1,0 +1,42 @@
+"""Tile sizes: measured ones per device from tuning/<device>.json, else a heuristic. No run-time search."""
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Dict
+
+import torch
+
+# For a GPU that nobody has measured. Chosen by counting registers and shared memory in the
+# ahead-of-time report (kernels/resources.json): no spills on sm_80 and newer.
+_DEFAULTS: Dict[str, Dict[str, int]] = {
+    "codebook": {"TILE_STATES": 128, "TILE_GROUPS": 2, "num_warps": 4},
+}
+
+
+def tiles(op: str, device: torch.device, **problem: int) -> Dict[str, int]:
+    """The tile sizes of an op on a device.
+
+    Args:
+        problem: what the choice may depend on; an entry `op[name=value]` of the device's file wins
+            over its entry `op`, which wins over the heuristic.
+    """
+    measured = _measured(device_name(device))
+    chosen = dict(_DEFAULTS[op])
+    chosen.update(measured.get(op, {}))
+    for name, value in sorted(problem.items()):
+        chosen.update(measured.get(f"{op}[{name}={value}]", {}))
+    return chosen
+
+
+def device_name(device: torch.device) -> str:
+    """A device as its tuning and result files are named, such as nvidia-h200."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return device.type
+    return torch.cuda.get_device_name(device).lower().replace(" ", "-").replace("/", "-")
+
+
+@lru_cache(None)
+def _measured(name: str) -> Dict[str, Dict[str, int]]:
+    path = Path(__file__).parent / "tuning" / f"{name}.json"
+    return json.loads(path.read_text())["tiles"] if path.exists() else {}
