@@ -5,6 +5,7 @@ library, torch and triton only, so that the same files serve pip and the kernels
 """
 
 from .codebook import codebook, codebook_torch
+from .decode import decode, decode_torch
 from .errors import KernelError, KernelInputError, KernelUnavailableError
 
 __all__ = [
@@ -13,4 +14,6 @@ __all__ = [
     "KernelUnavailableError",
     "codebook",
     "codebook_torch",
+    "decode",
+    "decode_torch",
 ]

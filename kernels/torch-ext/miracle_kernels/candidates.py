@@ -5,7 +5,7 @@
 the low half of each output word first. The quantile table turns halves into normal draws.
 """
 
-from typing import Tuple
+from typing import Union
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ def philox_halves(first, second, third, fourth, seed):
     return tl.join(words & 0xFFFF, words >> 16)
 
 
-def philox_halves_torch(counter: Tuple[Tensor, int, int, int], seed: int) -> Tensor:
-    """int64 `[n, 8]`, the reference of `philox_halves` for one varying word `[n]`.
+def philox_halves_torch(counter: tuple[Tensor, Union[int, Tensor], int, int], seed: int) -> Tensor:
+    """int64 `[n, 8]`, the reference of `philox_halves` for varying words `[n]`.
 
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 4.
     """

@@ -1,6 +1,5 @@
 """What every op checks before it allocates: dtype, device, dimensions, ranges."""
 
-from typing import Tuple
 
 import torch
 from torch import Tensor
@@ -8,11 +7,12 @@ from torch import Tensor
 from .errors import KernelInputError
 
 MAX_WINDOW_BITS = 24
+MAX_WIDTH = 1 << 15
 MAX_STEP_WEIGHTS = 256
 N_QUANTILES = 1 << 16
 
 
-def check_tensor(op: str, name: str, tensor: Tensor, dtypes: Tuple[torch.dtype, ...], like: Tensor) -> None:
+def check_tensor(op: str, name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], like: Tensor) -> None:
     """Raise unless `tensor` is contiguous, of one of `dtypes`, and on the device of `like`.
 
     Raises:
@@ -83,3 +83,42 @@ def message_bytes(n_weights: int, window_bits: int, step_bits: int, step_weights
     """Bytes of the message of `n_weights` weights: (L - k) + k·⌈N/V⌉ bits, rounded up; 0 for none."""
     steps = -(-n_weights // step_weights)
     return -(-(window_bits - step_bits + step_bits * steps) // 8) if steps else 0
+
+
+def check_message(
+    op: str, message: Tensor, n_weights: int, window_bits: int, step_bits: int, step_weights: int
+) -> None:
+    """Raise unless the message has the length that the code gives to so many weights.
+
+    Raises:
+        KernelInputError: it has not.
+    """
+    expected = message_bytes(n_weights, window_bits, step_bits, step_weights)
+    check_size(op, "message", message.numel(), expected, f"bytes for {n_weights} weights")
+
+
+def check_width(op: str, rotation: int, columns: int) -> None:
+    """Raise unless groups of `rotation` columns tile a row.
+
+    Raises:
+        KernelInputError: the width is no power of two, too large, or does not divide the columns.
+    """
+    if rotation & (rotation - 1) or not 1 <= rotation <= MAX_WIDTH or columns % rotation:
+        raise KernelInputError(
+            f"{op}: rotation: expected a power of two up to {MAX_WIDTH} that divides {columns} columns, "
+            f"found {rotation}; 1 is none"
+        )
+
+
+def check_table(op: str, table: Tensor, window_bits: int, step_weights: int, like: Tensor) -> None:
+    """Raise unless `table` holds the candidates of a code, `[2^L, V]`, or the quantiles, `[65536]`.
+
+    Raises:
+        KernelInputError: it holds neither.
+    """
+    check_tensor(op, "table", table, (torch.float16,), like)
+    if tuple(table.shape) not in ((1 << window_bits, step_weights), (N_QUANTILES,)):
+        raise KernelInputError(
+            f"{op}: table: expected candidates of shape {(1 << window_bits, step_weights)} or quantiles of "
+            f"shape {(N_QUANTILES,)}, found {tuple(table.shape)}; make it with codebook"
+        )

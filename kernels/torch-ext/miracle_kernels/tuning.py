@@ -3,18 +3,19 @@
 import json
 from functools import lru_cache
 from pathlib import Path
-from typing import Dict
 
 import torch
 
 # For a GPU that nobody has measured. Chosen by counting registers and shared memory in the
 # ahead-of-time report (kernels/resources.json): no spills on sm_80 and newer.
-_DEFAULTS: Dict[str, Dict[str, int]] = {
+_DEFAULTS: dict[str, dict[str, int]] = {
     "codebook": {"TILE_STATES": 128, "TILE_GROUPS": 2, "num_warps": 4},
+    # A table is copied to shared memory once per tile; at 8,192 entries that is 4 bytes per weight.
+    "decode": {"TILE": 4096, "num_warps": 4, "programs_per_processor": 8, "largest_shared_table": 8192},
 }
 
 
-def tiles(op: str, device: torch.device, **problem: int) -> Dict[str, int]:
+def tiles(op: str, device: torch.device, **problem: int) -> dict[str, int]:
     """The tile sizes of an op on a device.
 
     Args:
@@ -29,6 +30,13 @@ def tiles(op: str, device: torch.device, **problem: int) -> Dict[str, int]:
     return chosen
 
 
+def resident_programs(device: torch.device, per_processor: int) -> int:
+    """Programs that a persistent kernel starts: so many on each multiprocessor."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 3  # of the interpreter, so that programs take several tiles each there too
+    return per_processor * torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def device_name(device: torch.device) -> str:
     """A device as its tuning and result files are named, such as nvidia-h200."""
     if device.type != "cuda" or not torch.cuda.is_available():
@@ -37,6 +45,6 @@ def device_name(device: torch.device) -> str:
 
 
 @lru_cache(None)
-def _measured(name: str) -> Dict[str, Dict[str, int]]:
+def _measured(name: str) -> dict[str, dict[str, int]]:
     path = Path(__file__).parent / "tuning" / f"{name}.json"
     return json.loads(path.read_text())["tiles"] if path.exists() else {}
