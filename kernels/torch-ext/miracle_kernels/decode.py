@@ -38,7 +38,7 @@ def window_words(message_ptr, byte, n_bytes, mask, BYTES: tl.constexpr):
 
 
 @triton.jit
-def grouped_candidates(
+def _grouped_candidates(
     message_ptr, n_bytes, table_ptr, table, row, group, columns,
     L: tl.constexpr, K: tl.constexpr, V: tl.constexpr, STEPS: tl.constexpr, SHARED_TABLE: tl.constexpr,
 ):  # fmt: skip
@@ -82,11 +82,12 @@ def _half(w0, w1, w2, w3, v):
 
 @triton.jit
 def _indices(
-    message_ptr, n_bytes, row, column, mask, rows, columns, band_columns, seed, stream_id,
+    message_ptr, n_bytes, row, column, rows, columns, band_columns, seed, stream_id,
     L: tl.constexpr, K: tl.constexpr, V: tl.constexpr, FROM_TABLE: tl.constexpr,
 ):  # fmt: skip
     """Positions in the candidate table, or by way of Philox in the quantiles, for any code and order."""
     position = _stream_positions(row[:, None], column[None, :], rows, columns, band_columns)
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
     step = position // V
     v = (position - step * V).to(tl.int32)
     word = window_words(message_ptr, (step * K) >> 3, n_bytes, mask, 4)
@@ -97,6 +98,29 @@ def _indices(
     group = (v >> 3).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, state, group, zero + stream_id.to(tl.uint32), zero)
     return _half(w0, w1, w2, w3, v).to(tl.int32)
+
+
+@triton.jit
+def coded_candidates(
+    message_ptr, n_bytes, table_ptr, table, row, tile_column, rows, columns, band_columns, seed, stream_id,
+    L: tl.constexpr, K: tl.constexpr, V: tl.constexpr, STEPS: tl.constexpr, FROM_TABLE: tl.constexpr,
+    SHARED_TABLE: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Candidates float16 `[TILE_ROWS, TILE_COLUMNS]` of a stream's matrix; past its edges, any numbers."""
+    if STEPS:
+        groups: tl.constexpr = TILE_COLUMNS // (STEPS * V)
+        group = tile_column * groups + tl.arange(0, groups)
+        z = _grouped_candidates(
+            message_ptr, n_bytes, table_ptr, table, row, group, columns, L, K, V, STEPS, SHARED_TABLE
+        )
+    else:
+        column = tile_column * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+        index = _indices(
+            message_ptr, n_bytes, row, column, rows, columns, band_columns, seed, stream_id,
+            L, K, V, FROM_TABLE,
+        )  # fmt: skip
+        z = tl.load(table_ptr + index)
+    return z
 
 
 @triton.jit(do_not_specialize=["n_bytes", "first_row", "band_columns", "seed", "stream_id", "first_index"])
@@ -124,18 +148,10 @@ def _decode_kernel(
         tile_column = (tile % across).to(tl.int32)
         column = tile_column * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
         mask = (out_row < n_rows)[:, None] & (column < columns)[None, :]
-        if STEPS:
-            groups: tl.constexpr = TILE_COLUMNS // (STEPS * V)
-            z = grouped_candidates(
-                message_ptr, n_bytes, table_ptr, table, row, tile_column * groups + tl.arange(0, groups),
-                columns, L, K, V, STEPS, SHARED_TABLE,
-            )  # fmt: skip
-        else:
-            index = _indices(
-                message_ptr, n_bytes, row, column, mask, rows, columns, band_columns, seed, stream_id,
-                L, K, V, FROM_TABLE,
-            )  # fmt: skip
-            z = tl.load(table_ptr + index)
+        z = coded_candidates(
+            message_ptr, n_bytes, table_ptr, table, row, tile_column, rows, columns, band_columns, seed,
+            stream_id, L, K, V, STEPS, FROM_TABLE, SHARED_TABLE, TILE_COLUMNS,
+        )  # fmt: skip
         scale = tl.load(scales_ptr + row * ROW_SCALES, mask=out_row < n_rows, other=0.0).to(tl.float32)
         # The product is exact (11 significant bits times 8), so fused and unfused sums agree.
         weight = rotate(z.to(tl.float32) * scale[:, None], ROTATION)
@@ -198,27 +214,41 @@ def decode_triton(
     )  # fmt: skip
     check_launch("decode", out)
     n_rows, columns = out.shape
-    from_table = table.ndim == 2
-    steps = 0
-    if from_table and band_columns in (0, columns):
-        steps = group_steps(window_bits, step_bits, step_weights, columns)
-    tile = tiles("decode", out.device, window_bits=window_bits)
-    width = tile_columns(columns, max(rotation, steps * step_weights, 16), tile["TILE"])
-    height = max(1, tile["TILE"] // width)
-    n_tiles = triton.cdiv(n_rows, height) * triton.cdiv(columns, width)
-    n_programs = min(n_tiles, resident_programs(out.device, tile["programs_per_processor"]))
+    steps = path_steps(table, window_bits, step_bits, step_weights, columns, band_columns)
+    shape, options = _tile_options(out, table, steps, step_weights, rotation)
+    n_tiles = triton.cdiv(n_rows, shape["TILE_ROWS"]) * triton.cdiv(columns, shape["TILE_COLUMNS"])
+    n_programs = min(n_tiles, resident_programs(out.device, options.pop("programs_per_processor")))
     digests = out.new_zeros(max(1, n_programs), dtype=torch.int64)
     if n_tiles:
         _decode_kernel[(n_programs,)](
             out, digests, message, as_entries(table) if steps else table, scales, mean,
             message.numel(), rows, n_rows, first_row, columns, band_columns, seed, stream_id, first_index,
-            L=window_bits, K=step_bits, V=step_weights, STEPS=steps, FROM_TABLE=from_table,
-            SHARED_TABLE=bool(steps) and table.numel() <= tile["largest_shared_table"],
+            L=window_bits, K=step_bits, V=step_weights, STEPS=steps, FROM_TABLE=table.ndim == 2,
             ROW_SCALES=int(scales.numel() > 1), HAS_MEAN=mean is not None, WITH_DIGEST=with_digest,
-            ROTATION=rotation, TILE_ROWS=height, TILE_COLUMNS=width,
-            num_warps=tile["num_warps"], enable_fp_fusion=False,
+            ROTATION=rotation, enable_fp_fusion=False, **shape, **options,
         )  # fmt: skip
     return digests.sum()
+
+
+def path_steps(
+    table: Tensor, window_bits: int, step_bits: int, step_weights: int, columns: int, band_columns: int
+) -> int:
+    """Steps per group of the fast path, 0 for the general one."""
+    if table.ndim == 1 or band_columns not in (0, columns):
+        return 0
+    return group_steps(window_bits, step_bits, step_weights, columns)
+
+
+def _tile_options(
+    out: Tensor, table: Tensor, steps: int, step_weights: int, rotation: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Tile sizes and where the table lies; launch options."""
+    tile = tiles("decode", out.device, steps=steps)
+    largest = tile["TILE"] if steps else tile["TILE_GENERAL"]
+    width = tile_columns(out.shape[1], max(rotation, steps * step_weights, 16), largest)
+    shared = steps > 0 and table.numel() <= tile["largest_shared_table"]
+    shape = {"TILE_ROWS": max(1, largest // width), "TILE_COLUMNS": width, "SHARED_TABLE": shared}
+    return shape, {name: tile[name] for name in ("num_warps", "programs_per_processor")}
 
 
 def decode_torch(

@@ -1,34 +1,33 @@
-"""reparameterize: a weight drawn from its posterior, its noise regenerated in the backward pass.
+"""reparameterize: weights drawn from their posterior, the noise regenerated in the backward pass.
 
-    w = mean + std·eps,    eps[e] = quantiles[half e mod 8 of Philox(key = seed, counter = (e div 8, stream_id, 2))]
+    w = mean + std·eps
+    eps[e] = quantiles[half e % 8 of Philox(key = seed, counter = (e // 8, stream_id, 2))]
 
-e div 8 fills two words. Nothing of the tensor's size is kept between the passes but the parameters, which
-exist anyway. Bytes per weight, float32, without a prior mean, forward and backward:
-
-    plain torch   write, read and keep the noise besides
-    both ops      12 = 2 parameters + w, then 20 = grad_w + 2 parameters + 2 gradients
-
-A prior mean adds its own bytes to each pass (forward only under Mean-KL); a 16-bit w takes 2 off each.
+e // 8 fills two words. Nothing of the tensor's size is kept between the passes but the parameters, which
+exist anyway. Bytes per weight in float32 without a prior mean: forward 12 (two parameters read, w written),
+backward 20 (two parameters and grad_w read, two gradients written). A prior mean adds its own bytes to each
+pass (under Mean-KL to the forward pass only); a 16-bit w takes 2 off each.
 """
 
-import math
-from typing import Any, Callable, Iterator, Optional, Tuple
+from collections.abc import Iterator
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
 from ._triton import check_launch, tl, triton
 from .candidates import philox_halves, philox_halves_torch
-from .checks import N_QUANTILES, check_range, check_size, check_stream, check_tensor
+from .casting import rounded
+from .checks import N_QUANTILES, check_size, check_stream, check_tensor
 from .errors import KernelInputError
 from .registration import register
 from .tuning import tiles
 
-MAX_BLOCK_WEIGHTS = 1024
-NOISE_DOMAIN = 2  # last counter word: 0 draws candidates, 1 permutations
+CHUNK = 1 << 19  # weights that a reference holds in float64 at a time
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_CHUNK = 1 << 19  # weights that a reference has in float64 at a time
+# The counter's last word; candidates have 0, permutations 1, the encoders' noise the next (noise.py).
+_DOMAIN = tl.constexpr(2)
 
 
 @triton.jit
@@ -37,7 +36,7 @@ def noise(first_group, quantiles_ptr, seed, stream_id, TILE: tl.constexpr):
     groups = first_group + tl.arange(0, TILE // 8)
     zero = tl.zeros([TILE // 8], tl.uint32)
     low, high = groups.to(tl.uint32), (groups >> 32).to(tl.uint32)
-    halves = philox_halves(low, high, stream_id.to(tl.uint32) + zero, zero + 2, seed)
+    halves = philox_halves(low, high, stream_id.to(tl.uint32) + zero, zero + _DOMAIN, seed)
     # The table is all that is read twice: streams pass it by (.cg, .cs), it stays in the first-level cache.
     return tl.load(quantiles_ptr + tl.reshape(halves, [TILE]), eviction_policy="evict_last").to(tl.float32)
 
@@ -80,9 +79,10 @@ def _reparameterize_kernel(
     mean = tl.load(mean_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
     log_std = tl.load(log_std_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
     eps = noise(tile * (TILE // 8), quantiles_ptr, seed, stream_id, TILE)
-    tl.store(w_ptr + at, mean + tl.exp(log_std) * eps, mask=mask, cache_modifier=".cs")
+    w = rounded(mean + tl.exp(log_std) * eps, w_ptr.dtype.element_ty)
+    tl.store(w_ptr + at, w, mask=mask, cache_modifier=".cs")
     m, _, excess = _standardize(mean, log_std, prior_ptr, tl.load(log_scale_ptr), at, mask, HAS_PRIOR)
-    tl.store(kl_ptr + tile, 0.5 * tl.sum(tl.where(mask, m * m + excess, 0.0)))
+    tl.store(kl_ptr + tile, tl.sum(tl.where(mask, 0.5 * (m * m + excess), 0.0)))
 
 
 @triton.jit(do_not_specialize=["seed", "stream_id"])
@@ -119,112 +119,238 @@ def _reparameterize_backward_kernel(
     tl.store(grad_log_scale_ptr + tile, -grad_kl * tl.sum(tl.where(mask, m * m + u + excess, 0.0)))
 
 
-@triton.jit
-def _solve(excess):
-    """u ≤ 0 with e^u - 1 - u = excess, and e^u - 1; excess from 1e-30 to 1e4.
+def noise_torch(at: slice, quantiles: Tensor, seed: int, stream_id: int) -> Tensor:
+    """float16 `[stop - start]`, the reference of `noise`; `at.start` is a multiple of eight."""
+    groups = torch.arange(at.start // 8, -(-at.stop // 8), device=quantiles.device)
+    counter = (groups & 0xFFFFFFFF, groups >> 32, stream_id, 2)
+    return quantiles[philox_halves_torch(counter, seed).flatten()[: at.stop - at.start]]
 
-    Both branches are fits to the solution in 40 digits; their relative errors in u are 3e-9 and 4e-8, below
-    float32's own. Newton's method takes three steps to the same, each dearer than both.
+
+def chunks(n: int, size: int = CHUNK) -> Iterator[slice]:
+    """[0, n) in slices of `size`."""
+    return (slice(first, min(first + size, n)) for first in range(0, n, size))
+
+
+def total(parts: Tensor) -> Tensor:
+    """The float32 sum of a kernel's partial sums, in float64: no atomics, the same on every run."""
+    return parts.sum(dtype=torch.float64).float()
+
+
+def check_parameters(
+    op: str,
+    parameters: dict[str, Optional[Tensor]],
+    quantiles: Tensor,
+    prior_log_scale: Tensor,
+    seed: int,
+    stream_id: int,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Raise unless the parameters are tensors of one shape, the first of them float32, and the rest as said.
+
+    Raises:
+        KernelInputError: they are not.
     """
-    s = tl.sqrt(2.0 * excess)
-    near = 2.2802562e-4 + s * (-4.5851939e-5 + s * -3.9115310e-5)
-    near = 0.16666651 + s * (0.027778853 + s * (0.0037020114 + s * near))
-    near = -s * (1.0 + s * near)
-    power = tl.exp(-1.0 - excess)  # v is -W(-power), a series in it
-    v = 1.6414974 + power * (0.90520926 + power * 14.381613)
-    v = power * (1.0000567 + power * (0.99509758 + power * v))
-    is_near = excess < 1.0
-    return tl.where(is_near, near, v - 1.0 - excess), tl.where(is_near, excess + near, v - 1.0)
+    first, like = next((name, tensor) for name, tensor in parameters.items() if tensor is not None)
+    for name, tensor in parameters.items():
+        if tensor is not None:
+            dtypes = _FLOATS if name in ("prior_mean", "grad_w") else (torch.float32,)
+            check_tensor(op, name, tensor, dtypes, like)
+            if tensor.shape != like.shape:
+                raise KernelInputError(
+                    f"{op}: {name}: expected shape {tuple(like.shape)} like {first}, found "
+                    f"{tuple(tensor.shape)}; it belongs to another layer"
+                )
+    check_tensor(op, "quantiles", quantiles, (torch.float16,), like)
+    check_size(op, "quantiles", quantiles.numel(), N_QUANTILES, "entries")
+    check_number(op, "prior_log_scale", prior_log_scale, like)
+    check_stream(op, seed, stream_id)
+    if dtype not in _FLOATS:
+        raise KernelInputError(
+            f"{op}: dtype: expected float32, bfloat16 or float16, found {dtype}; choose one of them"
+        )
 
 
-@triton.jit
-def _mean_kl(tau, alpha, block_kl_nats):
-    """What a tile of whole blocks `[blocks, weights]` says, alpha = -inf where there is no weight.
+def check_number(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
+    """Raise unless `tensor` is a float32 number without dimensions.
 
-    Returns share of the block's KL, reach = √(2κ), tanh τ, sech² τ, σ/ρ, and h = ∂u/∂log κ.
+    Raises:
+        KernelInputError: it is not.
     """
-    top = tl.maximum(tl.max(alpha, 1), -3e38)  # finite where a whole row is missing
-    power = tl.exp(alpha - top[:, None])
-    share = power / tl.maximum(tl.sum(power, 1), 1.0)[:, None]  # a real row has a 1 in its sum
-    size = tl.abs(tau)
-    decay = tl.exp(-2.0 * size)
-    square = tau * tau
-    tanh = -1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))
-    # Near 0 by Taylor: 1 - decay has lost the digits of a mean that a large κ makes worth keeping.
-    tanh = tl.where(size < 0.25, size + size * square * tanh, (1.0 - decay) / (1.0 + decay))
-    sech2 = 4.0 * decay / ((1.0 + decay) * (1.0 + decay))
-    kappa2 = 2.0 * block_kl_nats * share
-    # κ and sech² may underflow; 1e-30 keeps h finite, and its v is 1 in every precision.
-    excess = tl.maximum(kappa2 * sech2, 1e-30)
-    u, expm1_u = _solve(excess)
-    signed = tl.where(tau < 0, -tanh, tanh)
-    return share, tl.sqrt(kappa2), signed, sech2, tl.exp(0.5 * u), excess / expm1_u
+    check_tensor(op, name, tensor, (torch.float32,), like)
+    check_size(op, name, tensor.ndim, 0, "dimensions")
 
 
-@triton.jit(do_not_specialize=["seed", "stream_id"])
-def _reparameterize_mean_kl_kernel(
-    tau_ptr,  # [n] float32
-    alpha_ptr,  # [n] float32
-    quantiles_ptr,
-    log_scale_ptr,
-    prior_ptr,  # [n]
-    w_ptr,  # [n]
-    n,
-    block_kl_nats,
-    seed,
-    stream_id,
-    BLOCK_WEIGHTS: tl.constexpr,
-    HAS_PRIOR: tl.constexpr,
-    TILE_BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr,  # BLOCK_WEIGHTS rounded up to a power of two
-):
-    first = tl.program_id(0).to(tl.int64) * TILE_BLOCKS
-    blocks, weights = first + tl.arange(0, TILE_BLOCKS), tl.arange(0, WIDTH)
-    at = blocks[:, None] * BLOCK_WEIGHTS + weights[None, :]
-    mask = (at < n) & (weights < BLOCK_WEIGHTS)[None, :]
-    tau = tl.load(tau_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
-    alpha = tl.load(alpha_ptr + at, mask=mask, other=float("-inf"), cache_modifier=".cg")
-    eps = noise(first * WIDTH // 8, quantiles_ptr, seed, stream_id, TILE_BLOCKS * WIDTH)
-    _, reach, tanh, _, std, _ = _mean_kl(tau, alpha, block_kl_nats)
-    w = tl.exp(tl.load(log_scale_ptr)) * (reach * tanh + std * tl.reshape(eps, [TILE_BLOCKS, WIDTH]))
-    if HAS_PRIOR:
-        w += tl.load(prior_ptr + at, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
-    tl.store(w_ptr + at, w, mask=mask, cache_modifier=".cs")
+def save(ctx: Any, op: str, tensors: tuple, seed: int, stream_id: int, is_learned: bool) -> None:
+    """Keep for the backward pass what the caller holds anyway.
+
+    Raises:
+        KernelInputError: the prior mean, a constant, requires a gradient.
+    """
+    if is_learned:
+        raise KernelInputError(
+            f"{op}: prior_mean: expected a constant, found a tensor that requires a gradient; detach() it"
+        )
+    ctx.save_for_backward(*tensors)
+    ctx.seed, ctx.stream_id = seed, stream_id
 
 
-@triton.jit(do_not_specialize=["seed", "stream_id"])
-def _reparameterize_mean_kl_backward_kernel(
-    grad_w_ptr,  # [n]
-    tau_ptr,
-    alpha_ptr,
-    quantiles_ptr,
-    log_scale_ptr,
-    grad_tau_ptr,  # [n] float32
-    grad_alpha_ptr,  # [n] float32
-    grad_log_scale_ptr,  # [tiles] float32
-    n,
-    block_kl_nats,
-    seed,
-    stream_id,
-    BLOCK_WEIGHTS: tl.constexpr,
-    TILE_BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    first = tl.program_id(0).to(tl.int64) * TILE_BLOCKS
-    blocks, weights = first + tl.arange(0, TILE_BLOCKS), tl.arange(0, WIDTH)
-    at = blocks[:, None] * BLOCK_WEIGHTS + weights[None, :]
-    mask = (at < n) & (weights < BLOCK_WEIGHTS)[None, :]
-    tau = tl.load(tau_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
-    alpha = tl.load(alpha_ptr + at, mask=mask, other=float("-inf"), cache_modifier=".cg")
-    grad_w = tl.load(grad_w_ptr + at, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
-    grad_w *= tl.exp(tl.load(log_scale_ptr))
-    eps = noise(first * WIDTH // 8, quantiles_ptr, seed, stream_id, TILE_BLOCKS * WIDTH)
-    share, reach, tanh, sech2, std, slope = _mean_kl(tau, alpha, block_kl_nats)
-    m, drawn = reach * tanh, std * tl.reshape(eps, [TILE_BLOCKS, WIDTH])
-    # excess = 2κ·sech² τ, so both chains pass through h = excess/(e^u - 1), which is smooth where v is 1.
-    grad_tau = grad_w * (reach * sech2 - drawn * slope * tanh)
-    tl.store(grad_tau_ptr + at, grad_tau, mask=mask, cache_modifier=".cs")
-    grad_log_kappa = 0.5 * grad_w * (m + drawn * slope)
-    grad_alpha = grad_log_kappa - share * tl.sum(grad_log_kappa, 1)[:, None]
-    tl.store(grad_alpha_ptr + at, grad_alpha, mask=mask, cache_modifier=".cs")
-    tl.store(grad_log_scale_ptr + tl.program_id(0), tl.sum(grad_w * (m + drawn)))
+def reparameterize_triton(
+    mean: Tensor,
+    log_std: Tensor,
+    quantiles: Tensor,
+    prior_log_scale: Tensor,
+    prior_mean: Optional[Tensor],
+    seed: int,
+    stream_id: int,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Mean-Var: w = mean + e^log_std·eps of the shape of `mean`, and Σ KL(q‖p), a float32 number in nats.
+
+    KL = (m² + v - 1 - log v)/2 with m = (mean - prior_mean)/ρ, v = (e^log_std/ρ)², ρ = e^prior_log_scale.
+    Gradients reach mean, log_std and prior_log_scale.
+
+    Args:
+        mean, log_std: float32, of one shape.
+        quantiles: float16 `[65536]`, the quantile table of the format.
+        prior_log_scale: float32 `[]`.
+        prior_mean: a constant of the same shape in float32, bfloat16 or float16; none means 0.
+        seed: a signed 64-bit number, another one for every draw.
+        dtype: of w: float32, bfloat16 or float16.
+
+    Raises:
+        KernelInputError: a tensor or a number is not as said.
+        KernelUnavailableError: there is no Triton, or no GPU.
+
+    Source: Havasi et al. 2019 (arXiv:1810.00440), section 3.3.
+    """
+    op, parameters = "reparameterize", dict(mean=mean, log_std=log_std, prior_mean=prior_mean)
+    check_parameters(op, parameters, quantiles, prior_log_scale, seed, stream_id, dtype)
+    check_launch(op, mean)
+    tile, w = tiles(op, mean.device), torch.empty_like(mean, dtype=dtype)
+    kl_nats = mean.new_empty(triton.cdiv(mean.numel(), tile["TILE"]))
+    if mean.numel():
+        _reparameterize_kernel[(kl_nats.numel(),)](
+            mean, log_std, quantiles, prior_log_scale, mean if prior_mean is None else prior_mean,
+            w, kl_nats, mean.numel(), seed, stream_id, HAS_PRIOR=prior_mean is not None, **tile,  # pyright: ignore[reportArgumentType]
+        )  # fmt: skip
+    return w, total(kl_nats)
+
+
+def reparameterize_torch(
+    mean: Tensor,
+    log_std: Tensor,
+    quantiles: Tensor,
+    prior_log_scale: Tensor,
+    prior_mean: Optional[Tensor],
+    seed: int,
+    stream_id: int,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """The reference of `reparameterize`, float64 inside."""
+    parameters = dict(mean=mean, log_std=log_std, prior_mean=prior_mean)
+    check_parameters("reparameterize", parameters, quantiles, prior_log_scale, seed, stream_id, dtype)
+    w, kl_nats = torch.empty_like(mean, dtype=dtype), [torch.zeros_like(prior_log_scale).double()]
+    for at in chunks(mean.numel()):
+        m, u, center, std = _mean_var_torch(mean, log_std, prior_log_scale, prior_mean, at)
+        w.view(-1)[at] = (center + std * noise_torch(at, quantiles, seed, stream_id)).to(dtype)
+        kl_nats.append(0.5 * (m * m + torch.expm1(u) - u).sum())
+    return w, total(torch.stack(kl_nats))
+
+
+def reparameterize_backward_triton(
+    grad_w: Tensor,
+    grad_kl_nats: Tensor,
+    mean: Tensor,
+    log_std: Tensor,
+    quantiles: Tensor,
+    prior_log_scale: Tensor,
+    prior_mean: Optional[Tensor],
+    seed: int,
+    stream_id: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of mean, log_std and prior_log_scale from those of w and of kl_nats."""
+    op, parameters = "reparameterize_backward", dict(mean=mean, log_std=log_std, prior_mean=prior_mean)
+    check_parameters(op, dict(parameters, grad_w=grad_w), quantiles, prior_log_scale, seed, stream_id)
+    check_number(op, "grad_kl_nats", grad_kl_nats, mean)
+    check_launch(op, mean)
+    tile, grad_mean, grad_log_std = tiles(op, mean.device), torch.empty_like(mean), torch.empty_like(mean)
+    grad_log_scale = mean.new_empty(triton.cdiv(mean.numel(), tile["TILE"]))
+    if mean.numel():
+        _reparameterize_backward_kernel[(grad_log_scale.numel(),)](
+            grad_w, grad_kl_nats, mean, log_std, quantiles, prior_log_scale,
+            mean if prior_mean is None else prior_mean, grad_mean, grad_log_std, grad_log_scale,
+            mean.numel(), seed, stream_id, HAS_PRIOR=prior_mean is not None, **tile,  # pyright: ignore[reportArgumentType]
+        )  # fmt: skip
+    return grad_mean, grad_log_std, total(grad_log_scale)
+
+
+def reparameterize_backward_torch(
+    grad_w: Tensor,
+    grad_kl_nats: Tensor,
+    mean: Tensor,
+    log_std: Tensor,
+    quantiles: Tensor,
+    prior_log_scale: Tensor,
+    prior_mean: Optional[Tensor],
+    seed: int,
+    stream_id: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The reference of `reparameterize_backward`, float64 inside."""
+    op, parameters = "reparameterize_backward", dict(mean=mean, log_std=log_std, prior_mean=prior_mean)
+    check_parameters(op, dict(parameters, grad_w=grad_w), quantiles, prior_log_scale, seed, stream_id)
+    check_number(op, "grad_kl_nats", grad_kl_nats, mean)
+    grad_mean, grad_log_std, grad_log_scale = torch.empty_like(mean), torch.empty_like(mean), []
+    grad_kl = grad_kl_nats.double()
+    for at in chunks(mean.numel()):
+        m, u, _, std = _mean_var_torch(mean, log_std, prior_log_scale, prior_mean, at)
+        grad, eps = grad_w.view(-1)[at].double(), noise_torch(at, quantiles, seed, stream_id)
+        grad_mean.view(-1)[at] = (grad + grad_kl * m / prior_log_scale.double().exp()).float()
+        grad_log_std.view(-1)[at] = (grad * std * eps + grad_kl * torch.expm1(u)).float()
+        grad_log_scale.append(-grad_kl * (m * m + torch.expm1(u)).sum())
+    return grad_mean, grad_log_std, total(torch.stack([grad_kl * 0, *grad_log_scale]))
+
+
+def _mean_var_torch(
+    mean: Tensor, log_std: Tensor, prior_log_scale: Tensor, prior_mean: Optional[Tensor], at: slice
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """float64 m, u = log v, mean and std of a slice."""
+    center, log_scale = mean.view(-1)[at].double(), prior_log_scale.double()
+    delta = center if prior_mean is None else center - prior_mean.view(-1)[at].double()
+    log_ratio = log_std.view(-1)[at].double() - log_scale
+    return delta / log_scale.exp(), 2 * log_ratio, center, (log_ratio + log_scale).exp()
+
+
+def _allocate(
+    mean, log_std, quantiles, prior_log_scale, prior_mean, seed, stream_id, dtype=torch.float32
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(mean, dtype=dtype), mean.new_empty(())
+
+
+def _allocate_backward(
+    grad_w, grad_kl_nats, mean, log_std, quantiles, prior_log_scale, prior_mean, seed, stream_id
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(mean), torch.empty_like(mean), mean.new_empty(())
+
+
+def _save(ctx: Any, inputs: tuple, output: Any) -> None:
+    *tensors, seed, stream_id, _ = inputs
+    save(ctx, "reparameterize", tuple(tensors), seed, stream_id, ctx.needs_input_grad[4])
+
+
+def _backward(ctx: Any, grad_w: Tensor, grad_kl_nats: Tensor) -> tuple[Optional[Tensor], ...]:
+    grad_mean, grad_log_std, grad_log_scale = reparameterize_backward(
+        grad_w.contiguous(), grad_kl_nats, *ctx.saved_tensors, ctx.seed, ctx.stream_id
+    )
+    return grad_mean, grad_log_std, None, grad_log_scale, None, None, None, None
+
+
+reparameterize = register(
+    "reparameterize", triton=reparameterize_triton, reference=reparameterize_torch, fake=_allocate
+)
+reparameterize_backward = register(
+    "reparameterize_backward",
+    triton=reparameterize_backward_triton,
+    reference=reparameterize_backward_torch,
+    fake=_allocate_backward,
+)
+reparameterize.register_autograd(_backward, setup_context=_save)

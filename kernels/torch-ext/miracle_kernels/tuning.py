@@ -8,11 +8,34 @@ import torch
 
 # For a GPU that nobody has measured. Chosen by counting registers and shared memory in the
 # ahead-of-time report (kernels/resources.json): no spills on sm_80 and newer.
+# fmt: off
 _DEFAULTS: dict[str, dict[str, int]] = {
     "codebook": {"TILE_STATES": 128, "TILE_GROUPS": 2, "num_warps": 4},
-    # A table is copied to shared memory once per tile; at 8,192 entries that is 4 bytes per weight.
-    "decode": {"TILE": 4096, "num_warps": 4, "programs_per_processor": 8, "largest_shared_table": 8192},
+    # A table of up to 8,192 entries is copied to shared memory once per tile: 4 bytes per weight at most.
+    "decode": {
+        "TILE": 4096, "TILE_GENERAL": 2048, "num_warps": 8, "programs_per_processor": 4,
+        "largest_shared_table": 8192,
+    },
+    # Eight weights per thread. Sixteen cost Mean-KL's backward pass 180 registers.
+    "reparameterize": {"TILE": 1024, "num_warps": 4},
+    "reparameterize_backward": {"TILE": 1024, "num_warps": 4},
+    "reparameterize_mean_kl": {"TILE": 1024, "num_warps": 4},
+    "reparameterize_mean_kl_backward": {"TILE": 1024, "num_warps": 4},
+    # A tile spans whole rows where it can: x is then rotated once per program.
+    "decode_linear": {
+        "TILE": 16384, "TILE_GENERAL": 2048, "TILE_ROWS": 32, "TILE_COLUMNS": 256, "TILE_ROTATION": 8192,
+        "num_warps": 8, "num_stages": 2, "programs_per_processor": 1, "largest_shared_table": 32768,
+    },
+    "select": {
+        "TILE_BLOCKS": 256, "TILE_CANDIDATES": 64, "num_warps": 8, "num_stages": 2,
+        "programs_per_processor": 2, "largest_splits": 256,
+    },
+    "slide": {
+        "TILE_NODES": 1024, "num_warps": 4, "programs_per_processor": 8,
+        "TILE_MESSAGE": 512, "TILE_COST": 4096,
+    },
 }
+# fmt: on
 
 
 def tiles(op: str, device: torch.device, **problem: int) -> dict[str, int]:
@@ -35,6 +58,13 @@ def resident_programs(device: torch.device, per_processor: int) -> int:
     if device.type != "cuda" or not torch.cuda.is_available():
         return 3  # of the interpreter, so that programs take several tiles each there too
     return per_processor * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def memory_share(device: torch.device) -> int:
+    """Bytes of scratch memory that an op may take: a quarter of what is free, at most 8 GiB."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 1 << 26
+    return min(8 << 30, torch.cuda.mem_get_info(device)[0] // 4)
 
 
 def device_name(device: torch.device) -> str:

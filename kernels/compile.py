@@ -1,0 +1,212 @@
+"""Compiles every Triton kernel ahead of time and counts what it uses; needs no GPU.
+
+    python kernels/compile.py                    # writes kernels/resources.json
+    python kernels/compile.py --only codebook    # prints what the variants of one op use
+
+Registers, spills and shared memory chose the default tile sizes of miracle_kernels/tuning.py, and
+tests/kernels/test_compilation.py fails when a change makes a kernel spill or outgrow a GPU.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from miracle_kernels import _triton
+from variants import TARGETS, VARIANTS, Variant
+
+OUTPUT = Path(__file__).parent / "resources.json"
+COUNTED = ("LDS", "STS", "LDG", "STG", "SHFL", "IMAD", "MUFU", "LDL", "STL")
+_OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
+_AMD_COUNTS = (
+    "vgpr_count", "agpr_count", "sgpr_count", "vgpr_spill_count", "sgpr_spill_count",
+    "private_segment_fixed_size", "group_segment_fixed_size",
+)  # fmt: skip
+
+
+class Launch(NamedTuple):
+    """One kernel launch that an op asked for."""
+
+    kernel: Any  # a JITFunction, whose declared type says less than it has
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+def launches(variant: Variant) -> list[Launch]:
+    """What the variant's op launches, recorded instead of launched."""
+    found: list[Launch] = []
+
+    def record(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        found.append(Launch(kernel, arguments, options))
+
+    with (
+        mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(_triton, "INTERPRETED", True),  # so that the op takes CPU tensors
+    ):
+        variant.call()
+    if not found:
+        raise RuntimeError(
+            f"{variant.name}: expected a kernel launch, found none; give the call more elements"
+        )
+    return found
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> CompiledKernel:
+    """The launch's kernel for a target, specialized as it would be at run time."""
+    backend = make_backend(target)
+    binder = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
+    bound, specialization, extra = binder(*launch.arguments, **launch.options)
+    options, signature, constants, attributes = launch.kernel._pack_args(
+        backend, launch.options, bound, specialization, extra
+    )
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=options.__dict__)
+
+
+def tool(*arguments: str) -> str:
+    """What NVIDIA's cuobjdump says; the one inside Triton."""
+    command = [knobs.nvidia.cuobjdump.path, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def nvidia_usage(compiled: CompiledKernel, folder: Path) -> dict[str, Any]:
+    """Registers, memory and instructions of a cubin, by cuobjdump."""
+    metadata, path = compiled.metadata, folder / f"{compiled.hash}.cubin"
+    path.write_bytes(compiled.asm["cubin"])
+    used = dict(re.findall(r"\b([A-Z]+):(\d+)", tool("-res-usage", str(path))))
+    opcodes = Counter(_OPCODE.findall(tool("-sass", str(path))))
+    # From sm_90 on, cuobjdump counts the KiB that the system keeps for itself; the limits do not.
+    reserved = 1024 if metadata.target.arch >= 90 else 0
+    return {
+        "registers": int(used["REG"]),
+        "stack_bytes": int(used["STACK"]),
+        "local_bytes": int(used["LOCAL"]),
+        "shared_bytes": metadata.shared,
+        "static_shared_bytes": max(0, int(used["SHARED"]) - reserved),
+        "num_warps": metadata.num_warps,
+        "fp_fusion": metadata.enable_fp_fusion,
+        "tensor_cores": any(opcode.endswith("MMA") for opcode in opcodes),
+        "instructions": opcodes.total() - opcodes["NOP"],
+        **{opcode: opcodes[opcode] for opcode in COUNTED},
+    }
+
+
+def amd_usage(compiled: CompiledKernel) -> dict[str, Any]:
+    """Registers and memory from the metadata that ends AMD's assembly."""
+    assembly = compiled.asm["amdgcn"]
+    used = dict(re.findall(r"^\s+\.(\w+):\s+(\d+)$", assembly, re.MULTILINE))
+    return {
+        **{name: int(used[name]) for name in _AMD_COUNTS if name in used},
+        "shared_bytes": compiled.metadata.shared,
+        "num_warps": compiled.metadata.num_warps,
+        "fp_fusion": compiled.metadata.enable_fp_fusion,
+        "tensor_cores": "v_mfma" in assembly,
+    }
+
+
+def usage(variant: Variant, target: GPUTarget) -> dict[str, Any]:
+    """What each different kernel of a variant uses on a target, by the kernel's name."""
+    found: dict[str, Any] = {}
+    hashes = set()
+    with tempfile.TemporaryDirectory() as folder:
+        for launch in launches(variant):
+            compiled = compile_launch(launch, target)
+            if compiled.hash in hashes:  # the same kernel again, on other data
+                continue
+            hashes.add(compiled.hash)
+            name = launch.kernel.__name__.strip("_")
+            name += f"#{len(hashes)}" if name in found else ""
+            is_cuda = target.backend == "cuda"
+            found[name] = nvidia_usage(compiled, Path(folder)) if is_cuda else amd_usage(compiled)
+    return found
+
+
+def attempt(task: tuple[int, str]) -> tuple[dict[str, Any], float]:
+    """The usage of one variant on one target, or why there is none, and the seconds that took."""
+    index, target = task
+    start = time.perf_counter()
+    try:
+        found = usage(VARIANTS[index], GPUTarget(*TARGETS[target]))
+    except Exception as error:  # Triton raises whatever its passes do; the report says which
+        found = {"error": f"{type(error).__name__}: {error}"}
+    return found, time.perf_counter() - start
+
+
+def compile_all(indices: list[int]) -> dict[str, dict[str, Any]]:
+    """Variant name → target → kernel → usage."""
+    report: dict[str, dict[str, Any]] = {VARIANTS[index].name: {} for index in indices}
+    tasks = [(index, target) for index in indices for target in TARGETS]
+    # Spawned, not forked: torch and LLVM have threads.
+    with multiprocessing.get_context("spawn").Pool(len(os.sched_getaffinity(0)), single_threaded) as pool:
+        for (index, target), (found, seconds) in zip(tasks, pool.imap(attempt, tasks), strict=True):
+            name = VARIANTS[index].name
+            report[name][target] = found
+            print(f"{name} {target}: {found.get('error', 'ok')} ({seconds:.2f} s)", flush=True)
+    return report
+
+
+def single_threaded() -> None:
+    """One thread per process: the processes are the parallelism."""
+    torch.set_num_threads(1)
+
+
+def versions() -> dict[str, str]:
+    """Of the compilers; Triton has one ptxas for sm_90 and newer and one for older GPUs."""
+    nvidia = knobs.nvidia
+    return {
+        "triton": triton.__version__,
+        "ptxas": nvidia.ptxas.version,
+        "ptxas_blackwell": nvidia.ptxas_blackwell.version,
+    }
+
+
+def arguments() -> argparse.Namespace:
+    """The command line; ends the program where kernels are interpreted."""
+    parser = argparse.ArgumentParser(description="Compile every kernel ahead of time.")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--only", default="", help="print the variants whose name starts so; write nothing")
+    if knobs.runtime.interpret:
+        parser.error(
+            "expected compiled kernels, found TRITON_INTERPRET in the environment, which interprets them; "
+            "run env -u TRITON_INTERPRET python kernels/compile.py"
+        )
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Compile, write the report, and fail when a kernel does not compile for an NVIDIA target."""
+    chosen = arguments()
+    indices = [i for i, variant in enumerate(VARIANTS) if variant.name.startswith(chosen.only)]
+    with tempfile.TemporaryDirectory() as cache:  # an empty cache: every kernel is compiled now
+        os.environ["TRITON_CACHE_DIR"] = cache
+        report = compile_all(indices)
+    content = json.dumps({"versions": versions(), "variants": report}, indent=2) + "\n"
+    if chosen.only:
+        print(content)
+    else:
+        partial = chosen.output.with_suffix(".partial")
+        partial.write_text(content)
+        partial.replace(chosen.output)
+        print(f"wrote {chosen.output}")
+    failed = [target for found in report.values() for target in found if "error" in found[target]]
+    return int(any(target != "gfx942" for target in failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,273 @@
+"""decode_linear: y = x·Wᵀ straight from the message; the weights exist in registers only.
+
+W = (scale ∘ z)·H with H the rotation, which is symmetric, so y = (x·H)·zᵀ ∘ scale: the input is rotated
+instead of the weights, and each row's scale is applied once, to the sum.
+"""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from ._triton import check_launch, tl, triton
+from .casting import rounded
+from .checks import (
+    check_code,
+    check_message,
+    check_range,
+    check_size,
+    check_stream,
+    check_table,
+    check_tensor,
+    check_width,
+)
+from .decode import as_entries, coded_candidates, decode_torch, path_steps, tile_columns
+from .registration import register
+from .rotation import rotate
+from .tuning import resident_programs, tiles
+
+MAX_BATCH = 64
+# Rows that the reference decodes at a time.
+_REFERENCE_ROWS = 256
+
+
+@triton.jit(do_not_specialize=["batch"])
+def _rotate_kernel(
+    rotated_ptr,  # [BATCH, columns] float16, rows past `batch` are written too
+    unit_ptr,  # [BATCH] float32, a power of two per row
+    x_ptr,  # [batch, columns]
+    batch, columns, ROTATION: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """x·H over a power of two that keeps it within [-1, 1], where float16 has the most digits."""
+    row = tl.program_id(0).to(tl.int64)
+    at = row * columns
+    filled = tl.where(row < batch, columns, 0)
+    largest = tl.zeros([], tl.float32)
+    for first in range(0, columns, TILE):
+        column = first + tl.arange(0, TILE)
+        x = tl.load(x_ptr + at + column, mask=column < filled, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.abs(rotate(x[None, :], ROTATION)), axis=1).sum(0))
+    # The exponent field alone, one higher: a power of two above the largest. 2^-126 … 2^127.
+    exponent = tl.minimum(tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) + 1, 1), 253)
+    unit = (exponent << 23).to(tl.float32, bitcast=True)
+    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    tl.store(unit_ptr + row, unit)
+    for first in range(0, columns, TILE):
+        column = first + tl.arange(0, TILE)
+        x = tl.load(x_ptr + at + column, mask=column < filled, other=0.0).to(tl.float32)
+        x = tl.reshape(rotate(x[None, :], ROTATION), [TILE])
+        tl.store(rotated_ptr + at + column, (x * inverse).to(tl.float16), mask=column < columns)
+
+
+@triton.jit(do_not_specialize=["n_bytes", "band_columns", "seed", "stream_id"])
+def _vector_kernel(
+    y_ptr,  # [rows]
+    x_ptr,  # [columns]
+    message_ptr, table_ptr, scales_ptr,  # as in decode
+    n_bytes, rows, columns, band_columns, seed, stream_id,
+    L: tl.constexpr, K: tl.constexpr, V: tl.constexpr, STEPS: tl.constexpr, FROM_TABLE: tl.constexpr,
+    SHARED_TABLE: tl.constexpr, ROW_SCALES: tl.constexpr, ROTATION: tl.constexpr,
+    ONE_TILE: tl.constexpr,  # whether a tile spans all columns: x is then rotated once per program
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One row of x, in float32 throughout."""
+    table = tl.load(table_ptr + tl.arange(0, 1 << L)) if SHARED_TABLE else 0
+    column = tl.arange(0, TILE_COLUMNS)
+    x = tl.load(x_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
+    x = rotate(x[None, :], ROTATION)
+    n_tiles = tl.cdiv(rows, TILE_ROWS)
+    for tile in range(tl.program_id(0).to(tl.int64), n_tiles, tl.num_programs(0)):
+        row = tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
+        total = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32)
+        for across in range(tl.cdiv(columns, TILE_COLUMNS)):
+            if not ONE_TILE:
+                column = across * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+                x = tl.load(x_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
+                x = rotate(x[None, :], ROTATION)
+            z = coded_candidates(
+                message_ptr, n_bytes, table_ptr, table, row, across, rows, columns, band_columns, seed,
+                stream_id, L, K, V, STEPS, FROM_TABLE, SHARED_TABLE, TILE_COLUMNS,
+            )  # fmt: skip
+            total += z.to(tl.float32) * x
+        scale = tl.load(scales_ptr + row * ROW_SCALES, mask=row < rows, other=0.0).to(tl.float32)
+        y = tl.sum(total, axis=1) * scale
+        tl.store(y_ptr + row, rounded(y, y_ptr.dtype.element_ty), mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["n_bytes", "batch", "band_columns", "seed", "stream_id"])
+def _matrix_kernel(
+    y_ptr,  # [batch, rows]
+    rotated_ptr, unit_ptr,  # of _rotate_kernel
+    message_ptr, table_ptr, scales_ptr,  # as in decode
+    n_bytes, batch, rows, columns, band_columns, seed, stream_id,
+    L: tl.constexpr, K: tl.constexpr, V: tl.constexpr, STEPS: tl.constexpr, FROM_TABLE: tl.constexpr,
+    SHARED_TABLE: tl.constexpr, ROW_SCALES: tl.constexpr,
+    BATCH: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Several rows of x, on tensor cores: candidates are exact in float16, sums are float32."""
+    table = tl.load(table_ptr + tl.arange(0, 1 << L)) if SHARED_TABLE else 0
+    item = tl.arange(0, BATCH)
+    n_tiles = tl.cdiv(rows, TILE_ROWS)
+    for tile in range(tl.program_id(0).to(tl.int64), n_tiles, tl.num_programs(0)):
+        row = tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
+        total = tl.zeros([TILE_ROWS, BATCH], tl.float32)
+        for across in range(tl.cdiv(columns, TILE_COLUMNS)):
+            column = across * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+            at = item.to(tl.int64)[None, :] * columns + column[:, None]
+            x = tl.load(rotated_ptr + at, mask=(column < columns)[:, None], other=0.0)
+            z = coded_candidates(
+                message_ptr, n_bytes, table_ptr, table, row, across, rows, columns, band_columns, seed,
+                stream_id, L, K, V, STEPS, FROM_TABLE, SHARED_TABLE, TILE_COLUMNS,
+            )  # fmt: skip
+            total = tl.dot(z, x, total)
+        scale = tl.load(scales_ptr + row * ROW_SCALES, mask=row < rows, other=0.0).to(tl.float32)
+        y = total * scale[:, None] * tl.load(unit_ptr + item)[None, :]
+        at = item.to(tl.int64)[None, :] * rows + row[:, None]
+        mask = (row < rows)[:, None] & (item < batch)[None, :]
+        tl.store(y_ptr + at, rounded(y, y_ptr.dtype.element_ty), mask=mask)
+
+
+def decode_linear_triton(
+    x: Tensor,
+    message: Tensor,
+    table: Tensor,
+    scales: Tensor,
+    rows: int,
+    window_bits: int,
+    step_bits: int,
+    step_weights: int,
+    seed: int,
+    stream_id: int,
+    rotation: int,
+    band_columns: int,
+) -> Tensor:
+    """x·Wᵀ of a coded matrix W, `[batch, rows]` in the dtype of x.
+
+    Args:
+        x: float32, bfloat16 or float16 `[batch, columns]`, batch from 1 to 64.
+        rows: of W; its columns are those of x.
+
+    The other arguments are those of `decode`. Sums are float32; for a batch of more than one, x·H is
+    rounded to 11 bits, so y equals decoding to bfloat16 and multiplying to bfloat16 rounding.
+
+    Raises:
+        KernelInputError: a tensor or a number is not as said.
+        KernelUnavailableError: there is no Triton, or no GPU.
+    """
+    code = (window_bits, step_bits, step_weights)
+    _check(x, message, table, scales, rows, *code, seed, stream_id, rotation, band_columns)
+    check_launch("decode_linear", x)
+    batch, columns = x.shape
+    y = x.new_empty((batch, rows))
+    if rows == 0:
+        return y
+    steps = path_steps(table, window_bits, step_bits, step_weights, columns, band_columns)
+    options = {"L": window_bits, "K": step_bits, "V": step_weights, "STEPS": steps}
+    options |= {
+        "FROM_TABLE": table.ndim == 2,
+        "ROW_SCALES": int(scales.numel() > 1),
+        "enable_fp_fusion": True,
+    }
+    coded = (message, as_entries(table) if steps else table, scales)
+    sizes = (rows, columns, band_columns, seed, stream_id)
+    launch = _vector if batch == 1 else _matrix
+    launch(y, x, coded, sizes, rotation, options)
+    return y
+
+
+def _vector(
+    y: Tensor, x: Tensor, coded: tuple[Tensor, ...], sizes: tuple[int, ...], rotation: int, options: dict
+) -> None:
+    rows, columns = sizes[:2]
+    tile = tiles("decode_linear", x.device, batch=1)
+    _, table, _ = coded
+    largest = tile["TILE"] if options["STEPS"] else tile["TILE_GENERAL"]
+    width = tile_columns(columns, max(rotation, options["STEPS"] * options["V"], 16), largest)
+    height = max(1, largest // width)
+    programs = min(triton.cdiv(rows, height), resident_programs(x.device, tile["programs_per_processor"]))
+    _vector_kernel[(programs,)](
+        y, x, *coded, coded[0].numel(), *sizes, ROTATION=rotation, ONE_TILE=width >= columns,
+        SHARED_TABLE=options["STEPS"] > 0 and table.numel() * table.itemsize <= tile["largest_shared_table"],
+        TILE_ROWS=height, TILE_COLUMNS=width, num_warps=tile["num_warps"], **options,
+    )  # fmt: skip
+
+
+def _matrix(
+    y: Tensor, x: Tensor, coded: tuple[Tensor, ...], sizes: tuple[int, ...], rotation: int, options: dict
+) -> None:
+    rows, columns = sizes[:2]
+    padded = max(16, triton.next_power_of_2(x.shape[0]))
+    tile = tiles("decode_linear", x.device, batch=padded)
+    _, table, _ = coded
+    rotated = x.new_empty((padded, columns), dtype=torch.float16)
+    unit = x.new_empty(padded, dtype=torch.float32)
+    _rotate_kernel[(padded,)](
+        rotated, unit, x, x.shape[0], columns, ROTATION=rotation,
+        TILE=max(rotation, min(triton.next_power_of_2(columns), tile["TILE_ROTATION"])),
+        num_warps=tile["num_warps"], enable_fp_fusion=True,
+    )  # fmt: skip
+    height = tile["TILE_ROWS"]
+    width = tile_columns(columns, max(options["STEPS"] * options["V"], 16), tile["TILE_COLUMNS"])
+    programs = min(triton.cdiv(rows, height), resident_programs(x.device, tile["programs_per_processor"]))
+    _matrix_kernel[(programs,)](
+        y, rotated, unit, *coded, coded[0].numel(), x.shape[0], *sizes, BATCH=padded,
+        SHARED_TABLE=options["STEPS"] > 0 and table.numel() * table.itemsize <= tile["largest_shared_table"],
+        TILE_ROWS=height, TILE_COLUMNS=width, num_warps=tile["num_warps"], num_stages=tile["num_stages"],
+        **options,
+    )  # fmt: skip
+
+
+def decode_linear_torch(
+    x: Tensor,
+    message: Tensor,
+    table: Tensor,
+    scales: Tensor,
+    rows: int,
+    window_bits: int,
+    step_bits: int,
+    step_weights: int,
+    seed: int,
+    stream_id: int,
+    rotation: int,
+    band_columns: int,
+) -> Tensor:
+    """The reference of `decode_linear`: decodes rows to float32, some at a time, and multiplies."""
+    code = (window_bits, step_bits, step_weights, seed, stream_id, rotation, band_columns)
+    _check(x, message, table, scales, rows, *code)
+    y = x.new_empty((x.shape[0], rows))
+    for first in range(0, rows, _REFERENCE_ROWS):
+        stop = min(first + _REFERENCE_ROWS, rows)
+        weights = x.new_empty((stop - first, x.shape[1]), dtype=torch.float32)
+        decode_torch(weights, message, table, scales, None, rows, first, *code, 0, False)
+        y[:, first:stop] = (x.float() @ weights.T).to(x.dtype)
+    return y
+
+
+def _fake(x: Tensor, message: Tensor, table: Tensor, scales: Tensor, rows: int, *rest: object) -> Tensor:
+    return x.new_empty((x.shape[0], rows))
+
+
+def _check(
+    x: Tensor, message: Tensor, table: Tensor, scales: Tensor, rows: int, window_bits: int, step_bits: int,
+    step_weights: int, seed: int, stream_id: int, rotation: int, band_columns: int,
+) -> None:  # fmt: skip
+    op = "decode_linear"
+    check_code(op, window_bits, step_bits, step_weights)
+    check_stream(op, seed, stream_id)
+    check_tensor(op, "x", x, (torch.float32, torch.bfloat16, torch.float16), x)
+    check_size(op, "x", x.ndim, 2, "dimensions")
+    check_range(op, "batch (rows of x)", x.shape[0], 1, MAX_BATCH)
+    check_range(op, "columns of x", x.shape[1], 1, 2**31 - 1)
+    check_range(op, "rows", rows, 0, 2**31 - 1)
+    check_range(op, "band_columns", band_columns, 0, 2**31 - 1)
+    check_width(op, rotation, x.shape[1])
+    check_tensor(op, "message", message, (torch.uint8,), x)
+    check_message(op, message, rows * x.shape[1], window_bits, step_bits, step_weights)
+    check_table(op, table, window_bits, step_weights, x)
+    check_tensor(op, "scales", scales, (torch.bfloat16,), x)
+    check_size(op, "scales", scales.numel(), 1 if scales.numel() == 1 else rows, "entries, or 1")
+
+
+decode_linear = register(
+    "decode_linear", triton=decode_linear_triton, reference=decode_linear_torch, fake=_fake
+)

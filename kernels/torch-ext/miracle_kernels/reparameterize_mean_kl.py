@@ -1,0 +1,363 @@
+"""reparameterize_mean_kl: weights drawn from a posterior whose KL is its block's budget by construction.
+
+Blocks are V consecutive weights of the flattened tensor. A softmax shares a block's KL out among them,
+κ = κ_block·softmax(alpha); the mean takes what it likes of κ, the variance v ≤ 1 what is left:
+
+    m = √(2κ)·tanh τ,    v - log v = 1 + 2κ·sech² τ,    w = prior_mean + ρ·(m + √v·eps)
+
+with KL = (m² + v - 1 - log v)/2 = κ. A short last block has the whole budget too: its message costs as many
+bits. The noise of weight j of block b is that of element b·P + j, P being V rounded up to a power of two.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from ._triton import check_launch, tl, triton
+from .casting import rounded
+from .checks import check_range
+from .errors import KernelInputError
+from .registration import register
+from .reparameterize import CHUNK, check_parameters, chunks, noise, noise_torch, save, total
+from .tuning import tiles
+
+MAX_BLOCK_WEIGHTS = 1024
+
+
+@triton.jit
+def _solve(s):
+    """√v and h = d/(v - 1), where v ≤ 1 solves v - log v = 1 + d with d = s²/2.
+
+    Two polynomials fitted to the solution in 40 digits, with relative errors in √v of 2e-8 (d < 1) and 8e-8.
+    Newton's method on log v takes three steps to the same, each dearer than this.
+    """
+    d = 0.5 * s * s
+    near = -6.9984765e-3 + s * (-6.3742830e-4 + s * (-9.5693243e-5 + s * 1.0634382e-4))
+    near = 0.49999912 + s * (-0.041654812 + s * near)  # (1 - √v)/s
+    root = tl.exp(-0.5 - 0.5 * d)
+    power = root * root  # v = -W(-power), a series in it
+    far = 0.62172505 + power * (1.1171751 + power * (0.66336864 + power * 10.437796))
+    far = root * (0.99999992 + power * (0.50004003 + power * far))
+    is_near = d < 1.0
+    std = tl.where(is_near, 1.0 - s * near, far)
+    h = tl.where(is_near, 0.5 * s, d) / tl.where(is_near, near * (s * near - 2.0), far * far - 1.0)
+    return std, h
+
+
+@triton.jit
+def _mean_kl(tau, alpha, block_kl_nats):
+    """What a tile of whole blocks `[blocks, weights]` says, alpha = -inf where there is no weight.
+
+    Returns share of the block's KL, reach = √(2κ), tanh τ, sech τ, σ/ρ, and h = ∂log v/∂log κ.
+    """
+    top = tl.maximum(tl.max(alpha, 1), -3e38)  # finite where a whole row is missing
+    power = tl.exp(alpha - top[:, None])
+    per_power = 1.0 / tl.maximum(tl.sum(power, 1), 1.0)  # a real row has a 1 in its sum
+    reach = tl.sqrt(power * (2.0 * block_kl_nats * per_power)[:, None])
+    decay = tl.exp(-tl.abs(tau))
+    square, decay2 = tau * tau, decay * decay
+    inverse = 1.0 / (1.0 + decay2)
+    # Near 0 by Taylor: 1 - decay2 has lost the digits of a mean that a large κ makes worth keeping.
+    near = tau + tau * square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
+    far = (1.0 - decay2) * inverse
+    tanh = tl.where(square < 0.0625, near, tl.where(tau < 0.0, -far, far))
+    sech = 2.0 * decay * inverse
+    std, h = _solve(1.4142135 * reach * sech)
+    return power * per_power[:, None], reach, tanh, sech, std, h
+
+
+@triton.jit(do_not_specialize=["seed", "stream_id"])
+def _reparameterize_mean_kl_kernel(
+    tau_ptr,  # [n] float32
+    alpha_ptr,  # [n] float32
+    quantiles_ptr,
+    log_scale_ptr,
+    prior_ptr,  # [n]
+    w_ptr,  # [n]
+    n,
+    block_kl_nats,
+    seed,
+    stream_id,
+    BLOCK_WEIGHTS: tl.constexpr,
+    HAS_PRIOR: tl.constexpr,
+    TILE_BLOCKS: tl.constexpr,
+    WIDTH: tl.constexpr,  # BLOCK_WEIGHTS rounded up to a power of two
+):
+    first = tl.program_id(0).to(tl.int64) * TILE_BLOCKS
+    blocks, weights = first + tl.arange(0, TILE_BLOCKS), tl.arange(0, WIDTH)
+    at = blocks[:, None] * BLOCK_WEIGHTS + weights[None, :]
+    mask = (at < n) & (weights < BLOCK_WEIGHTS)[None, :]
+    tau = tl.load(tau_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
+    alpha = tl.load(alpha_ptr + at, mask=mask, other=float("-inf"), cache_modifier=".cg")
+    eps = noise(first * WIDTH // 8, quantiles_ptr, seed, stream_id, TILE_BLOCKS * WIDTH)
+    _, reach, tanh, _, std, _ = _mean_kl(tau, alpha, block_kl_nats)
+    w = tl.exp(tl.load(log_scale_ptr)) * (reach * tanh + std * tl.reshape(eps, [TILE_BLOCKS, WIDTH]))
+    if HAS_PRIOR:
+        w += tl.load(prior_ptr + at, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
+    tl.store(w_ptr + at, rounded(w, w_ptr.dtype.element_ty), mask=mask, cache_modifier=".cs")
+
+
+@triton.jit(do_not_specialize=["seed", "stream_id"])
+def _reparameterize_mean_kl_backward_kernel(
+    grad_w_ptr,  # [n]
+    tau_ptr,
+    alpha_ptr,
+    quantiles_ptr,
+    log_scale_ptr,
+    grad_tau_ptr,  # [n] float32
+    grad_alpha_ptr,  # [n] float32
+    grad_log_scale_ptr,  # [tiles] float32
+    n,
+    block_kl_nats,
+    seed,
+    stream_id,
+    BLOCK_WEIGHTS: tl.constexpr,
+    TILE_BLOCKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * TILE_BLOCKS
+    blocks, weights = first + tl.arange(0, TILE_BLOCKS), tl.arange(0, WIDTH)
+    at = blocks[:, None] * BLOCK_WEIGHTS + weights[None, :]
+    mask = (at < n) & (weights < BLOCK_WEIGHTS)[None, :]
+    tau = tl.load(tau_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
+    alpha = tl.load(alpha_ptr + at, mask=mask, other=float("-inf"), cache_modifier=".cg")
+    grad_w = tl.load(grad_w_ptr + at, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
+    grad_w *= tl.exp(tl.load(log_scale_ptr))
+    eps = noise(first * WIDTH // 8, quantiles_ptr, seed, stream_id, TILE_BLOCKS * WIDTH)
+    share, reach, tanh, sech, std, h = _mean_kl(tau, alpha, block_kl_nats)
+    m, drawn = reach * tanh, std * tl.reshape(eps, [TILE_BLOCKS, WIDTH])
+    # v - log v - 1 = 2κ·sech² τ: both chains pass through h, which is smooth where dv/dc has its pole, v = 1.
+    grad_tau = grad_w * (reach * sech * sech - drawn * h * tanh)
+    tl.store(grad_tau_ptr + at, grad_tau, mask=mask, cache_modifier=".cs")
+    grad_log_kappa = 0.5 * grad_w * (m + drawn * h)
+    block = tl.sum(grad_log_kappa, 1)
+    grad_alpha = grad_log_kappa - share * block[:, None]  # pyright: ignore[reportArgumentType]
+    tl.store(grad_alpha_ptr + at, grad_alpha, mask=mask, cache_modifier=".cs")
+    tl.store(grad_log_scale_ptr + tl.program_id(0), tl.sum(grad_w * (m + drawn)))
+
+
+def reparameterize_mean_kl_triton(
+    tau: Tensor,
+    alpha: Tensor,
+    quantiles: Tensor,
+    prior_log_scale: Tensor,
+    prior_mean: Optional[Tensor],
+    block_kl_nats: float,
+    block_weights: int,
+    seed: int,
+    stream_id: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Mean-KL: w of the shape of `tau`. Gradients reach tau, alpha and prior_log_scale.
+
+    Args:
+        tau, alpha: float32, of one shape, without constraints.
+        quantiles: float16 `[65536]`, the quantile table of the format.
+        prior_log_scale: float32 `[]`, log ρ.
+        prior_mean: a constant of the same shape in float32, bfloat16 or float16; none means 0.
+        block_kl_nats: KL of every block, above 0: the bits of its message times ln 2.
+        block_weights: V, from 1 to 1024.
+        seed: a signed 64-bit number, another one for every draw.
+        dtype: of w: float32, bfloat16 or float16.
+
+    Raises:
+        KernelInputError: a tensor or a number is not as said.
+        KernelUnavailableError: there is no Triton, or no GPU.
+
+    Source: the idea is Lin et al. 2023 (arXiv:2307.07816); the formulas are derived here.
+    """
+    op = "reparameterize_mean_kl"
+    parameters = dict(tau=tau, alpha=alpha, prior_mean=prior_mean)
+    check_parameters(op, parameters, quantiles, prior_log_scale, seed, stream_id, dtype)
+    _check_blocks(op, block_kl_nats, block_weights)
+    check_launch(op, tau)
+    grid, tile = _launch(op, tau, block_weights)
+    w = torch.empty_like(tau, dtype=dtype)
+    if grid:
+        _reparameterize_mean_kl_kernel[(grid,)](
+            tau, alpha, quantiles, prior_log_scale, tau if prior_mean is None else prior_mean, w, tau.numel(),
+            block_kl_nats, seed, stream_id, block_weights, HAS_PRIOR=prior_mean is not None, **tile,  # pyright: ignore[reportArgumentType]
+        )  # fmt: skip
+    return w
+
+
+def reparameterize_mean_kl_torch(
+    tau: Tensor,
+    alpha: Tensor,
+    quantiles: Tensor,
+    prior_log_scale: Tensor,
+    prior_mean: Optional[Tensor],
+    block_kl_nats: float,
+    block_weights: int,
+    seed: int,
+    stream_id: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The reference of `reparameterize_mean_kl`, float64 inside."""
+    op = "reparameterize_mean_kl"
+    parameters = dict(tau=tau, alpha=alpha, prior_mean=prior_mean)
+    check_parameters(op, parameters, quantiles, prior_log_scale, seed, stream_id, dtype)
+    _check_blocks(op, block_kl_nats, block_weights)
+    w, scale = torch.empty_like(tau, dtype=dtype), prior_log_scale.double().exp()
+    for at, blocks in _chunks(tau.numel(), block_weights):
+        rows = (_rows(tau, at, block_weights, 0.0), _rows(alpha, at, block_weights, -math.inf))
+        _, reach, tanh, _, std, _ = _mean_kl_torch(*rows, block_kl_nats)
+        eps = _noise_rows(blocks, block_weights, quantiles, seed, stream_id)
+        drawn = scale * (reach * tanh + std * eps).flatten()[: at.stop - at.start]
+        w.view(-1)[at] = (drawn if prior_mean is None else drawn + prior_mean.view(-1)[at]).to(dtype)
+    return w
+
+
+def reparameterize_mean_kl_backward_triton(
+    grad_w: Tensor,
+    tau: Tensor,
+    alpha: Tensor,
+    quantiles: Tensor,
+    prior_log_scale: Tensor,
+    block_kl_nats: float,
+    block_weights: int,
+    seed: int,
+    stream_id: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of tau, alpha and prior_log_scale from that of w."""
+    op = "reparameterize_mean_kl_backward"
+    check_parameters(
+        op, dict(tau=tau, alpha=alpha, grad_w=grad_w), quantiles, prior_log_scale, seed, stream_id
+    )
+    _check_blocks(op, block_kl_nats, block_weights)
+    check_launch(op, tau)
+    grid, tile = _launch(op, tau, block_weights)
+    grad_tau, grad_alpha, grad_log_scale = torch.empty_like(tau), torch.empty_like(tau), tau.new_empty(grid)
+    if grid:
+        _reparameterize_mean_kl_backward_kernel[(grid,)](
+            grad_w, tau, alpha, quantiles, prior_log_scale, grad_tau, grad_alpha, grad_log_scale, tau.numel(),
+            block_kl_nats, seed, stream_id, block_weights, **tile,  # pyright: ignore[reportArgumentType]
+        )  # fmt: skip
+    return grad_tau, grad_alpha, total(grad_log_scale)
+
+
+def reparameterize_mean_kl_backward_torch(
+    grad_w: Tensor,
+    tau: Tensor,
+    alpha: Tensor,
+    quantiles: Tensor,
+    prior_log_scale: Tensor,
+    block_kl_nats: float,
+    block_weights: int,
+    seed: int,
+    stream_id: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The reference of `reparameterize_mean_kl_backward`, float64 inside."""
+    op = "reparameterize_mean_kl_backward"
+    check_parameters(
+        op, dict(tau=tau, alpha=alpha, grad_w=grad_w), quantiles, prior_log_scale, seed, stream_id
+    )
+    _check_blocks(op, block_kl_nats, block_weights)
+    grad_tau, grad_alpha, scale = torch.empty_like(tau), torch.empty_like(tau), prior_log_scale.double().exp()
+    grad_log_scale = [scale * 0]
+    for at, blocks in _chunks(tau.numel(), block_weights):
+        rows = (_rows(tau, at, block_weights, 0.0), _rows(alpha, at, block_weights, -math.inf))
+        share, reach, tanh, sech, std, h = _mean_kl_torch(*rows, block_kl_nats)
+        drawn = std * _noise_rows(blocks, block_weights, quantiles, seed, stream_id)
+        grad, size = scale * _rows(grad_w, at, block_weights, 0.0), at.stop - at.start
+        grad_tau.view(-1)[at] = (grad * (reach * sech**2 - drawn * h * tanh)).float().flatten()[:size]
+        by_kappa = 0.5 * grad * (reach * tanh + drawn * h)
+        by_alpha = by_kappa - share * by_kappa.sum(1, keepdim=True)
+        grad_alpha.view(-1)[at] = by_alpha.float().flatten()[:size]
+        grad_log_scale.append((grad * (reach * tanh + drawn)).sum())
+    return grad_tau, grad_alpha, total(torch.stack(grad_log_scale))
+
+
+def _mean_kl_torch(tau: Tensor, alpha: Tensor, block_kl_nats: float) -> tuple[Tensor, ...]:
+    """The reference of `_mean_kl`, by Newton's method on u = log v: e^u - u = c."""
+    share = alpha.softmax(1)
+    reach, tanh, sech = (2 * block_kl_nats * share).sqrt(), tau.tanh(), 1 / tau.cosh()
+    excess = (reach * sech).square().clamp(min=1e-30)  # c - 1; below, v is 1 and Newton's step 0/0
+    u = torch.where(excess < 1, -(2 * excess).sqrt(), -1 - excess)
+    for _ in range(6):
+        u = u - (torch.expm1(u) - u - excess) / torch.expm1(u)
+    return share, reach, tanh, sech, (0.5 * u).exp(), excess / torch.expm1(u)
+
+
+def _rows(tensor: Tensor, at: slice, block_weights: int, fill: float) -> Tensor:
+    """float64 `[blocks, V]` of a slice that starts with a block; a short last one is filled up."""
+    flat = tensor.view(-1)[at].double()
+    missing = -flat.numel() % block_weights
+    return torch.nn.functional.pad(flat, (0, missing), value=fill).view(-1, block_weights)
+
+
+def _noise_rows(blocks: slice, block_weights: int, quantiles: Tensor, seed: int, stream_id: int) -> Tensor:
+    width = _width(block_weights)
+    elements = slice(blocks.start * width, blocks.stop * width)
+    return noise_torch(elements, quantiles, seed, stream_id).view(-1, width)[:, :block_weights]
+
+
+def _chunks(n: int, block_weights: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of weights, and of their blocks."""
+    for blocks in chunks(-(-n // block_weights), CHUNK // _width(block_weights)):
+        yield slice(blocks.start * block_weights, min(blocks.stop * block_weights, n)), blocks
+
+
+def _width(block_weights: int) -> int:
+    return 1 << (block_weights - 1).bit_length()
+
+
+def _launch(op: str, tau: Tensor, block_weights: int) -> tuple[int, dict[str, int]]:
+    """The number of programs, and the sizes of the tile of each."""
+    tile, width = tiles(op, tau.device, block_weights=block_weights), _width(block_weights)
+    tile_blocks = max(tile["TILE"] // width, 1)
+    blocks = triton.cdiv(tau.numel(), block_weights)
+    sizes = dict(TILE_BLOCKS=tile_blocks, WIDTH=width, num_warps=tile["num_warps"])
+    return triton.cdiv(blocks, tile_blocks), sizes
+
+
+def _check_blocks(op: str, block_kl_nats: float, block_weights: int) -> None:
+    check_range(op, "block_weights", block_weights, 1, MAX_BLOCK_WEIGHTS)
+    if not 0 < block_kl_nats < math.inf:
+        raise KernelInputError(
+            f"{op}: block_kl_nats: expected a finite number of nats above 0, found {block_kl_nats}; pass the "
+            "bits of a block's message times ln 2"
+        )
+
+
+def _allocate(
+    tau, alpha, quantiles, prior_log_scale, prior_mean, block_kl_nats, block_weights, seed, stream_id,
+    dtype=torch.float32,
+) -> Tensor:  # fmt: skip
+    return torch.empty_like(tau, dtype=dtype)
+
+
+def _allocate_backward(
+    grad_w, tau, alpha, quantiles, prior_log_scale, block_kl_nats, block_weights, seed, stream_id
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(tau), torch.empty_like(tau), tau.new_empty(())
+
+
+def _save(ctx: Any, inputs: tuple, output: Any) -> None:
+    *tensors, _, ctx.block_kl_nats, ctx.block_weights, seed, stream_id, _ = inputs
+    save(ctx, "reparameterize_mean_kl", tuple(tensors), seed, stream_id, ctx.needs_input_grad[4])
+
+
+def _backward(ctx: Any, grad_w: Tensor) -> tuple[Optional[Tensor], ...]:
+    grad_tau, grad_alpha, grad_log_scale = reparameterize_mean_kl_backward(
+        grad_w.contiguous(), *ctx.saved_tensors, ctx.block_kl_nats, ctx.block_weights, ctx.seed, ctx.stream_id
+    )
+    return grad_tau, grad_alpha, None, grad_log_scale, None, None, None, None, None, None
+
+
+reparameterize_mean_kl = register(
+    "reparameterize_mean_kl",
+    triton=reparameterize_mean_kl_triton,
+    reference=reparameterize_mean_kl_torch,
+    fake=_allocate,
+)
+reparameterize_mean_kl_backward = register(
+    "reparameterize_mean_kl_backward",
+    triton=reparameterize_mean_kl_backward_triton,
+    reference=reparameterize_mean_kl_backward_torch,
+    fake=_allocate_backward,
+)
+reparameterize_mean_kl.register_autograd(_backward, setup_context=_save)
