@@ -20,6 +20,11 @@ from miracle_kernels.checks import message_bytes
 from miracle_kernels.codebook import codebook_triton
 from miracle_kernels.decode import decode_triton
 from miracle_kernels.decode_linear import decode_linear_triton
+from miracle_kernels.reparameterize import reparameterize_backward_triton, reparameterize_triton
+from miracle_kernels.reparameterize_mean_kl import (
+    reparameterize_mean_kl_backward_triton,
+    reparameterize_mean_kl_triton,
+)
 from miracle_kernels.select import select_triton
 from miracle_kernels.slide import slide_triton
 
@@ -129,6 +134,34 @@ def decode_linear(
     return Variant(f"decode_linear[{name}]", call, matrix=batch > 1)
 
 
+def reparameterize(dtype: torch.dtype, *, prior_mean: bool = False) -> Variant:
+    """Mean and standard deviation → weights and KL, and the gradients."""
+    n = 4 * ODD
+    told = str(dtype)[6:] + ",prior_mean" * prior_mean
+
+    def call() -> None:
+        mean, prior = torch.zeros(n), torch.zeros(n, dtype=dtype) if prior_mean else None
+        common = (mean, mean, quantiles(), torch.zeros(()), prior, SEED, 9)
+        reparameterize_triton(*common, dtype)
+        reparameterize_backward_triton(torch.zeros(n, dtype=dtype), torch.ones(()), *common)
+
+    return Variant(f"reparameterize[{told}]", call)
+
+
+def reparameterize_mean_kl(block_weights: int, dtype: torch.dtype) -> Variant:
+    """Mean and share of a block's KL → weights, and the gradients."""
+    n = 4 * ODD
+
+    def call() -> None:
+        tau, scale = torch.zeros(n), torch.zeros(())
+        code = (11.0, block_weights, SEED, 9)
+        reparameterize_mean_kl_triton(tau, tau, quantiles(), scale, None, *code, dtype)
+        grad = torch.zeros(n, dtype=dtype)
+        reparameterize_mean_kl_backward_triton(grad, tau, tau, quantiles(), scale, *code)
+
+    return Variant(f"reparameterize_mean_kl[block_weights={block_weights},{str(dtype)[6:]}]", call)
+
+
 def select(window_bits: int, step_weights: int, selection: str = "best") -> Variant:
     """Blocks → choices; as many blocks as fill a tile."""
 
@@ -178,6 +211,11 @@ VARIANTS: list[Variant] = [
     decode_linear(12, 8, 4, 64),
     decode_linear(14, 2, 1, 64),
     decode_linear(12, 3, 1, 33, columns=4224),
+    reparameterize(torch.float32),
+    reparameterize(torch.bfloat16, prior_mean=True),
+    reparameterize_mean_kl(8, torch.float32),
+    reparameterize_mean_kl(20, torch.bfloat16),
+    reparameterize_mean_kl(1024, torch.float32),
     select(20, 32),
     select(20, 32, "sample"),
     select(16, 8),

@@ -1,17 +1,18 @@
 """decode_linear: the product equals decoding and multiplying, and no weight is ever stored."""
 
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
-from miracle_kernels import KernelInputError, decode_linear
-from miracle_kernels.decode_linear import decode_linear_torch, decode_linear_triton
 from streams import defined_weights, generator, random_message, random_scales, table_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from miracle_hub.coding.quantiles import quantiles
 from miracle_hub.config import Code
+from miracle_kernels import KernelInputError, decode_linear
+from miracle_kernels.decode_linear import decode_linear_torch, decode_linear_triton
 
 CODES = [(12, 2, 1), (12, 4, 2), (10, 8, 4), (9, 3, 1), (11, 5, 3)]
 
@@ -104,7 +105,8 @@ def test_rows_wider_than_a_tile_are_summed_in_parts(
 ) -> None:
     small = dict(TILE=512, TILE_GENERAL=512, TILE_ROWS=16, TILE_COLUMNS=64, TILE_ROTATION=128, num_warps=4)
     small |= dict(num_stages=1, programs_per_processor=1, largest_shared_table=1 << 13)
-    monkeypatch.setattr("miracle_kernels.decode_linear.tiles", lambda *args, **problem: small)
+    module = import_module("miracle_kernels.decode_linear")
+    monkeypatch.setattr(module, "tiles", lambda *args, **problem: small)
     check(Code(12, 2, 1), batch, 50, 1152, device, rotation=128)
 
 

@@ -4,8 +4,6 @@ W = (scale ∘ z)·H with H the rotation, which is symmetric, so y = (x·H)·z�
 instead of the weights, and each row's scale is applied once, to the sum.
 """
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
