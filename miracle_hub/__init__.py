@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from miracle_hub.hub.api import decompress as decompress
     from miracle_hub.hub.api import inspect as inspect
     from miracle_hub.hub.api import load_state_dict as load_state_dict
+    from miracle_hub.hub.quantizer import MiracleConfig as MiracleConfig
 
 __all__ = [
     "Code",
     "Inspection",
+    "MiracleConfig",
     "Report",
     "compress",
     "decompress",
@@ -29,6 +31,7 @@ __version__ = "0.1.0"
 # numba alone takes half a second.
 _HOMES = {
     "Inspection": "miracle_hub.codec.inspection",
+    "MiracleConfig": "miracle_hub.hub.quantizer",
     "Report": "miracle_hub.codec.compress",
     "compress": "miracle_hub.hub.api",
     "decompress": "miracle_hub.hub.api",

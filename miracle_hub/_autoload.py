@@ -17,10 +17,13 @@ from collections.abc import Sequence
 # torch, which calls us), the second is the next that every `from_pretrained` needs.
 _TARGETS = ("transformers.quantizers.auto", "transformers.modeling_utils")
 _LAST_NAME = "register_quantizer"  # one of the last names that the first target defines
+_PLUG_IN = "miracle_hub.hub.quantizer"
 
 
 def _register() -> None:
     """Register, or say why not: an installation this plug-in cannot serve must still import transformers."""
+    if _PLUG_IN in sys.modules and not hasattr(sys.modules[_PLUG_IN], "register"):
+        return  # The plug-in is what imports transformers right now; it registers itself at its end.
     try:
         from miracle_hub.hub.quantizer import register
 

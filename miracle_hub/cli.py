@@ -35,6 +35,7 @@ Rotation = Annotated[
     typer.Option(help="Widest Hadamard rotation; 1 is none.", show_default="128"),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the shared candidates.")]
+Backend = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu or triton.")]
 Excluded = Annotated[list[str] | None, typer.Option(help="Leave tensors plain whose names contain this.")]
 
 
@@ -49,6 +50,7 @@ def compress(
     seed: Seed = 0,
     modules_to_not_convert: Excluded = None,
     max_shard_size: ShardSize = DEFAULT_SHARD_SIZE,
+    backend: Backend = "auto",
     revision: Revision = None,
     overwrite: Overwrite = False,
     progress: Progress = True,
@@ -64,6 +66,7 @@ def compress(
         seed=seed,
         modules_to_not_convert=modules_to_not_convert,
         max_shard_size=max_shard_size,
+        backend=backend,
         revision=revision,
         overwrite=overwrite,
         progress=progress,
@@ -71,7 +74,8 @@ def compress(
     typer.echo(
         f"{out}: {report.dense_bytes:,} → {report.compressed_bytes:,} bytes "
         f"({report.dense_bytes / report.compressed_bytes:.2f} times smaller), "
-        f"{report.bits_per_weight:.4f} bits per weight, {report.seconds:.1f} s\n"
+        f"{report.bits_per_weight:.4f} bits per weight, {report.seconds:.1f} s "
+        f"(backend {report.backend})\n"
         f"digest {report.digest}"
     )
 
@@ -81,6 +85,7 @@ def decompress(
     source: Source,
     out: Out,
     max_shard_size: ShardSize = DEFAULT_SHARD_SIZE,
+    backend: Backend = "auto",
     revision: Revision = None,
     overwrite: Overwrite = False,
     progress: Progress = True,
@@ -90,6 +95,7 @@ def decompress(
         source,
         out,
         max_shard_size=max_shard_size,
+        backend=backend,
         revision=revision,
         overwrite=overwrite,
         progress=progress,

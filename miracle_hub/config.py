@@ -10,6 +10,8 @@ MAX_WINDOW_BITS = 24
 # One byte of message can then stand for at most 2,048 weights, which bounds what a hostile
 # file of a given length can make a reader allocate.
 MAX_STEP_WEIGHTS = 256
+# Who codes and decodes; "auto" is Triton where tensors are on a GPU and numba elsewhere.
+BACKENDS = ("auto", "cpu", "triton")
 # Of the widest Hadamard rotation.
 MAX_WIDTH_LOG2 = 15
 

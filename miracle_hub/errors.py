@@ -7,6 +7,7 @@
     │   └── NonFiniteWeightError         NaN or infinity in a tensor
     ├── BudgetError (ValueError)         a size or rate that cannot be met
     ├── OptionError (ValueError)         a code, order or rotation that cannot exist
+    ├── BackendError (RuntimeError)      a backend that cannot run here, or not this
     ├── OutputExistsError (FileExistsError)
     ├── OutputWriteError (OSError)       disk full, folder not writable
     └── FormatError (ValueError)         a file that is not what it claims to be
@@ -44,6 +45,10 @@ class BudgetError(MiracleError, ValueError):
 
 class OptionError(MiracleError, ValueError):
     """A parameter of the code, the order or the rotation is out of range."""
+
+
+class BackendError(MiracleError, RuntimeError):
+    """The backend that was asked for cannot run here, or cannot do what was asked."""
 
 
 class OutputExistsError(MiracleError, FileExistsError):

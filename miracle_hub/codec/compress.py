@@ -37,6 +37,7 @@ from miracle_hub.codec.plan import (
 from miracle_hub.codec.rates import Choice, Sample, measure_options, sample_rows
 from miracle_hub.codec.source import companion_files, list_tensors, weight_files
 from miracle_hub.codec.tensor import TORCH_DTYPES, encode_tensor
+from miracle_hub.coding.backend import Backend, choose
 from miracle_hub.coding.rotation import DEFAULT_WIDTH
 from miracle_hub.config import FORMAT_VERSION, MAX_WIDTH_LOG2, QUANT_METHOD
 from miracle_hub.errors import BudgetError, NonFiniteWeightError, OptionError, SourceError
@@ -51,7 +52,7 @@ WINDOW_BITS = (8, 16)
 
 @dataclass(frozen=True)
 class Report:
-    """What a compression did; sizes in bytes, `bits_per_weight` of whole files."""
+    """What a compression did; sizes in bytes, `bits_per_weight` of whole files, `backend` as chosen."""
 
     dense_bytes: int
     compressed_bytes: int
@@ -59,6 +60,7 @@ class Report:
     bits_per_weight: float
     seconds: float
     digest: str
+    backend: str
 
 
 def compress_folder(
@@ -72,6 +74,7 @@ def compress_folder(
     seed: int = 0,
     modules_to_not_convert: list[str] | None = None,
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
+    backend: str = "auto",
     overwrite: bool = False,
     card: Callable[[Path, Report], None] | None = None,
     progress: bool = True,
@@ -81,22 +84,24 @@ def compress_folder(
     shard_bytes = parse_size(max_shard_size, "max_shard_size")
     width = DEFAULT_WIDTH if rotation is None else rotation
     _check_options(bits_per_weight, size, window_bits, width)
+    chosen = choose(backend)
     weights = _source_files(source, out)
     with output_folder(out, overwrite) as temporary:
         copied = _copy_companions(source, temporary, weights)
         plans = _plan(weights, width, excluded)
-        samples = _survey(plans)
-        measure_options(samples, window_bits, seed)
+        samples = _survey(plans, chosen)
+        measure_options(samples, window_bits, seed, chosen)
         n_weights = sum(plan.source.n_weights for plan in plans.values()) + copied.n_weights
         target = parse_size(size) if size is not None else _bytes_of(bits_per_weight, n_weights)
         budget = Budget(target, copied.n_bytes, n_weights, shard_bytes)
         choices = meet_budget(plans, samples, budget)
         files = lay_out(plans, choices, shard_bytes)
-        digest = _write(temporary, files, plans, choices, progress)
+        digest = _write(temporary, files, plans, choices, chosen, progress)
         dense_bytes = sum(path.stat().st_size for path in weights) + copied.n_bytes
         n_bytes = total_bytes(files) + copied.n_bytes
         seconds = time.monotonic() - started
-        report = Report(dense_bytes, n_bytes, n_weights, 8 * n_bytes / n_weights, seconds, digest)
+        rate = 8 * n_bytes / n_weights
+        report = Report(dense_bytes, n_bytes, n_weights, rate, seconds, digest, chosen.name)
         _write_config(source, temporary, report, excluded, seed, _main_dtype(plans))
         if card is not None:
             with writing(temporary / "README.md"):
@@ -178,13 +183,13 @@ def _plan(weights: list[Path], rotation: int, excluded: list[str]) -> dict[str, 
     return plans
 
 
-def _survey(plans: dict[str, TensorPlan]) -> list[Sample]:
+def _survey(plans: dict[str, TensorPlan], backend: Backend) -> list[Sample]:
     """Rows of every tensor to be coded, each read once; those that no scale suits become plain."""
     coded = [plan for plan in plans.values() if not plan.reason]
     samples = []
     for plan in coded:
         weights = _load_finite(plan)
-        sample = sample_rows(plan.source.name, weights, plan.columns, plan.rotation, len(coded))
+        sample = sample_rows(plan.source.name, weights, plan.columns, plan.rotation, len(coded), backend)
         if 1 / LARGEST_RMS <= sample.rms <= LARGEST_RMS or not bool(weights.any()):
             samples.append(sample)
         else:
@@ -215,6 +220,7 @@ def _write(
     files: list[OutputFile],
     plans: dict[str, TensorPlan],
     choices: dict[str, Choice],
+    backend: Backend,
     progress: bool,
 ) -> str:
     """Encode and write every tensor; returns the digest of the repository."""
@@ -229,7 +235,9 @@ def _write(
             if plan.reason:
                 return raw_bytes(plan.source.load())
             segments = choices[entry.name].segments()
-            payload = encode_tensor(plan.source.load(), segments, plan.rotation, where=entry.name)
+            payload = encode_tensor(
+                plan.source.load(), segments, plan.rotation, where=entry.name, backend=backend
+            )
             digests[entry.name] = decode_header(payload, entry.name)[0].digest
             bar.update(plan.source.n_weights)
             return payload

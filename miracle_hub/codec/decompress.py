@@ -28,6 +28,7 @@ from miracle_hub.codec.source import (
     weight_files,
 )
 from miracle_hub.codec.tensor import TORCH_DTYPES, decode_payload
+from miracle_hub.coding.backend import Backend, choose
 from miracle_hub.config import FORMAT_VERSION, QUANT_METHOD
 from miracle_hub.errors import ChecksumError, FormatError, UnsupportedVersionError
 from miracle_hub.format.container import Entry, write_file, writing
@@ -43,15 +44,15 @@ class StoredTensor:
     dtype: str
     shape: tuple[int, ...]
 
-    def load(self, *, verify: bool = True) -> Tensor:
-        """The tensor in its source dtype and shape.
+    def load(self, *, verify: bool = True, backend: Backend | None = None) -> Tensor:
+        """The tensor in its source dtype and shape; a payload's, on the backend's device.
 
         Raises:
             FormatError: and its subclasses, when the payload is not sound.
         """
         tensor = self.stored.load()
         if self.header is not None:
-            tensor = decode_payload(tensor, self.stored.name, verify=verify)[0]
+            return decode_payload(tensor, self.stored.name, verify=verify, rounded=True, backend=backend)[0]
         return tensor.to(TORCH_DTYPES[self.dtype]) if self.dtype in TORCH_DTYPES else tensor
 
     @property
@@ -80,25 +81,37 @@ def stored_digest(tensors: list[StoredTensor]) -> str:
     return repository_digest({t.stored.name: t.header.digest for t in tensors if t.header is not None})
 
 
-def load_state_dict(path: str | Path, *, verify: bool = True) -> dict[str, Tensor]:
+def load_state_dict(path: str | Path, *, verify: bool = True, backend: str = "auto") -> dict[str, Tensor]:
     """All tensors of a compressed folder or file, dense, in their source dtypes.
 
     Args:
         path: a local folder, or one safetensors file.
         verify: compare the digests in the file with those of what was decoded.
+        backend: who decodes: "cpu", "triton", or "auto" for a GPU where there is one. The state dict is
+            on the CPU in any case.
 
     Raises:
         FormatError: and its subclasses: the file is not sound; the message names the tensor.
         MissingWeightsError: there is no safetensors file.
+        BackendError: the backend cannot run here.
     """
-    return {t.stored.name: t.load(verify=verify) for t in stored_tensors(Path(path))}
+    chosen = choose(backend)
+    tensors = stored_tensors(Path(path))
+    return {t.stored.name: t.load(verify=verify, backend=chosen).cpu() for t in tensors}
 
 
 def decompress_folder(
-    source: Path, out: Path, *, max_shard_size: str | int, overwrite: bool, progress: bool
+    source: Path,
+    out: Path,
+    *,
+    max_shard_size: str | int,
+    overwrite: bool,
+    progress: bool,
+    backend: str = "auto",
 ) -> int:
     """Write an ordinary checkpoint; returns its bytes. See `miracle_hub.decompress`."""
     refuse_overlap(source, out)
+    chosen = choose(backend)
     tensors = {tensor.stored.name: tensor for tensor in stored_tensors(source)}
     entries = [_dense_entry(tensor) for tensor in tensors.values()]
     entries.sort(key=lambda entry: -item_bits(entry.dtype))  # keeps them aligned
@@ -115,7 +128,7 @@ def decompress_folder(
 
             def data(entry: Entry) -> bytes:
                 bar.update(tensors[entry.name].n_weights)
-                return raw_bytes(tensors[entry.name].load())
+                return raw_bytes(tensors[entry.name].load(backend=chosen).cpu())
 
             for file in files:
                 write_file(temporary / file.name, file.entries, {"format": "pt"}, data)

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from miracle_hub.codec.tensor import SegmentPlan, prior_scale, rotated_matrix
-from miracle_hub.coding import cpu
-from miracle_hub.coding.encode import encode_stream
+from miracle_hub.coding.backend import Backend
 from miracle_hub.coding.posterior import squared_error_cost
 from miracle_hub.config import Code
 
@@ -67,25 +66,27 @@ def ladder(window_bits: int, seed: int) -> list[Code]:
     return [Code(max(window_bits, k), k, weights, seed) for k, weights in LADDER]
 
 
-def sample_rows(name: str, weights: Tensor, columns: int, rotation: int, n_tensors: int) -> Sample:
+def sample_rows(
+    name: str, weights: Tensor, columns: int, rotation: int, n_tensors: int, backend: Backend
+) -> Sample:
     """Evenly spaced rows (or the start of one very long row) of a tensor."""
     budget = min(_SAMPLE_WEIGHTS, max(512, _TOTAL_SAMPLE_WEIGHTS // n_tensors))
     matrix = weights.reshape(-1, columns)
     n_rows = max(1, min(matrix.shape[0], budget // columns))
     width = min(columns, max(rotation, budget // rotation * rotation))
     picked = torch.linspace(0, matrix.shape[0] - 1, n_rows).long()
-    values = rotated_matrix(matrix[picked, :width], width, rotation)
+    values = rotated_matrix(matrix[picked, :width], width, rotation, backend)
     rms = float(weights.float().square().mean().sqrt())
     return Sample(name, matrix.shape[0], columns, values, rms)
 
 
-def measure_options(samples: list[Sample], window_bits: int, seed: int) -> None:
+def measure_options(samples: list[Sample], window_bits: int, seed: int, backend: Backend) -> None:
     """Fill in every sample's options: encode all samples in one stream per rate and kind of scale."""
     measured = ladder(min(window_bits, _MEASURED_WINDOW_BITS), seed)
     for code, measured_code in zip(ladder(window_bits, seed), measured, strict=True):
         for row_scales in (False, True):
             eligible = [s for s in samples if row_scales or s.columns < _ALWAYS_ROW_SCALES]
-            errors = _relative_errors(eligible, measured_code, row_scales) if eligible else []
+            errors = _relative_errors(eligible, measured_code, row_scales, backend) if eligible else []
             for sample, relative in zip(eligible, errors, strict=True):
                 n_weights = sample.rows * sample.columns
                 scales = _SCALE_BYTES * (sample.rows if row_scales else 1)
@@ -94,15 +95,15 @@ def measure_options(samples: list[Sample], window_bits: int, seed: int) -> None:
                 sample.options.append(Option(code, row_scales, n_bytes, error))
 
 
-def _relative_errors(samples: list[Sample], code: Code, row_scales: bool) -> list[float]:
+def _relative_errors(samples: list[Sample], code: Code, row_scales: bool, backend: Backend) -> list[float]:
     """Relative squared error of each sample after coding."""
     parts = []
     for sample in samples:
         rms = sample.values.square().mean(1, keepdim=True).sqrt() if row_scales else sample.rms
         scale = torch.as_tensor(rms * prior_scale(code)).clamp(min=1e-30)
         parts.append((sample.values / scale).flatten())
-    message = encode_stream(squared_error_cost(torch.cat(parts)), code)
-    decoded = cpu.decode_stream(message, code, sum(part.numel() for part in parts))
+    message = backend.encode_stream(squared_error_cost(torch.cat(parts)), code, "best", None)
+    decoded = backend.decode_stream(message, code, sum(part.numel() for part in parts))
     split = decoded.split([part.numel() for part in parts])
     return [
         _squared_error(sample.values, z.view(sample.values.shape), row_scales)

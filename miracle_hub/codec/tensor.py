@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from miracle_hub.coding import cpu
-from miracle_hub.coding.encode import encode_stream
-from miracle_hub.coding.order import stream_order
+from miracle_hub.coding.backend import Backend, choose
+from miracle_hub.coding.matrix import CodedRows, MatrixLayout
 from miracle_hub.coding.posterior import squared_error_cost
 from miracle_hub.coding.rotation import check_width, widest_rotation
 from miracle_hub.config import Code
@@ -26,7 +25,6 @@ DTYPE_NAMES = {
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 # Within these bounds scale · z is exact in float32 and never subnormal (README, "Exactness").
 _SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-64, 2.0**64
-_TASK_WEIGHTS = 1 << 17
 # Sizes are met by the row: one of 64 rows at the next rate (a quarter more bits) is 0.4 % of a tensor.
 _FEWEST_ROWS = 64
 _SHORTEST_ROW = 128
@@ -80,10 +78,10 @@ def rounded_scales(scales: Tensor) -> Tensor:
     return torch.where(rounded >= _SMALLEST_SCALE, rounded, 0.0)
 
 
-def rotated_matrix(weights: Tensor, columns: int, width: int) -> Tensor:
+def rotated_matrix(weights: Tensor, columns: int, width: int, backend: Backend) -> Tensor:
     """float32 [rows, columns] after an orthonormal Hadamard rotation of each group of `width`."""
-    matrix = weights.float().reshape(-1, columns)
-    return cpu.hadamard(matrix, width) / math.sqrt(width) if width > 1 else matrix
+    matrix = weights.to(backend.device).float().reshape(-1, columns)
+    return backend.hadamard(matrix, width) / math.sqrt(width) if width > 1 else matrix
 
 
 def encode_tensor(
@@ -96,6 +94,7 @@ def encode_tensor(
     permuted: bool = False,
     selection: str = "best",
     generator: torch.Generator | None = None,
+    backend: Backend | None = None,
 ) -> bytes:
     """The payload of a tensor; `decode_payload` gives its weights back.
 
@@ -104,14 +103,15 @@ def encode_tensor(
         segments: consecutive rows; their row counts add up to the matrix view's rows.
         rotation: width of the Hadamard groups; 1 means none.
         where: the tensor's name, for messages.
+        backend: None means the one for the device of `weights`.
 
     Raises:
         OptionError: the rotation or the segments do not fit the tensor.
     """
+    backend = backend or choose(device=weights.device)
     columns = matrix_columns(tuple(weights.shape))
     check_width(rotation, columns, where)
     _check_rows(segments, weights.numel() // columns, where)
-    matrix = rotated_matrix(weights, columns, rotation)
     header = Header(
         dtype=DTYPE_NAMES[weights.dtype],
         shape=tuple(weights.shape),
@@ -121,44 +121,84 @@ def encode_tensor(
         band_columns=band_columns,
         permuted=permuted,
     )
-    scales, messages = [], []
-    for segment, rows in zip(header.segments, _split_rows(matrix, header), strict=True):
-        scale, message = _encode_segment(rows, segment, header, selection, generator)
-        scales.append(scale / math.sqrt(rotation))
-        messages.append(message)
-    stored = rounded_scales(torch.cat(scales))
-    body = stored.bfloat16().view(torch.uint8).numpy().tobytes()
-    body += b"".join(message.numpy().tobytes() for message in messages)
-    decoded, digest = _decode_body(header, body)
+    weights = weights.to(backend.device)
+    matrix = rotated_matrix(weights, columns, rotation, backend)
+    parts = [
+        _encode_segment(rows, segment, header, selection, generator, backend)
+        for segment, rows in zip(header.segments, _split_rows(matrix, header), strict=True)
+    ]
+    decoded, digest = backend.decode_matrix(parts, layout_of(header), torch.float32)
     difference = decoded.view(-1) - weights.float().reshape(-1)
     power = float(weights.double().square().sum())
     error = float(difference.double().square().sum()) / power if power else 0.0
-    return encode_payload(replace(header, digest=digest, relative_error=error), body)
+    return encode_payload(replace(header, digest=digest, relative_error=error), _body(parts))
 
 
-def decode_payload(payload: Tensor, where: str, *, verify: bool = True) -> tuple[Tensor, Header]:
-    """The weights of a payload, float32 in their own shape, and its header.
+def _body(parts: list[CodedRows]) -> bytes:
+    """Scales and messages as a payload holds them; `coded_rows` reads them back."""
+    scales = torch.cat([part.scales.cpu() for part in parts]).view(torch.uint8)
+    return b"".join(raw.numpy().tobytes() for raw in (scales, *(part.message.cpu() for part in parts)))
+
+
+def coded_rows(header: Header, payload: Tensor, start: int) -> Iterator[CodedRows]:
+    """The parts of a payload whose body starts at `start`; messages are views of it, on its device."""
+    at = start + 2 * header.n_scales
+    scales = payload[start:at].clone().view(torch.bfloat16)
+    for segment, n_bytes in zip(header.segments, header.message_bytes, strict=True):
+        own, scales = scales[: segment.n_scales], scales[segment.n_scales :]
+        yield CodedRows(segment.rows, segment.code, own, payload[at : at + n_bytes])
+        at += n_bytes
+
+
+def layout_of(header: Header) -> MatrixLayout:
+    """How the rows of a payload's matrix become weights."""
+    return MatrixLayout(header.columns, header.rotation, header.band_columns, header.permuted)
+
+
+def decode_payload(
+    payload: Tensor,
+    where: str,
+    *,
+    verify: bool = True,
+    rounded: bool = False,
+    backend: Backend | None = None,
+) -> tuple[Tensor, Header]:
+    """The weights of a payload in their own shape, on the backend's device, and its header.
 
     Args:
-        payload: uint8 `[bytes]` on the CPU.
+        payload: uint8 `[bytes]` on any device; its weights exist on the backend's device only.
         where: the tensor's name, for messages.
         verify: compare the digest of the decoded weights with the one in the header.
+        rounded: give the weights in the dtype of the source, instead of float32.
+        backend: None means the one for the payload's device.
 
     Raises:
         FormatError: and its subclasses, for every way in which the payload can be wrong.
     """
-    data = payload.numpy().tobytes()
-    header, start = decode_header(data, where)
-    body = data[start:]
-    _check_scales(header, body, start, where)
-    _check_padding(header, body, start, where)
-    decoded, digest = _decode_body(header, body)
+    backend = backend or choose(device=payload.device)
+    header, start = check_payload(payload.cpu().numpy().tobytes(), where)
+    parts = list(coded_rows(header, payload.to(backend.device), start))
+    dtype = TORCH_DTYPES[header.dtype] if rounded else torch.float32
+    decoded, digest = backend.decode_matrix(parts, layout_of(header), dtype)
     if verify and digest != header.digest:
         raise ChecksumError(
             f"{where}: the decoded weights have digest {digest:016x}, the header promises "
             f"{header.digest:016x}; the payload is damaged: download the file again"
         )
     return decoded.view(header.shape), header
+
+
+def check_payload(data: bytes, where: str) -> tuple[Header, int]:
+    """The header of a payload and where its body starts; all is checked that needs no decoding.
+
+    Raises:
+        FormatError: and its subclasses, for every way in which the payload can be wrong but its digest.
+    """
+    header, start = decode_header(data, where)
+    body = data[start:]
+    _check_scales(header, body, start, where)
+    _check_padding(header, body, start, where)
+    return header, start
 
 
 def _check_rows(segments: list[SegmentPlan], rows: int, where: str) -> None:
@@ -180,19 +220,22 @@ def _encode_segment(
     header: Header,
     selection: str,
     generator: torch.Generator | None,
-) -> tuple[Tensor, Tensor]:
-    """Scales (orthonormal units, float32) and message of one segment."""
+    backend: Backend,
+) -> CodedRows:
+    """One segment, its scales as the file holds them."""
     power = rows.square().mean(1) if segment.row_scales else rows.square().mean().view(1)
     scales = rounded_scales(power.sqrt() * prior_scale(segment.code))
     safe = torch.where(scales > 0, scales, 1.0)
     standardized = (rows / safe[:, None]).flatten()
-    order = _order(segment, header)
+    order = layout_of(header).order(segment.rows, segment.code)
+    order = None if order is None else order.to(rows.device)
     in_order = standardized if order is None else standardized[order]
-    message = encode_stream(squared_error_cost(in_order), segment.code, selection, generator)
-    z = cpu.decode_stream(message, segment.code, rows.numel())
+    message = backend.encode_stream(squared_error_cost(in_order), segment.code, selection, generator)
+    z = backend.decode_stream(message, segment.code, rows.numel())
     if order is not None:
         z = torch.empty_like(z).index_copy_(0, order, z)
-    return _least_squares_scales(rows, z.view(rows.shape), segment.row_scales), message
+    fitted = _least_squares_scales(rows, z.view(rows.shape), segment.row_scales) / math.sqrt(header.rotation)
+    return CodedRows(segment.rows, segment.code, rounded_scales(fitted).bfloat16(), message)
 
 
 def _least_squares_scales(rows: Tensor, z: Tensor, per_row: bool) -> Tensor:
@@ -200,55 +243,6 @@ def _least_squares_scales(rows: Tensor, z: Tensor, per_row: bool) -> Tensor:
     product, power = rows * z, z * z
     top, bottom = (product.sum(1), power.sum(1)) if per_row else (product.sum(), power.sum())
     return (top / bottom.clamp(min=torch.finfo(torch.float32).tiny)).clamp(min=0).view(-1)
-
-
-def _order(segment: Segment, header: Header) -> Tensor | None:
-    return stream_order(segment.rows, header.columns, header.band_columns, header.permuted, segment.code)
-
-
-def _streams(header: Header, body: bytes) -> Iterator[tuple[Segment, np.ndarray, np.ndarray]]:
-    """Each segment with its scales (float32) and its message (uint8)."""
-    raw = torch.frombuffer(bytearray(body[: 2 * header.n_scales]), dtype=torch.bfloat16)
-    scales, at = raw.float().numpy(), 2 * header.n_scales
-    first = 0
-    for segment, n_bytes in zip(header.segments, header.message_bytes, strict=True):
-        message = np.frombuffer(body, np.uint8, n_bytes, at)
-        yield segment, scales[first : first + segment.n_scales], message
-        first, at = first + segment.n_scales, at + n_bytes
-
-
-def _decode_body(header: Header, body: bytes) -> tuple[Tensor, int]:
-    """float32 [rows, columns] and its digest, decoded in parallel bands of rows."""
-    out = np.empty((header.rows, header.columns), np.float32)
-    tasks, top = [], 0
-    for segment, scales, message in _streams(header, body):
-        target = out[top : top + segment.rows]
-        padded, order = cpu.pad_message(message), _order(segment, header)
-        z = None
-        if order is not None:
-            z = np.empty(target.size, np.float32)
-            z[order.numpy()] = cpu.decode_stream(torch.from_numpy(message.copy()), segment.code, target.size)
-        step = max(1, _TASK_WEIGHTS // header.columns)
-        for row in range(0, segment.rows, step):
-            tasks.append((target, padded, z, scales, segment, row, min(step, segment.rows - row), top))
-        top += segment.rows
-    partial: list[int] = []
-
-    def work(target, padded, z, scales, segment, row, n_rows, top) -> None:
-        rows = target[row : row + n_rows]
-        flat, first = rows.reshape(-1), row * header.columns
-        if z is None:
-            cpu.decode_range(padded, segment.code, first, flat)
-        else:
-            flat[:] = z[first : first + flat.size]
-        rows *= scales[row : row + n_rows, None] if segment.row_scales else scales[0]
-        if header.rotation > 1:
-            cpu.hadamard_rows(flat, header.rotation)
-        start = top * header.columns + first
-        partial.append(int(cpu.digest_words(flat.view(np.uint32), start)))
-
-    cpu.in_threads(work, tasks)
-    return torch.from_numpy(out), sum(partial) % 2**64
 
 
 def _check_scales(header: Header, body: bytes, start: int, where: str) -> None:

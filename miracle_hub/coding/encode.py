@@ -31,14 +31,23 @@ def encode_stream(
 
     Source: Havasi et al. 2019, algorithm 1. "best" deviates: no proof, less distortion, equal length.
     """
-    if selection not in SELECTIONS:
-        raise OptionError(f"selection: expected one of {SELECTIONS}, found {selection!r}")
-    if selection == "sample" and generator is None:
-        raise OptionError("selection='sample' needs a torch.Generator: pass generator=…")
+    check_selection(selection, generator)
     if cost.linear.numel() == 0:
         return torch.zeros(0, dtype=torch.uint8)
     encoder = encode_sliding if code.overlap_bits else encode_block
     return pack_states(encoder(cost, code, selection, generator), code)
+
+
+def check_selection(selection: str, generator: torch.Generator | None) -> None:
+    """Raise unless the selection exists and has the generator it needs.
+
+    Raises:
+        OptionError: it does not, or has not.
+    """
+    if selection not in SELECTIONS:
+        raise OptionError(f"selection: expected one of {SELECTIONS}, found {selection!r}")
+    if selection == "sample" and generator is None:
+        raise OptionError("selection='sample' needs a torch.Generator: pass generator=…")
 
 
 def pack_states(states: np.ndarray, code: Code) -> UInt8[Tensor, " bytes"]:

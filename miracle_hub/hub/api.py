@@ -24,6 +24,7 @@ def compress(
     seed: int = 0,
     modules_to_not_convert: list[str] | None = None,
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
+    backend: str = "auto",
     revision: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
@@ -42,6 +43,7 @@ def compress(
         seed: of the shared candidates; part of the file.
         modules_to_not_convert: tensors whose names contain one of these stay plain.
         max_shard_size: of one output file.
+        backend: who searches: "cpu" (numba), "triton" (a GPU), or "auto" for a GPU where there is one.
         revision: branch, tag or commit of a Hub source.
         overwrite: replace an existing `out`.
         progress: show a progress bar.
@@ -50,6 +52,7 @@ def compress(
         SourceError: and its subclasses: the source cannot be read or holds NaN.
         BudgetError: the size cannot be met; the message says the least or most possible.
         OptionError: an option is out of range.
+        BackendError: the backend cannot run here.
         OutputExistsError: `out` exists. OutputWriteError: it cannot be written.
     """
     folder = local_folder(source, revision)
@@ -64,6 +67,7 @@ def compress(
         seed=seed,
         modules_to_not_convert=modules_to_not_convert,
         max_shard_size=max_shard_size,
+        backend=backend,
         overwrite=overwrite,
         card=lambda target, report: write_card(target, report, folder, base_model),
         progress=progress,
@@ -75,6 +79,7 @@ def decompress(
     out: str | Path,
     *,
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
+    backend: str = "auto",
     revision: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
@@ -89,20 +94,21 @@ def decompress(
         local_folder(source, revision),
         Path(out),
         max_shard_size=max_shard_size,
+        backend=backend,
         overwrite=overwrite,
         progress=progress,
     )
 
 
 def load_state_dict(
-    source: str | Path, *, revision: str | None = None, verify: bool = True
+    source: str | Path, *, revision: str | None = None, verify: bool = True, backend: str = "auto"
 ) -> dict[str, Tensor]:
     """All tensors of a compressed folder, file or Hub repository, dense; imports no transformers.
 
     Raises:
         FormatError: and its subclasses: a file is not sound; the message names the tensor.
     """
-    return load_folder(local_folder(source, revision), verify=verify)
+    return load_folder(local_folder(source, revision), verify=verify, backend=backend)
 
 
 def inspect(source: str | Path, *, revision: str | None = None) -> Inspection:

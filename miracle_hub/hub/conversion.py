@@ -5,16 +5,25 @@ this one only when a compressed repository is loaded.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    rename_source_key,
+)
 
+from miracle_hub.codec.decompress import StoredTensor
+from miracle_hub.codec.packed import is_packable
 from miracle_hub.codec.tensor import TORCH_DTYPES, decode_payload
 from miracle_hub.errors import FormatError, OptionError
-from miracle_hub.format.payload import MAGIC, is_payload
+from miracle_hub.hub.compressed_linear import COMPRESSED_CLASSES, PAYLOAD, is_payload_tensor
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
@@ -40,14 +49,21 @@ class DecodePayloads(ConversionOps):
     # transformers >= 5.21 hands over the inputs of an operation with this attribute uncast.
     hf_quantizer = True
 
-    def __init__(self, expected: Mapping[str, Expected], original: WeightConverter | None) -> None:
+    def __init__(
+        self,
+        expected: Mapping[str, Expected],
+        original: WeightConverter | None,
+        payloads: dict[str, Tensor] | None = None,
+    ) -> None:
         """
         Args:
             expected: of the model, by name.
             original: the model's converter, whose operations follow; None if there is none.
+            payloads: takes the payloads of tensors that no operation changes, by name.
         """
         self.expected = expected
         self.original = original
+        self.payloads = payloads
 
     def __deepcopy__(self, memo: dict) -> "DecodePayloads":
         """transformers copies a converter per tensor; this operation has no state to copy."""
@@ -64,13 +80,22 @@ class DecodePayloads(ConversionOps):
             pattern: [_dense(tensor, full_layer_name, dtype) for tensor in tensors]
             for pattern, tensors in input_dict.items()
         }
-        if self.original is None:
-            return {full_layer_name: next(iter(decoded.values()))[0]}
-        return decoded
+        if self.original is not None:
+            return decoded
+        (found,), (dense,) = next(iter(input_dict.values())), next(iter(decoded.values()))
+        if self.payloads is not None and dtype != torch.uint8 and is_payload_tensor(found):
+            self.payloads[full_layer_name] = found.cpu()
+        return {full_layer_name: dense}
 
     @property
     def reverse_op(self) -> ConversionOps:
         raise NotImplementedError("decoding is removed from the converters once the model is loaded")
+
+
+class PayloadRenaming(WeightRenaming):
+    """Leads the checkpoint's weights to the payloads of layers that stay compressed."""
+
+    __slots__ = ()
 
 
 class DecodingConverter(WeightConverter):
@@ -105,6 +130,8 @@ def expected_tensors(model: "PreTrainedModel", dtype: torch.dtype) -> dict[str, 
     kept = model._get_dtype_plan(dtype)
 
     def expect(name: str, tensor: Tensor) -> Expected:
+        if not tensor.is_floating_point():
+            return Expected(tensor.shape, tensor.dtype, tensor.dtype)
         matches = (kept[pattern] for pattern in kept if re.search(pattern.replace("*", ".*"), name))
         return Expected(tensor.shape, tensor.dtype, next(matches, tensor.dtype))
 
@@ -112,12 +139,18 @@ def expected_tensors(model: "PreTrainedModel", dtype: torch.dtype) -> dict[str, 
 
 
 def with_decoding(
-    conversions: list[WeightTransform], expected: Mapping[str, Expected]
+    conversions: list[WeightTransform],
+    expected: Mapping[str, Expected],
+    payloads: dict[str, Tensor] | None = None,
 ) -> list[WeightTransform]:
-    """A model's conversions with decoding in front of each converter, and one converter for the rest."""
+    """A model's conversions with decoding in front of each converter, and one converter for the rest.
+
+    Args:
+        payloads: takes the payloads of dense tensors that are stored as they are.
+    """
     changed = [_decoding(c, expected) if isinstance(c, WeightConverter) else c for c in conversions]
-    rest = DecodingConverter(_ANY_NAME, _SAME_NAME, operations=[DecodePayloads(expected, None)])
-    return [*changed, rest]
+    operation = DecodePayloads(expected, None, payloads)
+    return [*changed, DecodingConverter(_ANY_NAME, _SAME_NAME, operations=[operation])]
 
 
 def without_decoding(conversions: list[WeightTransform]) -> list[WeightTransform]:
@@ -125,6 +158,7 @@ def without_decoding(conversions: list[WeightTransform]) -> list[WeightTransform
     originals = [
         c.operations[0].original if isinstance(c, DecodingConverter) else c  # pyright: ignore[reportAttributeAccessIssue]
         for c in conversions
+        if not isinstance(c, PayloadRenaming)
     ]
     return [conversion for conversion in originals if conversion is not None]
 
@@ -150,6 +184,83 @@ def decode_leftovers(model: nn.Module, expected: Mapping[str, Expected]) -> None
             )
         tensor.data = dense
         tensor.requires_grad_(isinstance(tensor, nn.Parameter) and dense.is_floating_point())
+
+
+def replace_layers(
+    model: "PreTrainedModel",
+    stored: list[StoredTensor],
+    conversions: list[WeightTransform],
+    expected: Mapping[str, Expected],
+    skipped: list[str],
+    backend: str,
+) -> list[WeightTransform]:
+    """Put compressed layers where the checkpoint has the weight of a linear layer as a payload.
+
+    Tied and shared weights, weights that a converter changes, and those of another shape stay dense.
+
+    Args:
+        stored: all tensors of the checkpoint.
+        conversions: by which the checkpoint's names become the model's.
+        skipped: names of modules to load dense: from the start, to the end, or as a regular expression.
+
+    Returns:
+        The conversions that lead the payloads to the layers.
+    """
+    layers = _replaceable_layers(model, skipped)
+    names = _names_in_model(model, stored, conversions)
+    loaded = {final for final, *_ in names}
+    renamed = []
+    for final, name, tensor in names:
+        layer, path = layers.get(final), final.removesuffix(".weight")
+        if layer is None or tensor is None or tensor.header is None:
+            continue
+        whole = layer.bias is None or f"{path}.bias" in loaded
+        if whole and tensor.shape == tuple(layer.weight.shape) and is_packable(tensor.header):
+            (n_bytes,) = tensor.stored.shape
+            compressed = COMPRESSED_CLASSES[type(layer)]
+            dtype = expected[final].loaded_dtype
+            model.set_submodule(path, compressed(layer, path, n_bytes, dtype, backend))
+            renamed.append(re.escape(name.removesuffix(".weight")))
+    return [PayloadRenaming(rf"^({'|'.join(renamed)})\.weight$", rf"\1.{PAYLOAD}")] if renamed else []
+
+
+def _replaceable_layers(model: "PreTrainedModel", skipped: list[str]) -> dict[str, Any]:
+    """Linear layers of their own by the name of their weight."""
+    named = [*model.named_modules(remove_duplicate=False)]
+    uses = Counter(id(module) for _, module in named)
+    tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+    return {
+        f"{name}.weight": module
+        for name, module in named
+        if type(module) in COMPRESSED_CLASSES
+        and uses[id(module)] == 1
+        and f"{name}.weight" not in tied
+        and not any(_names(pattern, name) for pattern in skipped)
+    }
+
+
+def _names(pattern: str, module: str) -> bool:
+    """Whether a pattern of modules_to_not_convert means a module, as transformers reads it."""
+    return module.endswith(pattern) or re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", module) is not None
+
+
+def _names_in_model(
+    model: "PreTrainedModel", stored: list[StoredTensor], conversions: list[WeightTransform]
+) -> list[tuple[str, str, StoredTensor | None]]:
+    """Each tensor's name in the model, its name before the model's prefix is set right, and the tensor.
+
+    Without the tensor where a converter claims it, or where another has the same name.
+    """
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    built, names = model.state_dict(), []
+    for tensor in stored:
+        source = tensor.stored.name
+        before, claimed = rename_source_key(source, renamings, converters)
+        final, _ = rename_source_key(source, renamings, converters, model.base_model_prefix, built)
+        names.append((final, before, tensor if claimed is None else None))
+    finals = Counter(final for final, *_ in names)
+    return [(final, before, t if finals[final] == 1 else None) for final, before, t in names]
 
 
 def _decoding(original: WeightConverter, expected: Mapping[str, Expected]) -> DecodingConverter:
@@ -187,15 +298,10 @@ def _dense(tensor: Tensor, name: str, dtype: torch.dtype | None) -> Tensor:
 
     By way of the source's dtype: the same rounding as loading the decompressed folder.
     """
-    if not _is_payload(tensor):
+    # Only a payload is expected as bytes: that of a layer that stays compressed.
+    if dtype == torch.uint8 or not is_payload_tensor(tensor):
         return tensor.to(dtype)
     # A user's `with torch.device(...)` must not move the decoder's work.
     with torch.device("cpu"):
         weights, header = decode_payload(tensor.cpu(), name)
     return weights.to(TORCH_DTYPES[header.dtype]).to(tensor.device, dtype)
-
-
-def _is_payload(tensor: Tensor) -> bool:
-    if tensor.dtype != torch.uint8 or tensor.ndim != 1:
-        return False
-    return is_payload(bytes(tensor[: len(MAGIC)].tolist()))

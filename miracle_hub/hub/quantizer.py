@@ -8,10 +8,14 @@ This module is imported by everybody who imports transformers, in the middle of 
 decoder (numba, half a second) and `core_model_loading` are imported when a repository is loaded.
 """
 
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+from transformers.quantizers import auto
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -21,51 +25,106 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from miracle_hub.config import FORMAT_VERSION, QUANT_METHOD
-from miracle_hub.errors import ChecksumError, UnsupportedVersionError
+from miracle_hub.config import BACKENDS, FORMAT_VERSION, QUANT_METHOD
+from miracle_hub.errors import ChecksumError, OptionError, UnsupportedVersionError
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
 
+    from miracle_hub.codec.decompress import StoredTensor
     from miracle_hub.hub.conversion import Expected
 
 
-class MiracleQuantizationConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a compressed repository. Payloads describe themselves, so this
-    names the method, the digest of them all, and repeats figures for readers of config.json."""
+# What a reader chooses, not what a repository is: never written to config.json.
+_LOADING_OPTIONS = ("keep_compressed", "backend")
+
+
+class MiracleConfig(QuantizationConfigMixin):
+    """How to load a compressed repository: `from_pretrained(..., quantization_config=MiracleConfig(...))`.
+
+    It is also the `quantization_config` of the repository's config.json. Payloads describe themselves, so
+    that names the method, the digest of them all, and repeats figures for readers.
+    """
 
     def __init__(
         self,
         format_version: int = FORMAT_VERSION,
         digest: str | None = None,
         modules_to_not_convert: list[str] | None = None,
+        keep_compressed: bool = False,
+        backend: str = "auto",
         **figures: Any,
     ) -> None:
+        """
+        Args:
+            format_version: of the repository.
+            digest: of all its payloads.
+            modules_to_not_convert: names of modules to load dense though `keep_compressed` is set.
+            keep_compressed: linear layers keep their payloads and decode them in each forward pass,
+                instead of once on load.
+            backend: what decodes kept layers: "cpu", "triton", or "auto" for the best there is.
+            figures: others of config.json.
+
+        Raises:
+            UnsupportedVersionError: the repository is newer than this package.
+            OptionError: an option is none.
+        """
         if format_version not in range(1, FORMAT_VERSION + 1):
             raise UnsupportedVersionError(
                 f"config.json: this miracle-hub reads format version {FORMAT_VERSION}, found "
                 f"{format_version!r}; upgrade: pip install -U miracle-hub"
             )
+        figures.pop("dequantize", None)
         vars(self).update(figures)
         self.quant_method = QUANT_METHOD  # pyright: ignore[reportAttributeAccessIssue]
         self.format_version = format_version
         self.digest = digest
         self.modules_to_not_convert = modules_to_not_convert
-        # True makes transformers drop this config once the weights are dense, so that the Trainer,
-        # PEFT and save_pretrained see an ordinary model.
-        self.dequantize = True
+        self.keep_compressed = keep_compressed
+        self.backend = backend
+        _check_options(keep_compressed, backend)
+
+    @property
+    def dequantize(self) -> bool:
+        """True makes transformers drop this config once the weights are dense, so that the Trainer,
+        PEFT and save_pretrained see an ordinary model."""
+        return not self.keep_compressed
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What a user's config changes in that of the repository; transformers asks for it."""
+        # It also warns that it does what was asked for, naming these very options.
+        warnings.filterwarnings("ignore", "(?s)You passed `quantization_config`.*'keep_compressed'")
+        options = {name: getattr(self, name) for name in _LOADING_OPTIONS}
+        if self.modules_to_not_convert is not None:
+            options["modules_to_not_convert"] = self.modules_to_not_convert
+        return options
+
+    def to_dict(self) -> dict[str, Any]:
+        """As config.json has it."""
+        values = super().to_dict()
+        return {name: value for name, value in values.items() if name not in _LOADING_OPTIONS}
 
 
 class MiracleQuantizer(HfQuantizer):
-    """Dense on load: converters decode, then everything is as if the checkpoint had been dense."""
+    """Dense on load: converters decode, then everything is as if the checkpoint had been dense.
+
+    With `keep_compressed`, payloads of linear layers become compressed layers and all others dense.
+    """
 
     requires_calibration = True  # never compresses on the fly inside from_pretrained
 
-    def __init__(self, quantization_config: MiracleQuantizationConfig, **kwargs: Any) -> None:
+    def __init__(self, quantization_config: MiracleConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._dtype = torch.float32
         self._expected: dict[str, Expected] = {}
         self._conversions: list = []
+        self._model: PreTrainedModel | None = None  # while it is loaded
+        self._stored: list[StoredTensor] = []
+        self._payloads: dict[str, Tensor] | None = {} if self._keeps else None
+
+    @property
+    def _keeps(self) -> bool:
+        return vars(self.quantization_config)["keep_compressed"]
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Take note of the dtype asked for; it stays what it is."""
@@ -80,17 +139,29 @@ class MiracleQuantizer(HfQuantizer):
 
         # transformers builds the model, and calls this, under `torch.device("meta")`.
         with torch.device("cpu"):
-            _check_payloads(kwargs.get("checkpoint_files") or [], vars(self.quantization_config)["digest"])
+            files = kwargs.get("checkpoint_files") or []
+            self._stored = _check_payloads(files, vars(self.quantization_config)["digest"])
+        self._model = model
         self._expected = expected_tensors(model, self._dtype)
         return model
 
     def update_weight_conversions(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, weight_conversions: list, *args: Any
     ) -> list:
-        """The model's own converters with decoding in front, and one for all other names."""
-        from miracle_hub.hub.conversion import with_decoding
+        """The model's own converters with decoding in front, and one for all other names.
 
-        self._conversions = with_decoding(weight_conversions, self._expected)
+        Layers are replaced here and not before: only these conversions, a user's `key_mapping` among
+        them, say which layer a name of the checkpoint means.
+        """
+        from miracle_hub.hub.conversion import expected_tensors, replace_layers, with_decoding
+
+        model, config = self._model, vars(self.quantization_config)
+        if self._keeps and model is not None:
+            skipped, backend = config["modules_to_not_convert"] or [], config["backend"]
+            added = replace_layers(model, self._stored, weight_conversions, self._expected, skipped, backend)
+            weight_conversions = [*weight_conversions, *added]
+            self._expected = expected_tensors(model, self._dtype)
+        self._conversions = with_decoding(weight_conversions, self._expected, self._payloads)
         return self._conversions
 
     def _process_model_after_weight_loading(
@@ -109,7 +180,41 @@ class MiracleQuantizer(HfQuantizer):
         if used is not None:
             model._weight_conversions = without_decoding(used)  # pyright: ignore[reportArgumentType]
         decode_leftovers(model, self._expected)
+        self._model, self._stored = None, []
+        if self._keeps:
+            from miracle_hub.hub.compressed_linear import compressed_layers
+
+            for layer in compressed_layers(model).values():
+                layer.finish_loading()
         return model
+
+    def get_state_dict_and_metadata(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, model: "PreTrainedModel"
+    ) -> tuple[dict[str, Tensor] | None, dict]:
+        """What save_pretrained writes: a compressed model's payloads, under the names of their weights."""
+        if not self._keeps:
+            return None, {}
+        from transformers.core_model_loading import revert_weight_conversion
+
+        from miracle_hub.hub.compressed_linear import is_payload_tensor, saved_digest, saved_state
+
+        state = saved_state(model, self._payloads or {})
+        payloads = {name: tensor for name, tensor in state.items() if is_payload_tensor(tensor)}
+        # Which of two sets of names is written is for the caller of save_pretrained to say, not to us:
+        # where they differ the repository does without a digest of all payloads.
+        plain = revert_weight_conversion(model, dict(payloads)).keys() == payloads.keys()
+        vars(self.quantization_config)["digest"] = saved_digest(payloads) if plain else None
+        return state, {}
+
+    def _dequantize(self, model: "PreTrainedModel", *args: Any, **kwargs: Any) -> "PreTrainedModel":
+        """Ordinary layers for compressed ones; another dtype than the model's casts it all."""
+        from miracle_hub.hub.compressed_linear import make_ordinary
+
+        make_ordinary(model)
+        for module in model.modules():
+            vars(getattr(module, "config", None) or SimpleNamespace()).pop("_is_quantized", None)
+        dtype = next(iter(args), kwargs.get("dtype"))
+        return model if dtype in (None, model.config.dtype) else model.to(dtype)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return True
@@ -119,25 +224,48 @@ class MiracleQuantizer(HfQuantizer):
         return True
 
 
-def _check_payloads(files: list[str], digest: str | None) -> None:
+def _check_options(keep_compressed: object, backend: object) -> None:
+    if not isinstance(keep_compressed, bool):
+        raise OptionError(
+            f"MiracleConfig: keep_compressed: expected True or False, found {keep_compressed!r}; "
+            "leave it out for a dense model"
+        )
+    if backend not in BACKENDS:
+        raise OptionError(
+            f"MiracleConfig: backend: expected one of {', '.join(BACKENDS)}, found {backend!r}; "
+            "leave it out to have the best chosen"
+        )
+
+
+def _check_payloads(files: list[str], digest: str | None) -> "list[StoredTensor]":
     """What can be checked without decoding; a lost payload would otherwise become random weights.
+
+    Returns:
+        All tensors of the files.
 
     Raises:
         FormatError: and its subclasses: a file is not sound; the message names the tensor.
     """
     from miracle_hub.codec.decompress import stored_digest, stored_tensors
 
-    found = stored_digest([tensor for file in files for tensor in stored_tensors(Path(file))])
+    tensors = [tensor for file in files for tensor in stored_tensors(Path(file))]
+    found = stored_digest(tensors)
     if files and digest not in (None, found):
         raise ChecksumError(
             f"{Path(files[0]).parent}: config.json promises compressed tensors of digest {digest}, found "
             f"{found}; tensors are damaged, missing or from another version: download it again"
         )
+    return tensors
 
 
 def register() -> None:
     """Make transformers know the method; safe to call twice."""
     if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(QUANT_METHOD)(MiracleQuantizationConfig)
+        register_quantization_config(QUANT_METHOD)(MiracleConfig)
+        # Only these classes may change how a repository is loaded.
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (MiracleConfig,)
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantizer(QUANT_METHOD)(MiracleQuantizer)
+
+
+register()

@@ -24,6 +24,7 @@ from miracle_hub.codec.plan import (
 )
 from miracle_hub.codec.rates import Sample, measure_options, sample_rows
 from miracle_hub.codec.source import list_tensors, weight_files
+from miracle_hub.coding.backend import choose
 from miracle_hub.errors import BudgetError
 
 Compress = Callable[..., Report]
@@ -99,11 +100,13 @@ def measured(tmp_path_factory: pytest.TempPathFactory, save_anywhere: Any) -> di
         found = list_tensors(weight_files(folder))
         plans = {tensor.name: mark_narrowed(plan_tensor(tensor, 128, [])) for tensor in found}
         samples = [
-            sample_rows(plan.source.name, plan.source.load(), plan.columns, plan.rotation, len(plans))
+            sample_rows(
+                plan.source.name, plan.source.load(), plan.columns, plan.rotation, len(plans), choose("cpu")
+            )
             for plan in plans.values()
             if not plan.reason
         ]
-        measure_options(samples, 8, 0)
+        measure_options(samples, 8, 0, choose("cpu"))
         models[kind] = Measured(plans, samples, sum(tensor.n_weights for tensor in found))
     return models
 

@@ -304,7 +304,7 @@ def test_broken_source_card_costs_its_license_and_not_the_compression(broken: by
     out.mkdir()
     (source / "README.md").write_bytes(broken)
     with pytest.warns(UserWarning, match="license and languages do not carry over"):
-        write_card(out, Report(100, 10, 25, 3.2, 1.0, "ab"), source, "user/dense")
+        write_card(out, Report(100, 10, 25, 3.2, 1.0, "ab", "cpu"), source, "user/dense")
     data = ModelCard.load(out / "README.md").data
     assert isinstance(data, ModelCardData) and data.license is None and data.base_model == "user/dense"
 

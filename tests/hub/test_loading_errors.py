@@ -26,7 +26,7 @@ from miracle_hub.errors import (
 )
 from miracle_hub.format.payload import decode_header, encode_payload
 from miracle_hub.hub.conversion import DecodePayloads, Expected, decode_leftovers
-from miracle_hub.hub.quantizer import MiracleQuantizationConfig, MiracleQuantizer, register
+from miracle_hub.hub.quantizer import MiracleConfig, MiracleQuantizer, register
 
 if TYPE_CHECKING:
     from tests.hub.conftest import Repository
@@ -191,7 +191,7 @@ def test_figures_of_later_releases_are_ignored(folder: Path) -> None:
 
 def test_nothing_is_compressed_on_the_fly(llama: Repository) -> None:
     with pytest.raises(ValueError, match="does require the model to be pre-quantized"):
-        AutoModelForCausalLM.from_pretrained(llama.source, quantization_config=MiracleQuantizationConfig())
+        AutoModelForCausalLM.from_pretrained(llama.source, quantization_config=MiracleConfig())
 
 
 def test_registering_twice_is_harmless() -> None:

@@ -4,6 +4,7 @@ Every op is a torch custom op: Triton on a GPU, its torch reference on a CPU. Im
 library, torch and triton only, so that the same files serve pip and the kernels library.
 """
 
+from ._triton import HAS_TRITON, INTERPRETED
 from .codebook import codebook, codebook_torch
 from .decode import decode, decode_torch
 from .decode_linear import decode_linear, decode_linear_torch
@@ -14,6 +15,8 @@ from .select import select, select_torch
 from .slide import slide, slide_torch
 
 __all__ = [
+    "HAS_TRITON",
+    "INTERPRETED",
     "KernelError",
     "KernelInputError",
     "KernelUnavailableError",
