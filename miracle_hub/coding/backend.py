@@ -72,7 +72,7 @@ def _automatic(device: torch.device | None) -> Backend:
     except BackendError as error:
         _say(logging.WARNING, f"backend: numba on the CPU, though there is a GPU ({error})")
         return _numba()
-    _say(logging.INFO, f"backend: Triton on {device} (the tensors are on a GPU)")
+    _say(logging.INFO, f"backend: Triton on {chosen.device} (the tensors are on a GPU)")
     return chosen
 
 

@@ -445,8 +445,9 @@ def test_saving_writes_the_same_payloads_and_the_folder_loads_again(
         load(repository).save_pretrained(out)
         assert payloads(out) == payloads(repository.compressed)
         before, after = quantization(repository.compressed), quantization(out)
-        # The names of vit in the file are not those in memory: which are written cannot be known.
-        assert after == before | ({"digest": None} if architecture == "vit" else {})
+        # From transformers 5.12 on vit has other names in memory: which are written cannot be known.
+        allowed = [before, before | {"digest": None}] if architecture == "vit" else [before]
+        assert after in allowed
         dense = repository.auto.from_pretrained(repository.compressed)
         again = repository.auto.from_pretrained(out, quantization_config=keep())
         assert compressed_layers(again).keys() == compressed_layers(load(repository)).keys()

