@@ -14,7 +14,7 @@ from typing import Any
 RESOURCES = Path(__file__).resolve().parents[1] / "kernels" / "resources.json"
 
 # One Philox4x32-10 call: per round two 32 × 32 → 64-bit products, each IMAD and IMAD.HI.U32 in SASS, and two
-# three-way xors, each one LOP3. The key is the same in all threads: its additions run in the uniform datapath.
+# three-way xors, each one LOP3. All threads share the key: its additions run in the uniform datapath.
 ROUNDS, PRODUCTS, INSTRUCTIONS_PER_PRODUCT, XORS = 10, 2, 2, 2
 PHILOX_INTEGER = ROUNDS * (PRODUCTS * INSTRUCTIONS_PER_PRODUCT + XORS)
 # Per 16-bit half that is used: one mask or shift, and two instructions for a 64-bit address.
@@ -114,7 +114,7 @@ def _decodes() -> list[Problem]:
     kinds = [(dtype, rotation) for dtype in ("float32", "bfloat16") for rotation in (1, 128)]
     size, columns = 1 << 27, 8192
     wanted = [Problem("decode", size, code, columns, *kind, target=0.6) for code in codes for kind in kinds]
-    more = dict(columns=columns, dtype="bfloat16")
+    more: dict[str, Any] = dict(columns=columns, dtype="bfloat16")
     digests = [Problem("decode", size, rotation=r, digest=True, **more) for r in (1, 128)]
     longer = [Problem("decode", size, code, rotation=128, **more) for code in ((14, 2, 1), (16, 2, 1))]
     philox = [Problem("decode", 1 << 26, code, **more, optional=True) for code in ((20, 2, 1), (20, 20, 8))]
@@ -146,14 +146,14 @@ def _reparameterizations() -> list[Problem]:
 
 
 def _linears() -> list[Problem]:
-    square = dict(columns=8192, dtype="bfloat16", rotation=128)
+    square: dict[str, Any] = dict(columns=8192, dtype="bfloat16", rotation=128)
     codes = ((12, 2, 1), (12, 4, 2), (12, 8, 4))
     one = [Problem("decode_linear", 1 << 26, code, target=2.0, **square) for code in codes]
     more = [Problem("decode_linear", 1 << 26, batch=n, **square) for n in (4, 16, 64)]
     more += [
         Problem("decode_linear", 1 << 26, (12, 8, 4), batch=n, optional=True, **square) for n in (16, 64)
     ]
-    wide = dict(square, columns=14336)
+    wide: dict[str, Any] = dict(square, columns=14336)
     more += [Problem("decode_linear", 4096 * 14336, code, **wide) for code in codes[:2]]
     return one + more
 

@@ -1,9 +1,7 @@
 """How the GPU benchmark sets up, times and verifies each problem of floors.PROBLEMS."""
 
 import math
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,11 +9,10 @@ from typing import Any
 
 import torch
 from floors import Chip, Problem, codebook_integer, met, ratio, work, yardstick
+from gpu_timing import Call, Timing, device_ms, peak_bytes, time_both, time_calls
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT / "kernels" / "torch-ext") not in sys.path:
-    sys.path.insert(0, str(ROOT / "kernels" / "torch-ext"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels" / "torch-ext"))
 
 from miracle_kernels import codebook, decode, decode_linear, select, slide
 from miracle_kernels.checks import message_bytes
@@ -36,19 +33,16 @@ from miracle_kernels.reparameterize_mean_kl import (
 from miracle_kernels.select import select_torch, select_triton
 from miracle_kernels.slide import slide_triton
 
+ROOT = Path(__file__).resolve().parents[1]
 SEED, STREAM_ID = 2**40 + 5, 9
 BLOCK_KL_NATS, BLOCK_WEIGHTS = 11.0, 8
 # Together, the buffers that a problem rotates among are at least this large: several times an L2 of 60 MB.
-ROTATED_BYTES = 1 << 28
+ROTATED_BYTES = 1 << 29
 MAX_COPIES = 16
-# Below this, launches are also replayed from a CUDA graph, and the replay's time is the one judged.
-SHORT_MS = 1.0
 # Of a unit Gaussian source under squared error at 2 bits: 1.05·√(1 - 2⁻⁴), as codec/tensor.py chooses it.
 PRIOR_SCALE = 1.05 * math.sqrt(1 - 4.0**-2)
 LARGEST_DISTORTION = 0.0745  # mean squared error at 2 bits, L = 12, after a scale fit
 SELECT_BYTES_PER_BLOCK = 8192  # a row of all scores at L = 20 would take 4 MiB
-
-Call = Callable[[], Any]
 
 
 @dataclass
@@ -71,16 +65,6 @@ class Prepared:
     graph: bool = True
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds of one call: the median, and the 20th and 80th percentile."""
-
-    median_ms: float
-    low_ms: float
-    high_ms: float
-    repeats: int
-
-
 @dataclass
 class Measurement:
     """One problem's result; `ms` is the replayed time where there is one, else the plain one."""
@@ -98,77 +82,6 @@ class Measurement:
     met: bool | None
     tuned: bool
     details: dict[str, Any]
-
-
-def timed(call: Call, device: torch.device) -> Callable[[], float]:
-    """Run the call; the function that is returned waits for its end and says how many ms it took."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        call()
-        seconds = time.perf_counter() - start
-        return lambda: 1e3 * seconds
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    call()
-    end.record()
-
-    def wait() -> float:
-        end.synchronize()
-        return begin.elapsed_time(end)
-
-    return wait
-
-
-def time_calls(calls: list[Call], device: torch.device, budget_ms: float = 250, least: int = 5) -> Timing:
-    """Many timings after a warm-up, each call on the next set of buffers."""
-    for call in calls:
-        call()
-    first = max(timed(calls[0], device)(), 1e-3)
-    warm, repeats = (min(n, 300) for n in (int(50 / first), max(least, int(budget_ms / first))))
-    for i in range(warm):
-        calls[i % len(calls)]()
-    waiting = [timed(calls[i % len(calls)], device) for i in range(repeats)]
-    taken = sorted(wait() for wait in waiting)
-    low, high = taken[repeats // 5], taken[-1 - repeats // 5]
-    return Timing(statistics.median(taken), low, high, repeats)
-
-
-def time_graph(calls: list[Call], device: torch.device) -> Timing:
-    """One call's share of a captured sequence of them."""
-    sequence = calls * -(-8 // len(calls))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in sequence:
-            call()
-    found = time_calls([graph.replay], device)
-    n = len(sequence)
-    return Timing(found.median_ms / n, found.low_ms / n, found.high_ms / n, found.repeats)
-
-
-def device_ms(calls: list[Call], device: torch.device, graph: bool = True) -> float:
-    """The median as it is judged: replayed where launches would cost as much as the work."""
-    plain = time_calls(calls, device)
-    short = graph and device.type == "cuda" and plain.median_ms < SHORT_MS
-    return time_graph(calls, device).median_ms if short else plain.median_ms
-
-
-def peak_bytes(call: Call, device: torch.device) -> int:
-    """Bytes of device memory that one call adds at its peak, results included."""
-    if device.type != "cuda":
-        return 0
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    result = call()
-    torch.cuda.synchronize()
-    del result
-    return torch.cuda.max_memory_allocated() - before
 
 
 def load_quantiles(device: torch.device) -> Tensor:
@@ -229,13 +142,10 @@ def _codebook(problem: Problem, device: torch.device) -> Prepared:
         states, *rest = sets[0]
         found = codebook_triton(*sets[0])[-4099:]
         require(torch.equal(found, codebook_torch(states[-4099:], *rest)), "the last candidates differ")  # pyright: ignore
-        return {"candidates_per_second_unit": "weights", "weights": n * v}
+        return {}
 
-    return Prepared(
-        [lambda s=s: codebook_triton(*s) for s in sets],
-        [lambda s=s: codebook(*s) for s in sets],
-        verify=verify,
-    )
+    calls: list[Call] = [lambda s=s: codebook_triton(*s) for s in sets]
+    return Prepared(calls, [lambda s=s: codebook(*s) for s in sets], verify=verify)
 
 
 def _decode(problem: Problem, device: torch.device) -> Prepared:
@@ -281,12 +191,16 @@ def _select(problem: Problem, device: torch.device) -> Prepared:
         _, weights, sums = (part[some] for part in select_triton(quadratic, linear, quantiles, *code))
         best = (*code[:3], "best", 7)
         _, top, expected = select_torch(quadratic[some], linear[some], quantiles, *best)
-        largest = 0.5 * (quadratic[some] * 20 + linear[some].abs() * 4.5).sum(1)  # candidates are below 4.5
+        z = codebook_torch(
+            torch.arange(1 << min(bits, 12), device=device), quantiles, v, SEED, STREAM_ID
+        ).float()
+        terms = 0.5 * quadratic[some].abs() @ (z * z).T + 0.5 * linear[some].abs() @ z.abs().T
+        largest = 1.5 * terms.amax(1)  # over all candidates, guessed from the first 4,096
         bound = 2**-9 * largest
         require(bool(((sums - expected).abs() <= bound).all()), "a log-sum-exp is out of bounds")
         if problem.selection == "best":
             require(bool((weights >= top - bound).all()), "a choice is not the best")
-        return {"peak_limit_bytes_per_block": SELECT_BYTES_PER_BLOCK}
+        return {"largest_log_sum_error_of_bound": float(((sums - expected).abs() / bound).max())}
 
     call = lambda: select_triton(quadratic, linear, quantiles, *code)  # noqa: E731
     op = lambda: select(quadratic, linear, quantiles, *code)  # noqa: E731
@@ -335,7 +249,7 @@ def _reparameterize(problem: Problem, device: torch.device) -> Prepared:
     one, two = 0.05 * torch.randn(n, device=device), torch.randn(n, device=device) / 4 - 4
     log_scale, quantiles = torch.tensor(-3.0, device=device), load_quantiles(device)
     grad_w, grad_kl = torch.randn(n, device=device), torch.tensor(0.7, device=device)
-    told = (BLOCK_KL_NATS, BLOCK_WEIGHTS, SEED, STREAM_ID) if mean_kl else (SEED, STREAM_ID)
+    told: Any = (BLOCK_KL_NATS, BLOCK_WEIGHTS, SEED, STREAM_ID) if mean_kl else (SEED, STREAM_ID)
     forward, op = (
         (reparameterize_mean_kl_triton, reparameterize_mean_kl)
         if mean_kl
@@ -428,12 +342,10 @@ def _details(problem: Problem, ms: float, chip: Chip) -> dict[str, Any]:
 def measure(problem: Problem, chip: Chip, device: torch.device, tuned: bool = False) -> Measurement:
     """Time, ratio to the floor or the baseline, peak memory, and whether the timed result was right."""
     prepared = PREPARE[problem.op](problem, device)
-    plain = time_calls(prepared.calls, device)
-    short = prepared.graph and device.type == "cuda" and plain.median_ms < SHORT_MS
-    graph = time_graph(prepared.calls, device) if short else None
+    plain, graph = time_both(prepared.calls, device, prepared.graph)
     ms = graph.median_ms if graph else plain.median_ms
     details = _details(problem, ms, chip)
-    if prepared.registered and short:
+    if prepared.registered and graph:
         details["registered_op_ms"] = time_calls(prepared.registered, device).median_ms
     baseline = None
     if prepared.baseline:

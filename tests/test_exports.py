@@ -66,8 +66,10 @@ def test_every_error_is_ours_and_of_the_standard_kind_that_callers_expect() -> N
     drawn = {line.split("── ")[1].split(" ")[0] for line in str(errors.__doc__).splitlines() if "── " in line}
     assert drawn | {"MiracleError"} == {found.__name__ for found in classes}
     for found in classes:
-        if found not in (errors.MiracleError, errors.OutputExistsError, errors.OutputWriteError):
+        others = (errors.BackendError, errors.OutputExistsError, errors.OutputWriteError)
+        if found not in (errors.MiracleError, *others):
             assert issubclass(found, ValueError)
+    assert issubclass(errors.BackendError, RuntimeError)
     assert issubclass(errors.OutputExistsError, FileExistsError)
     assert issubclass(errors.OutputWriteError, OSError)
 

@@ -93,14 +93,12 @@ def compress_folder(
         measure_options(samples, window_bits, seed, chosen)
         n_weights = sum(plan.source.n_weights for plan in plans.values()) + copied.n_weights
         target = parse_size(size) if size is not None else _bytes_of(bits_per_weight, n_weights)
-        budget = Budget(target, copied.n_bytes, n_weights, shard_bytes)
-        choices = meet_budget(plans, samples, budget)
+        choices = meet_budget(plans, samples, Budget(target, copied.n_bytes, n_weights, shard_bytes))
         files = lay_out(plans, choices, shard_bytes)
         digest = _write(temporary, files, plans, choices, chosen, progress)
-        dense_bytes = sum(path.stat().st_size for path in weights) + copied.n_bytes
-        n_bytes = total_bytes(files) + copied.n_bytes
-        seconds = time.monotonic() - started
-        rate = 8 * n_bytes / n_weights
+        sizes = [sum(path.stat().st_size for path in weights), total_bytes(files)]
+        dense_bytes, n_bytes = (n + copied.n_bytes for n in sizes)
+        rate, seconds = 8 * n_bytes / n_weights, time.monotonic() - started
         report = Report(dense_bytes, n_bytes, n_weights, rate, seconds, digest, chosen.name)
         _write_config(source, temporary, report, excluded, seed, _main_dtype(plans))
         if card is not None:

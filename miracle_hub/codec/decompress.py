@@ -44,7 +44,7 @@ class StoredTensor:
     dtype: str
     shape: tuple[int, ...]
 
-    def load(self, *, verify: bool = True, backend: Backend | None = None) -> Tensor:
+    def load(self, *, verify: bool = True, backend: Backend | str = "auto") -> Tensor:
         """The tensor in its source dtype and shape; a payload's, on the backend's device.
 
         Raises:

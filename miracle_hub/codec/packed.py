@@ -1,42 +1,32 @@
 """A weight matrix that stays compressed in memory: products decode a bounded band of its rows at a time.
 
-A product allocates its result and, whatever the size of the matrix, at most `BAND_BYTES` for the band that
-is decoded, as much again for each cast of it, and the compressed bytes of that band. A single row that is
-longer than a band is decoded whole. Payloads with a banded or permuted order, which the compressor does
+A product allocates its result and, whatever the size of the matrix, at most four bytes for each of the
+backend's `band_weights`, as much again for each cast of the band, and its compressed bytes. On a GPU small
+batches are multiplied straight from the message, without any band. A single row that is longer than a band
+is decoded whole. Payloads with a banded or permuted order, which the compressor does
 not write by default, have their rows spread over the message: they are decoded whole for each product.
 """
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from miracle_hub.codec.tensor import TORCH_DTYPES, check_payload, coded_rows, decode_payload
-from miracle_hub.coding import cpu
-from miracle_hub.config import Code
+from miracle_hub.codec.tensor import TORCH_DTYPES, check_payload, coded_rows, decode_payload, layout_of
+from miracle_hub.coding.backend import choose
+from miracle_hub.coding.matrix import CodedRows
 from miracle_hub.errors import OptionError
 from miracle_hub.format.payload import Header
 
-# One task per processor and band: with two per processor they wait for the threads of the matrix
-# product, which spin (4096 × 4096 at 2 bits on 2 cores: 0.37 s instead of 0.05 s).
-_MOST_TASKS = 8
-_TASK_WEIGHTS = 1 << 17
-BAND_BYTES = 4 * _MOST_TASKS * _TASK_WEIGHTS
-# Below this a thread costs more than it saves.
-_FEWEST_WEIGHTS = 1 << 16
 _HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 
-class _Stream(NamedTuple):
-    """One segment's code, rows, scales and message, and where its rows are in the matrix."""
+class _Placed(NamedTuple):
+    """Coded rows, and where the first of them is in the payload's matrix."""
 
-    code: Code
-    rows: int
-    scales: np.ndarray
-    message: np.ndarray
     top: int
+    part: CodedRows
 
 
 class PackedMatrix:
@@ -54,15 +44,16 @@ class PackedMatrix:
             where: the tensor's name, for messages.
             dtype: of the layer; weights are rounded to their source's dtype and then to this one, as a
                 dense load rounds them. None means the source's.
-            backend: "auto", "cpu" or "triton"; see `packed_linear`.
+            backend: who decodes: "cpu", "triton", or "auto" for the GPU where the payload is on one.
 
         Raises:
+            BackendError: the backend cannot run where the payload is.
             FormatError: and its subclasses: the payload is not sound.
             OptionError: it is no matrix that can be multiplied row by row.
         """
-        self.payload, self.where, self.backend = payload, where, backend
-        on_cpu = payload.detach().cpu()
-        self.header, start = check_payload(on_cpu.numpy().tobytes(), where)
+        self.payload, self.where = payload, where
+        self.backend = choose(backend, payload.device)
+        self.header, start = check_payload(payload.detach().cpu().numpy().tobytes(), where)
         if not is_packable(self.header):
             raise OptionError(
                 f"{where}: expected a matrix whose rows are whole rows of the payload, found shape "
@@ -70,7 +61,8 @@ class PackedMatrix:
             )
         self.source_dtype = TORCH_DTYPES[self.header.dtype]
         self.dtype = dtype or self.source_dtype
-        self._streams = list(_placed(self.header, on_cpu, start))
+        self.layout = layout_of(self.header)
+        self._parts = list(_placed(self.header, payload.detach().to(self.backend.device), start))
 
     @property
     def rows(self) -> int:
@@ -81,7 +73,9 @@ class PackedMatrix:
         return self.header.shape[1]
 
     def dense(self) -> Tensor:
-        """W in the layer's dtype on the CPU, bit for bit that of a dense load; its digest is compared.
+        """W in the layer's dtype on the backend's device, bit for bit that of a dense load.
+
+        Its digest is compared.
 
         Raises:
             ChecksumError: the decoded weights are not those that were compressed.
@@ -96,8 +90,9 @@ class PackedMatrix:
         """
         flat = self._matrix(x, self.columns)
         out = flat.new_empty(len(flat), self.rows)
-        for rows, weights in self._bands():
-            out[:, rows] = flat @ weights.to(x.device, x.dtype).T
+        if not self._multiply(flat, out):
+            for rows, weights in self._bands():
+                out[:, rows] = flat @ weights.to(x.device, x.dtype).T
         return out.view(*x.shape[:-1], self.rows)
 
     def matmul(self, x: Tensor) -> Tensor:
@@ -116,6 +111,17 @@ class PackedMatrix:
             out.addmm_(flat[:, rows].to(dtype), weights.to(x.device, x.dtype).to(dtype))
         return out.to(x.dtype).view(*x.shape[:-1], self.columns)
 
+    def _multiply(self, x: Tensor, out: Tensor) -> bool:
+        """Fill `out` straight from the message, if rows are rows of the payload and there is a kernel."""
+        if self.columns != self.header.columns:
+            return False
+        for top, part in self._parts:
+            product = self.backend.multiply(x, part, self.layout)
+            if product is None:
+                return False
+            out[:, top : top + part.rows] = product
+        return True
+
     def _matrix(self, x: Tensor, width: int) -> Tensor:
         if x.shape[-1:] != (width,):
             raise OptionError(
@@ -130,33 +136,30 @@ class PackedMatrix:
     def _whole(self, *, verify: bool) -> Tensor:
         # A user's `with torch.device(...)` must not move the decoder's work.
         with torch.device("cpu"):
-            return decode_payload(self.payload.detach().cpu(), self.where, verify=verify)[0]
+            return decode_payload(self.payload.detach(), self.where, verify=verify, backend=self.backend)[0]
 
     def _bands(self) -> Iterator[tuple[slice, Tensor]]:
-        """Rows of W from the top, on the CPU; each band is overwritten by the next."""
-        step = max(1, _TASK_WEIGHTS // self.columns) * _n_tasks()
+        """Rows of W from the top, on the backend's device; each band is overwritten by the next."""
+        step = max(1, self.backend.band_weights // self.columns)
         whole = self._whole(verify=False) if is_reordered(self.header) else None
         folds = self.columns // self.header.columns
-        buffer = np.empty((min(step, self.rows) * folds, self.header.columns), np.float32)
+        shape = (min(step, self.rows) * folds, self.header.columns)
+        buffer = torch.empty(shape, dtype=torch.float32, device=self.backend.device)
         for top in range(0, self.rows, step):
             n_rows = min(step, self.rows - top)
             if whole is None:
                 self._fill(top * folds, buffer[: n_rows * folds])
-                band = torch.from_numpy(buffer[: n_rows * folds]).view(n_rows, self.columns)
+                band = buffer[: n_rows * folds].view(n_rows, self.columns)
             else:
                 band = whole[top : top + n_rows]
             yield slice(top, top + n_rows), self._rounded(band)
 
-    def _fill(self, first: int, out: np.ndarray) -> None:
+    def _fill(self, first: int, out: Tensor) -> None:
         """Decode consecutive rows of the payload's matrix, whichever segments they lie in."""
-        step, tasks = len(out) if out.size < _FEWEST_WEIGHTS else -(-len(out) // _n_tasks()), []
-        for stream in self._streams:
-            low = max(first, stream.top)
-            high = min(first + len(out), stream.top + stream.rows)
-            for row in range(low, high, step):
-                target = out[row - first : min(row + step, high) - first]
-                tasks.append((stream, row - stream.top, target, self.header.rotation))
-        cpu.in_threads(_decode_rows, tasks)
+        for top, part in self._parts:
+            low, high = max(first, top), min(first + len(out), top + part.rows)
+            if low < high:
+                self.backend.decode_rows(out[low - first : high - first], part, self.layout, low - top)
 
 
 def is_packable(header: Header) -> bool:
@@ -175,9 +178,8 @@ def packed_linear(x: Tensor, packed: PackedMatrix) -> Tensor:
     Under autocast in its dtype, as there. The backward pass decodes again.
 
     Args:
-        x: `[..., columns]`; `packed.backend` says who decodes.
+        x: `[..., columns]`.
     """
-    # GPU SEAM: where x.is_cuda and packed.backend is not "cpu", the kernel decode_linear belongs here.
     return _product(x, packed, transposed=False)
 
 
@@ -213,25 +215,8 @@ class _Product(torch.autograd.Function):
         return _Product.apply(gradient, ctx.packed, not ctx.transposed), None, None
 
 
-def _n_tasks() -> int:
-    return min(cpu.n_threads(), _MOST_TASKS)
-
-
-def _placed(header: Header, payload: Tensor, start: int) -> Iterator[_Stream]:
+def _placed(header: Header, payload: Tensor, start: int) -> Iterator[_Placed]:
     top = 0
     for part in coded_rows(header, payload, start):
-        yield _Stream(part.code, part.rows, part.scales.float().numpy(), part.message.numpy(), top)
+        yield _Placed(top, part)
         top += part.rows
-
-
-def _decode_rows(stream: _Stream, row: int, out: np.ndarray, rotation: int) -> None:
-    """Rows `row`, `row` + 1, … of a segment in plain order, float32, from their part of the message."""
-    code, first, flat = stream.code, row * out.shape[1], out.reshape(-1)
-    # Eight steps are a whole number of bytes: the part that is copied and padded starts at one.
-    step = first // code.step_weights // 8 * 8
-    low, high = step * code.step_bits // 8, code.message_bytes(first + flat.size)
-    cpu.decode_range(cpu.pad_message(stream.message[low:high]), code, first - step * code.step_weights, flat)
-    scales = stream.scales
-    out *= scales[row : row + len(out), None] if scales.size > 1 else scales[0]
-    if rotation > 1:
-        cpu.hadamard_rows(flat, rotation)

@@ -161,7 +161,7 @@ def decode_payload(
     *,
     verify: bool = True,
     rounded: bool = False,
-    backend: Backend | None = None,
+    backend: Backend | str = "auto",
 ) -> tuple[Tensor, Header]:
     """The weights of a payload in their own shape, on the backend's device, and its header.
 
@@ -170,12 +170,13 @@ def decode_payload(
         where: the tensor's name, for messages.
         verify: compare the digest of the decoded weights with the one in the header.
         rounded: give the weights in the dtype of the source, instead of float32.
-        backend: None means the one for the payload's device.
+        backend: a name means that backend on the payload's device.
 
     Raises:
         FormatError: and its subclasses, for every way in which the payload can be wrong.
+        BackendError: the backend cannot run there.
     """
-    backend = backend or choose(device=payload.device)
+    backend = choose(backend, payload.device) if isinstance(backend, str) else backend
     header, start = check_payload(payload.cpu().numpy().tobytes(), where)
     parts = list(coded_rows(header, payload.to(backend.device), start))
     dtype = TORCH_DTYPES[header.dtype] if rounded else torch.float32

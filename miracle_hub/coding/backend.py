@@ -22,6 +22,11 @@ class Backend(Protocol):
     name: str
     device: torch.device
 
+    @property
+    def band_weights(self) -> int:
+        """How many weights to decode at a time where memory is to be bounded."""
+        ...
+
     def encode_stream(
         self, cost: Cost, code: Code, selection: str, generator: torch.Generator | None
     ) -> Tensor:
@@ -40,6 +45,18 @@ class Backend(Protocol):
         self, parts: Sequence[CodedRows], layout: MatrixLayout, dtype: torch.dtype
     ) -> tuple[Tensor, int]:
         """Weights `[rows, columns]` in `dtype` (rounded last), and the digest of their float32 values."""
+        ...
+
+    def decode_rows(self, out: Tensor, part: CodedRows, layout: MatrixLayout, first_row: int) -> None:
+        """Fill `out`, float32 `[n_rows, columns]`, with rows from `first_row` on of a part in plain order."""
+        ...
+
+    def multiply(self, x: Tensor, part: CodedRows, layout: MatrixLayout) -> Tensor | None:
+        """x·Wᵀ, `[batch, columns]` → `[batch, rows]`, with no weight in memory.
+
+        None where there is no kernel for it: on the CPU, for more than 64 rows of x or another dtype than
+        float32, bfloat16 and float16, for permuted streams.
+        """
         ...
 
 

@@ -14,6 +14,11 @@ from miracle_hub.coding.posterior import Cost
 from miracle_hub.config import Code
 
 _TASK_WEIGHTS = 1 << 17
+# One task per processor and band: with two per processor they wait for the threads of the matrix
+# product, which spin (4096 × 4096 at 2 bits on 2 cores: 0.37 s instead of 0.05 s).
+_MOST_TASKS = 8
+# Below this a thread costs more than it saves.
+_FEWEST_WEIGHTS = 1 << 16
 
 
 class NumbaBackend:
@@ -21,6 +26,10 @@ class NumbaBackend:
 
     name = "cpu"
     device = torch.device("cpu")
+
+    @property
+    def band_weights(self) -> int:
+        return _TASK_WEIGHTS * _n_tasks()
 
     def encode_stream(
         self, cost: Cost, code: Code, selection: str, generator: torch.Generator | None
@@ -49,6 +58,36 @@ class NumbaBackend:
 
         cpu.in_threads(decode, tasks)
         return torch.from_numpy(out).to(dtype), sum(digests) % 2**64
+
+    def decode_rows(self, out: Tensor, part: CodedRows, layout: MatrixLayout, first_row: int) -> None:
+        target = out.numpy()
+        step = len(target) if target.size < _FEWEST_WEIGHTS else -(-len(target) // _n_tasks())
+        tasks = [
+            (part, first_row + row, target[row : row + step], layout.rotation)
+            for row in range(0, len(target), step)
+        ]
+        cpu.in_threads(_decode_rows, tasks)
+
+    def multiply(self, x: Tensor, part: CodedRows, layout: MatrixLayout) -> None:
+        return None
+
+
+def _n_tasks() -> int:
+    return min(cpu.n_threads(), _MOST_TASKS)
+
+
+def _decode_rows(part: CodedRows, row: int, out: np.ndarray, rotation: int) -> None:
+    """Rows `row`, `row` + 1, … from their part of the message."""
+    code, first, flat = part.code, row * out.shape[1], out.reshape(-1)
+    # Eight steps are a whole number of bytes: what is copied and padded starts at one.
+    step = first // code.step_weights // 8 * 8
+    low, high = step * code.step_bits // 8, code.message_bytes(first + flat.size)
+    padded = cpu.pad_message(part.message[low:high].numpy())
+    cpu.decode_range(padded, code, first - step * code.step_weights, flat)
+    scales = part.scales if part.scales.numel() == 1 else part.scales[row : row + len(out)]
+    out *= scales.float().numpy()[:, None]
+    if rotation > 1:
+        cpu.hadamard_rows(flat, rotation)
 
 
 def _tasks(part: CodedRows, layout: MatrixLayout, out: np.ndarray, top: int) -> list[tuple]:

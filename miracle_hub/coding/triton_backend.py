@@ -16,7 +16,7 @@ from miracle_hub.config import Code
 from miracle_hub.errors import BackendError, TruncatedPayloadError
 from miracle_kernels.codebook import codebook_triton
 from miracle_kernels.decode import decode_triton
-from miracle_kernels.decode_linear import decode_linear_triton
+from miracle_kernels.decode_linear import MAX_BATCH, decode_linear_triton
 from miracle_kernels.digest import digest_torch
 from miracle_kernels.select import MAX_STEP_WEIGHTS, select_triton
 from miracle_kernels.slide import MAX_WINDOW_BITS, slide_triton
@@ -30,6 +30,7 @@ class TritonBackend:
     """See `backend.Backend`."""
 
     name = "triton"
+    band_weights = 1 << 24  # 64 MiB of float32: a few milliseconds of decoding and far more than a launch
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -125,12 +126,17 @@ class TritonBackend:
         out.copy_(weights)
         return digest_torch(weights, first_index)
 
-    def linear(self, x: Tensor, part: CodedRows, layout: MatrixLayout) -> Tensor:
-        """x·Wᵀ of a matrix in plain or banded order: `[batch, columns]` → `[batch, rows]`, batch ≤ 64."""
-        scales, message, *code = self._coded(part, layout)
-        return decode_linear_triton(
-            x, message, candidate_table(part.code, self.device), scales, part.rows, *code
-        )
+    def decode_rows(self, out: Tensor, part: CodedRows, layout: MatrixLayout, first_row: int) -> None:
+        scales, message, *numbers = self._coded(part, layout)
+        coded = (message, candidate_table(part.code, self.device), scales, None, part.rows, first_row)
+        decode_triton(out, *coded, *numbers, 0, False)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+    def multiply(self, x: Tensor, part: CodedRows, layout: MatrixLayout) -> Tensor | None:
+        if layout.permuted or x.dtype not in _KERNEL_DTYPES or not 1 <= x.shape[0] <= MAX_BATCH:
+            return None
+        scales, message, *numbers = self._coded(part, layout)
+        table = candidate_table(part.code, self.device)
+        return decode_linear_triton(x.contiguous(), message, table, scales, part.rows, *numbers)
 
     def _coded(
         self, part: CodedRows, layout: MatrixLayout

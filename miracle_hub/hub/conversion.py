@@ -21,7 +21,7 @@ from transformers.core_model_loading import (
 
 from miracle_hub.codec.decompress import StoredTensor
 from miracle_hub.codec.packed import is_packable
-from miracle_hub.codec.tensor import TORCH_DTYPES, decode_payload
+from miracle_hub.codec.tensor import decode_payload
 from miracle_hub.errors import FormatError, OptionError
 from miracle_hub.hub.compressed_linear import COMPRESSED_CLASSES, PAYLOAD, is_payload_tensor
 
@@ -52,16 +52,19 @@ class DecodePayloads(ConversionOps):
     def __init__(
         self,
         expected: Mapping[str, Expected],
+        backend: str,
         original: WeightConverter | None,
         payloads: dict[str, Tensor] | None = None,
     ) -> None:
         """
         Args:
             expected: of the model, by name.
+            backend: who decodes; "auto" goes by the device on which transformers put the payload.
             original: the model's converter, whose operations follow; None if there is none.
             payloads: takes the payloads of tensors that no operation changes, by name.
         """
         self.expected = expected
+        self.backend = backend
         self.original = original
         self.payloads = payloads
 
@@ -77,7 +80,7 @@ class DecodePayloads(ConversionOps):
         wanted = self.expected.get(full_layer_name)
         dtype = wanted.loaded_dtype if wanted else None
         decoded = {
-            pattern: [_dense(tensor, full_layer_name, dtype) for tensor in tensors]
+            pattern: [_dense(tensor, full_layer_name, dtype, self.backend) for tensor in tensors]
             for pattern, tensors in input_dict.items()
         }
         if self.original is not None:
@@ -141,6 +144,7 @@ def expected_tensors(model: "PreTrainedModel", dtype: torch.dtype) -> dict[str, 
 def with_decoding(
     conversions: list[WeightTransform],
     expected: Mapping[str, Expected],
+    backend: str = "auto",
     payloads: dict[str, Tensor] | None = None,
 ) -> list[WeightTransform]:
     """A model's conversions with decoding in front of each converter, and one converter for the rest.
@@ -148,8 +152,8 @@ def with_decoding(
     Args:
         payloads: takes the payloads of dense tensors that are stored as they are.
     """
-    changed = [_decoding(c, expected) if isinstance(c, WeightConverter) else c for c in conversions]
-    operation = DecodePayloads(expected, None, payloads)
+    changed = [_decoding(c, expected, backend) if isinstance(c, WeightConverter) else c for c in conversions]
+    operation = DecodePayloads(expected, backend, None, payloads)
     return [*changed, DecodingConverter(_ANY_NAME, _SAME_NAME, operations=[operation])]
 
 
@@ -164,7 +168,7 @@ def without_decoding(conversions: list[WeightTransform]) -> list[WeightTransform
 
 
 @torch.no_grad()
-def decode_leftovers(model: nn.Module, expected: Mapping[str, Expected]) -> None:
+def decode_leftovers(model: nn.Module, expected: Mapping[str, Expected], backend: str = "auto") -> None:
     """What transformers <= 5.20 put into the model without any converter, in place, so that ties hold.
 
     It does so when a checkpoint has the model's own name and a renaming would spoil it.
@@ -176,7 +180,7 @@ def decode_leftovers(model: nn.Module, expected: Mapping[str, Expected]) -> None
         wanted = expected.get(name)
         if wanted is None or tensor.device.type == "meta" or tensor.dtype in wanted[1:]:
             continue
-        dense = _dense(tensor, name, wanted.loaded_dtype)
+        dense = _dense(tensor, name, wanted.loaded_dtype, backend)
         if dense.shape != wanted.shape:
             raise FormatError(
                 f"{name}: expected weights of shape {tuple(wanted.shape)}, found {tuple(dense.shape)}; "
@@ -263,14 +267,14 @@ def _names_in_model(
     return [(final, before, t if finals[final] == 1 else None) for final, before, t in names]
 
 
-def _decoding(original: WeightConverter, expected: Mapping[str, Expected]) -> DecodingConverter:
+def _decoding(original: WeightConverter, expected: Mapping[str, Expected], backend: str) -> DecodingConverter:
     """A copy that decodes first, whatever attributes this version of transformers gives converters."""
     copy = DecodingConverter.__new__(DecodingConverter)
     for base in type(original).__mro__:
         for name in getattr(base, "__slots__", ()):
             if hasattr(original, name):
                 object.__setattr__(copy, name, getattr(original, name))
-    copy.operations = [DecodePayloads(expected, original), *original.operations]
+    copy.operations = [DecodePayloads(expected, backend, original), *original.operations]
     return copy
 
 
@@ -293,7 +297,7 @@ def _refuse_shards(tensors: dict[str, Any], name: str, model: Any) -> None:
         )
 
 
-def _dense(tensor: Tensor, name: str, dtype: torch.dtype | None) -> Tensor:
+def _dense(tensor: Tensor, name: str, dtype: torch.dtype | None, backend: str) -> Tensor:
     """A payload decoded, or a plain tensor, in `dtype` on the device where it is.
 
     By way of the source's dtype: the same rounding as loading the decompressed folder.
@@ -303,5 +307,5 @@ def _dense(tensor: Tensor, name: str, dtype: torch.dtype | None) -> Tensor:
         return tensor.to(dtype)
     # A user's `with torch.device(...)` must not move the decoder's work.
     with torch.device("cpu"):
-        weights, header = decode_payload(tensor.cpu(), name)
-    return weights.to(TORCH_DTYPES[header.dtype]).to(tensor.device, dtype)
+        weights, _ = decode_payload(tensor, name, rounded=True, backend=backend)
+    return weights.to(tensor.device, dtype)

@@ -161,7 +161,9 @@ class MiracleQuantizer(HfQuantizer):
             added = replace_layers(model, self._stored, weight_conversions, self._expected, skipped, backend)
             weight_conversions = [*weight_conversions, *added]
             self._expected = expected_tensors(model, self._dtype)
-        self._conversions = with_decoding(weight_conversions, self._expected, self._payloads)
+        self._conversions = with_decoding(
+            weight_conversions, self._expected, config["backend"], self._payloads
+        )
         return self._conversions
 
     def _process_model_after_weight_loading(
@@ -179,7 +181,7 @@ class MiracleQuantizer(HfQuantizer):
         used = getattr(model, "_weight_conversions", None)
         if used is not None:
             model._weight_conversions = without_decoding(used)  # pyright: ignore[reportArgumentType]
-        decode_leftovers(model, self._expected)
+        decode_leftovers(model, self._expected, vars(self.quantization_config)["backend"])
         self._model, self._stored = None, []
         if self._keeps:
             from miracle_hub.hub.compressed_linear import compressed_layers

@@ -1,7 +1,13 @@
 """Triton, or a stand-in where it is not installed: the torch references work without it."""
 
+from typing import Any
+
+from torch import Tensor
+
 from .errors import KernelUnavailableError
 
+# Any: type checkers cannot follow what `jit` makes of a function's parameters.
+triton: Any
 try:
     import triton
     import triton.language as tl
@@ -12,10 +18,10 @@ except ModuleNotFoundError:  # CPU builds of torch, macOS, Windows
     class _Absent:
         """Takes every decorator and annotation of a kernel and does nothing with it."""
 
-        def __getattr__(self, name):
+        def __getattr__(self, name: str) -> Any:
             return self
 
-        def __call__(self, function=None, **options):
+        def __call__(self, function: Any = None, **options: Any) -> Any:
             return self if function is None else function
 
     triton = tl = _Absent()
@@ -24,7 +30,7 @@ except ModuleNotFoundError:  # CPU builds of torch, macOS, Windows
 INTERPRETED = HAS_TRITON and bool(triton.knobs.runtime.interpret)
 
 
-def check_launch(op, tensor):
+def check_launch(op: str, tensor: Tensor) -> None:
     """Raise unless Triton can run on the device of `tensor`.
 
     Raises:

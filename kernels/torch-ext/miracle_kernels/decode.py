@@ -1,5 +1,8 @@
 """decode: message → weights in one pass: window, candidate, scale, rotation, mean, cast, digest."""
 
+# What Triton's language means by these operators is not what its stubs say.
+# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false
+
 from typing import Optional
 
 import torch
@@ -282,17 +285,21 @@ def decode_torch(
     position = first * rows + row * width + column - first  # [n_rows, columns], in the stream
     step, v = position // step_weights, position % step_weights
     state = windows_torch(message, step * step_bits, window_bits)
-    if table.ndim == 2:
-        z = table[state, v]
-    else:
-        halves = philox_halves_torch((state.flatten(), (v // 8).flatten(), stream_id, 0), seed)
-        z = table[halves.gather(1, (v % 8).view(-1, 1))].view(out.shape)
+    z = _look_up_torch(table, state, v, seed, stream_id)
     scale = scales.float() if scales.numel() == 1 else scales.float()[first_row : first_row + n_rows, None]
     weights = hadamard_torch(z.float() * scale, rotation)
     if mean is not None:
         weights = weights + mean
     out.copy_(weights)
     return digest_torch(weights, first_index + first_row * columns) if with_digest else state.new_zeros(())
+
+
+def _look_up_torch(table: Tensor, state: Tensor, v: Tensor, seed: int, stream_id: int) -> Tensor:
+    """Candidate v of each state, from a table of candidates or by way of Philox from the quantiles."""
+    if table.ndim == 2:
+        return table[state, v]
+    halves = philox_halves_torch((state.flatten(), (v // 8).flatten(), stream_id, 0), seed)
+    return table[halves.gather(1, (v % 8).view(-1, 1))].view(state.shape)
 
 
 def windows_torch(message: Tensor, bits: Tensor, window_bits: int) -> Tensor:

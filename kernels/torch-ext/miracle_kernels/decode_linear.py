@@ -4,6 +4,9 @@ W = (scale ∘ z)·H with H the rotation, which is symmetric, so y = (x·H)·z�
 instead of the weights, and each row's scale is applied once, to the sum.
 """
 
+# What Triton's language means by these operators is not what its stubs say.
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false
+
 import torch
 from torch import Tensor
 

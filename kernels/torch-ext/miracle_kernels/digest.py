@@ -4,6 +4,9 @@ x_i    = i · 0x9E3779B97F4A7C15 + bits(w_i)
 digest = Σ_i splitmix64_finalizer(x_i)               everything modulo 2^64
 """
 
+# What Triton's language means by these operators is not what its stubs say.
+# pyright: reportAssignmentType=false
+
 import torch
 from torch import Tensor
 

@@ -2,7 +2,7 @@
 
 from typing import Any, Callable
 
-from torch.library import CustomOpDef, custom_op
+from torch.library import CustomOpDef, custom_op  # pyright: ignore[reportPrivateImportUsage]
 
 try:
     from ._ops import add_op_namespace_prefix  # pyright: ignore[reportMissingImports]

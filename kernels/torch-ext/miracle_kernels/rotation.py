@@ -1,5 +1,8 @@
 """The Hadamard rotation inside a kernel, and the same in torch: a fixed order of float32 sums."""
 
+# What Triton's language means by these operators is not what its stubs say.
+# pyright: reportGeneralTypeIssues=false
+
 import torch
 from torch import Tensor
 

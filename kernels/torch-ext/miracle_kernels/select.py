@@ -5,6 +5,9 @@ running maximum and sum per block (as in flash attention) find the tile of the c
 a second kernel scores that one tile again in float32 and chooses within it.
 """
 
+# What Triton's language means by these operators is not what its stubs say.
+# pyright: reportOperatorIssue=false
+
 import torch
 from torch import Tensor
 

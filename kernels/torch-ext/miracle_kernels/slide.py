@@ -6,6 +6,9 @@ surviving paths merge, and keep their middle; odd pieces then join their neighbo
 bits, and the format knows of none.
 """
 
+# What Triton's language means by these operators is not what its stubs say.
+# pyright: reportOperatorIssue=false
+
 from typing import Optional
 
 import torch

@@ -18,7 +18,7 @@ _DEFAULTS: dict[str, dict[str, int]] = {
     },
     # Eight weights per thread. Sixteen cost Mean-KL's backward pass 180 registers.
     "reparameterize": {"TILE": 1024, "num_warps": 4},
-    "reparameterize_backward": {"TILE": 1024, "num_warps": 4},
+    "reparameterize_backward": {"TILE": 1024, "num_warps": 8},
     "reparameterize_mean_kl": {"TILE": 1024, "num_warps": 4},
     "reparameterize_mean_kl_backward": {"TILE": 1024, "num_warps": 4},
     # A tile spans whole rows where it can: x is then rotated once per program.
@@ -30,6 +30,7 @@ _DEFAULTS: dict[str, dict[str, int]] = {
         "TILE_BLOCKS": 256, "TILE_CANDIDATES": 64, "num_warps": 8, "num_stages": 2,
         "programs_per_processor": 2, "largest_splits": 256,
     },
+    "select[step_weights=128]": {"TILE_BLOCKS": 128},  # 256 spill on sm_80
     "slide": {
         "TILE_NODES": 1024, "num_warps": 4, "programs_per_processor": 8,
         "TILE_MESSAGE": 512, "TILE_COST": 4096,
@@ -42,14 +43,13 @@ def tiles(op: str, device: torch.device, **problem: int) -> dict[str, int]:
     """The tile sizes of an op on a device.
 
     Args:
-        problem: what the choice may depend on; an entry `op[name=value]` of the device's file wins
-            over its entry `op`, which wins over the heuristic.
+        problem: what the choice may depend on; an entry `op[name=value]` wins over the entry `op`, and
+            the device's file over the heuristic.
     """
-    measured = _measured(device_name(device))
-    chosen = dict(_DEFAULTS[op])
-    chosen.update(measured.get(op, {}))
-    for name, value in sorted(problem.items()):
-        chosen.update(measured.get(f"{op}[{name}={value}]", {}))
+    chosen: dict[str, int] = {}
+    for table in (_DEFAULTS, _measured(device_name(device))):
+        for key in (op, *(f"{op}[{name}={value}]" for name, value in sorted(problem.items()))):
+            chosen.update(table.get(key, {}))
     return chosen
 
 
