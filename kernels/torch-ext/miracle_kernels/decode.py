@@ -68,10 +68,12 @@ def _grouped_candidates(
 def _stream_positions(row, column, rows, columns, band_columns):
     """Where the stream holds the elements (row, column): bands of columns, row by row inside a band."""
     if band_columns == 0:
-        return row * columns + column
-    first = column // band_columns * band_columns
-    width = tl.minimum(band_columns, columns - first)
-    return first.to(tl.int64) * rows + row * width + (column - first)
+        position = row * columns + column
+    else:
+        first = column // band_columns * band_columns
+        width = tl.minimum(band_columns, columns - first)
+        position = first.to(tl.int64) * rows + row * width + (column - first)
+    return position
 
 
 @triton.jit
