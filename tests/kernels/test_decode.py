@@ -189,9 +189,9 @@ def test_the_op_compiles_without_a_graph_break(device: torch.device) -> None:
 
 @pytest.mark.parametrize(
     ("code", "columns", "steps"),
-    [((12, 2, 1), 384, 8), ((12, 2, 1), 4, 4), ((12, 2, 1), 63, 0), ((16, 8, 1), 64, 4), ((12, 4, 2), 6, 0)],
+    [((12, 2, 1), 384, 8), ((12, 2, 1), 4, 4), ((12, 2, 1), 63, 1), ((16, 8, 1), 64, 2), ((12, 4, 2), 6, 1)],
 )
-def test_groups_start_at_whole_bytes(code: tuple, columns: int, steps: int) -> None:
+def test_a_row_is_a_whole_number_of_groups(code: tuple, columns: int, steps: int) -> None:
     assert group_steps(*code, columns) == steps
 
 

@@ -361,15 +361,16 @@ def check_law(counts: np.ndarray, costs: np.ndarray) -> None:
 
 # Two steps of two weights, then a step that costs nothing: no bit is shared between two such rounds, so
 # one stream holds as many independent draws as it has rounds.
-ROUND_CODE = Code(3, 2, 2, 2**35, 3)
+ROUND_CODE = Code(4, 2, 2, 2**35, 3)
 
 
 def round_cost() -> Costs:
-    return Costs(torch.tensor([-0.5, 0.7, 1.9, 1.3]), torch.tensor([3.4, 3.3, -2.8, 3.8]))
+    """Chosen so that the test also rejects a recursion over the best ways instead of sums of all ways."""
+    return Costs(torch.tensor([-0.5, -0.6, 1.1, -0.3]), torch.tensor([-1.7, 2.3, 2.1, -3.8]))
 
 
 def count_rounds(n_rounds: int, device: torch.device, seed: int, function: Callable) -> np.ndarray:
-    """How often each of the 2^5 messages of a round was drawn, in one stream."""
+    """How often each of the 2^6 messages of a round was drawn, in one stream."""
     one, n = round_cost(), 6 * n_rounds - 2
     quadratic, linear = (
         torch.cat((values, torch.zeros(2))).repeat(n_rounds)[:n] for values in (one.quadratic, one.linear)
@@ -377,7 +378,7 @@ def count_rounds(n_rounds: int, device: torch.device, seed: int, function: Calla
     message, _ = encode(Costs(quadratic, linear), ROUND_CODE, device, "sample", seed, function)
     states = reference.windows(message, ROUND_CODE, ROUND_CODE.steps(n))
     states = torch.nn.functional.pad(states, (0, 1)).view(n_rounds, 3)
-    return np.bincount((states[:, 0] << 2 | states[:, 1] & 3).numpy(), minlength=32)
+    return np.bincount((states[:, 0] << 2 | states[:, 1] & 3).numpy(), minlength=64)
 
 
 def test_steps_of_joined_pieces_are_drawn_from_the_exact_law(

@@ -28,16 +28,25 @@ from .tuning import resident_programs, tiles
 
 
 @triton.jit
-def window_words(message_ptr, byte, n_bytes, mask, BYTES: tl.constexpr):
-    """BYTES bytes of the message as one big-endian number, zeros past its end."""
-    if BYTES > 4:
-        word = tl.zeros_like(byte).to(tl.uint64)
-    else:
-        word = tl.zeros_like(byte).to(tl.uint32)
-    for i in tl.static_range(BYTES):
-        one = tl.load(message_ptr + byte + i, mask=mask & (byte + i < n_bytes), other=0)
-        word = (word << 8) | one.to(word.dtype)
-    return word
+def _window_pair(message_ptr, n_bytes, bit):
+    """The 64 bits of the message from the aligned 32-bit word that holds `bit`, and where `bit` is in them.
+
+    Messages start anywhere; the words at their ends hold up to three bytes of what lies beside them.
+    """
+    address = message_ptr.to(tl.int64)
+    before = (address % 4) * 8
+    words_ptr = (address - address % 4).to(tl.pointer_type(tl.uint32))
+    at = (bit + before) >> 5
+    last = (before + n_bytes.to(tl.int64) * 8 - 1) >> 5
+    high = _big_endian(tl.load(words_ptr + at, mask=at <= last, other=0))
+    low = _big_endian(tl.load(words_ptr + at + 1, mask=at < last, other=0))
+    return (high.to(tl.uint64) << 32) | low.to(tl.uint64), ((bit + before) & 31).to(tl.int32)
+
+
+@triton.jit
+def _big_endian(word):
+    """A little-endian uint32 with its bytes in the message's order."""
+    return (word << 24) | ((word << 8) & 0xFF0000) | ((word >> 8) & 0xFF00) | (word >> 24)
 
 
 @triton.jit
@@ -45,16 +54,15 @@ def _grouped_candidates(
     message_ptr, n_bytes, table_ptr, table, row, group, columns,
     L: tl.constexpr, K: tl.constexpr, V: tl.constexpr, STEPS: tl.constexpr, SHARED_TABLE: tl.constexpr,
 ):  # fmt: skip
-    """float16 `[TILE_ROWS, GROUPS · STEPS · V]`, where rows and groups of STEPS steps start at whole bytes.
+    """float16 `[TILE_ROWS, GROUPS · STEPS · V]`, where every row is a whole number of groups of STEPS steps.
 
-    One word serves a group: (STEPS - 1)·K + L bits. The V candidates of a state are one table entry.
+    One pair of words serves a group: 31 + (STEPS - 1)·K + L ≤ 64. The V candidates of a state are one
+    table entry.
     """
-    BYTES: tl.constexpr = ((STEPS - 1) * K + L + 7) // 8
-    byte = row[:, None] * (columns // V * K // 8) + group[None, :] * (STEPS * K // 8)
-    # Bytes past the end read as zeros, rows past the last as the next rows' bytes: both are masked later.
-    word = window_words(message_ptr, byte, n_bytes, (group * (STEPS * V) < columns)[None, :], BYTES)
-    shift = 8 * BYTES - L - tl.arange(0, STEPS) * K
-    state = (word[:, :, None] >> shift[None, None, :].to(word.dtype)).to(tl.int32) & ((1 << L) - 1)
+    bit = row[:, None] * (columns // V * K) + group[None, :] * (STEPS * K)
+    pair, start = _window_pair(message_ptr, n_bytes, bit)
+    shift = (64 - L - start)[:, :, None] - (tl.arange(0, STEPS) * K)[None, None, :]
+    state = (pair[:, :, None] >> shift.to(tl.uint64)).to(tl.int32) & ((1 << L) - 1)
     if SHARED_TABLE:
         entry = tl.reshape(tl.gather(table, tl.reshape(state, [state.numel]), 0), state.shape)
     else:
@@ -92,17 +100,18 @@ def _indices(
 ):  # fmt: skip
     """Positions in the candidate table, or by way of Philox in the quantiles, for any code and order."""
     position = _stream_positions(row[:, None], column[None, :], rows, columns, band_columns)
-    mask = (row < rows)[:, None] & (column < columns)[None, :]
     step = position // V
     v = (position - step * V).to(tl.int32)
-    word = window_words(message_ptr, (step * K) >> 3, n_bytes, mask, 4)
-    state = (word >> (32 - L - ((step * K) & 7)).to(tl.uint32)) & ((1 << L) - 1)
+    pair, start = _window_pair(message_ptr, n_bytes, step * K)
+    state = (pair >> (64 - L - start).to(tl.uint64)).to(tl.uint32) & ((1 << L) - 1)
     if FROM_TABLE:
-        return state.to(tl.int32) * V + v
-    zero = state * 0
-    group = (v >> 3).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, state, group, zero + stream_id.to(tl.uint32), zero)
-    return _half(w0, w1, w2, w3, v).to(tl.int32)
+        index = state.to(tl.int32) * V + v
+    else:
+        zero = state * 0
+        group = (v >> 3).to(tl.uint32)
+        w0, w1, w2, w3 = tl.philox(seed, state, group, zero + stream_id.to(tl.uint32), zero)
+        index = _half(w0, w1, w2, w3, v).to(tl.int32)
+    return index
 
 
 @triton.jit
@@ -148,7 +157,7 @@ def _decode_kernel(
     digest = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.uint64)
     table = tl.load(table_ptr + tl.arange(0, 1 << L)) if SHARED_TABLE else 0
     for tile in range(tl.program_id(0).to(tl.int64), n_tiles, tl.num_programs(0)):
-        out_row = tile // across * TILE_ROWS + tl.arange(0, TILE_ROWS)
+        out_row = tile // across * TILE_ROWS + tl.arange(0, TILE_ROWS).to(tl.int64)
         row = out_row + first_row
         tile_column = (tile % across).to(tl.int32)
         column = tile_column * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
@@ -314,17 +323,14 @@ def windows_torch(message: Tensor, bits: Tensor, window_bits: int) -> Tensor:
 
 
 def group_steps(window_bits: int, step_bits: int, step_weights: int, columns: int) -> int:
-    """Steps that one 64-bit word serves when rows and groups start at whole bytes; 0 where they do not.
+    """Steps that one pair of words serves, where rows are whole groups of them; 0 where there are none.
 
     The V candidates of a state are read as one integer, so V is 1, 2 or 4.
     """
     if step_weights not in (1, 2, 4):
         return 0
-    for steps in (8, 4, 2, 1):
-        fits = (steps - 1) * step_bits + window_bits <= 64 and steps * step_bits % 8 == 0
-        if fits and columns % (steps * step_weights) == 0:
-            return steps
-    return 0
+    fitting = (steps for steps in (8, 4, 2, 1) if 31 + (steps - 1) * step_bits + window_bits <= 64)
+    return next((steps for steps in fitting if columns % (steps * step_weights) == 0), 0)
 
 
 def as_entries(table: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ def _vector_kernel(
     x = rotate(x[None, :], ROTATION)
     n_tiles = tl.cdiv(rows, TILE_ROWS)
     for tile in range(tl.program_id(0).to(tl.int64), n_tiles, tl.num_programs(0)):
-        row = tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
+        row = tile * TILE_ROWS + tl.arange(0, TILE_ROWS).to(tl.int64)
         total = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32)
         for across in range(tl.cdiv(columns, TILE_COLUMNS)):
             if not ONE_TILE:
@@ -110,7 +110,7 @@ def _matrix_kernel(
     item = tl.arange(0, BATCH)
     n_tiles = tl.cdiv(rows, TILE_ROWS)
     for tile in range(tl.program_id(0).to(tl.int64), n_tiles, tl.num_programs(0)):
-        row = tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
+        row = tile * TILE_ROWS + tl.arange(0, TILE_ROWS).to(tl.int64)
         total = tl.zeros([TILE_ROWS, BATCH], tl.float32)
         for across in range(tl.cdiv(columns, TILE_COLUMNS)):
             column = across * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
