@@ -51,7 +51,9 @@ def test_every_command_of_the_readme_exists() -> None:
 
 def test_the_file_tree_names_every_module_and_nothing_else() -> None:
     named = set(re.findall(r"^ +(\w+\.py) ", README.split("## Files")[1], re.MULTILINE))
-    modules = {path.name for path in (ROOT / "miracle_hub").rglob("*.py")} - {"__init__.py"}
+    folders = (ROOT / "miracle_hub").rglob("*.py"), (ROOT / "kernels" / "torch-ext").rglob("*.py")
+    scripts = (ROOT / "kernels").glob("*.py")
+    modules = {path.name for paths in (*folders, scripts) for path in paths} - {"__init__.py"}
     assert named == modules
 
 

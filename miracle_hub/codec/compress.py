@@ -84,8 +84,7 @@ def compress_folder(
     shard_bytes = parse_size(max_shard_size, "max_shard_size")
     width = DEFAULT_WIDTH if rotation is None else rotation
     _check_options(bits_per_weight, size, window_bits, width)
-    chosen = choose(backend)
-    weights = _source_files(source, out)
+    chosen, weights = choose(backend), _source_files(source, out)
     with output_folder(out, overwrite) as temporary:
         copied = _copy_companions(source, temporary, weights)
         plans = _plan(weights, width, excluded)
@@ -98,8 +97,8 @@ def compress_folder(
         digest = _write(temporary, files, plans, choices, chosen, progress)
         sizes = [sum(path.stat().st_size for path in weights), total_bytes(files)]
         dense_bytes, n_bytes = (n + copied.n_bytes for n in sizes)
-        rate, seconds = 8 * n_bytes / n_weights, time.monotonic() - started
-        report = Report(dense_bytes, n_bytes, n_weights, rate, seconds, digest, chosen.name)
+        facts = (8 * n_bytes / n_weights, time.monotonic() - started, digest, chosen.name)
+        report = Report(dense_bytes, n_bytes, n_weights, *facts)
         _write_config(source, temporary, report, excluded, seed, _main_dtype(plans))
         if card is not None:
             with writing(temporary / "README.md"):

@@ -28,6 +28,8 @@ _BACK_POINTER_BYTES = 64 << 20
 # Longer steps are not worth a compiled variant of their own.
 _CONSTANT_WEIGHTS = 9
 _FREE = -1
+# No candidate is larger: the last quantile is 4.33.
+_LARGEST_CANDIDATE = np.float32(4.5)
 _jit = njit(nogil=True, cache=True, error_model="numpy", fastmath=True)
 
 
@@ -207,9 +209,11 @@ class _Search:
             start, stop = piece.run_start * width, min(piece.run_stop * width, n_weights)
             quadratic[: stop - start, lane] = self.quadratic[start:stop]
             linear[: stop - start, lane] = self.linear[start:stop]
-        # The least possible cost of each weight: adding it back keeps float32 sums small.
-        convex = quadratic > 0
-        least = np.where(convex, linear**2 / np.where(convex, 4 * quadratic, 1), 0)
+        # The least cost that a candidate can have: adding it back keeps float32 sums small.
+        slope = np.abs(linear)
+        convex = 2 * _LARGEST_CANDIDATE * quadratic > slope
+        at = np.where(convex, slope / np.where(convex, 2 * quadratic, 1), _LARGEST_CANDIDATE)
+        least = at * (slope - quadratic * at)
         by_step = (length, width, LANES)
         offset = least.reshape(by_step).sum(1, dtype=np.float32)
         return quadratic.reshape(by_step), linear.reshape(by_step), offset

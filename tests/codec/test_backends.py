@@ -2,6 +2,7 @@
 
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_model_compressed_by_the_kernels_decodes_alike_everywhere(source: Path, tmp_path: Path) -> None:
     out, dense = tmp_path / "out", tmp_path / "dense"
-    options = dict(bits_per_weight=3.9, window_bits=8, progress=False)
+    options: dict[str, Any] = dict(bits_per_weight=3.9, window_bits=8, progress=False)
     report = miracle_hub.compress(source, out, backend="triton", **options)
     assert report.backend == "triton" and report.bits_per_weight <= 3.9
     by_cpu = miracle_hub.load_state_dict(out, backend="cpu")
@@ -52,7 +53,7 @@ def test_a_model_compressed_by_the_kernels_decodes_alike_everywhere(source: Path
 
 
 @pytest.mark.parametrize("options", [dict(), dict(band_columns=8), dict(permuted=True)], ids=str)
-def test_payloads_of_every_order_go_both_ways(options: dict) -> None:
+def test_payloads_of_every_order_go_both_ways(options: dict[str, Any]) -> None:
     weights = torch.randn(12, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
     segments = [SegmentPlan(5, Code(8, 4, 2), True), SegmentPlan(7, Code(8, 2, 2), False)]
     for backend in map(choose, ("cpu", "triton")):

@@ -180,7 +180,8 @@ def test_slices_of_payloads_are_refused_by_name(llama: Repository) -> None:
     payload = load_file(llama.compressed / "model.safetensors")[_NAME]
     model = SimpleNamespace(get_parameter_or_buffer=lambda name: SimpleNamespace(_local_tensor=payload))
     with pytest.raises(OptionError, match=rf"^{_NAME}: a compressed tensor cannot be loaded in slices"):
-        DecodePayloads({}, None).convert({"any": [payload[:100]]}, full_layer_name=_NAME, model=model)
+        operation = DecodePayloads({}, "auto", None)
+        operation.convert({"any": [payload[:100]]}, full_layer_name=_NAME, model=model)
 
 
 def test_figures_of_later_releases_are_ignored(folder: Path) -> None:

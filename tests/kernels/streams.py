@@ -1,5 +1,7 @@
 """Random streams and what they decode to by the package's reference, which is the definition."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,11 @@ from miracle_hub.coding.order import banded_order
 from miracle_hub.coding.quantiles import quantiles
 from miracle_hub.coding.rotation import hadamard
 from miracle_hub.config import Code
+
+
+def changed(given: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Arguments with some of them replaced."""
+    return {**given, **changes}
 
 
 def generator(seed: int) -> torch.Generator:

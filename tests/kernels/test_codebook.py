@@ -1,5 +1,7 @@
 """codebook: the Triton kernel equals the format's definition, bit for bit."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -67,7 +69,7 @@ def test_the_op_is_a_sound_torch_op(device: torch.device) -> None:
     [
         (dict(states=torch.zeros(3)), "states: expected int32 or int64, found torch.float32"),
         (dict(states=torch.zeros(3, 2, dtype=torch.int64)), "states: expected 1 dimension, found 2"),
-        (dict(states=torch.zeros(6, dtype=torch.int64)[::2]), r"expected a contiguous tensor, found strides \(2,\)"),
+        (dict(states=torch.zeros(6, dtype=torch.int64)[::2]), r"a contiguous tensor, found strides \(2,\)"),
         (dict(quantiles=torch.zeros(65536)), "quantiles: expected float16, found torch.float32"),
         (dict(quantiles=torch.zeros(100).half()), "quantiles: expected 65536 entries, found 100"),
         (dict(quantiles=torch.zeros(65536, device="meta").half()), "all tensors on cpu, found meta"),
@@ -77,8 +79,8 @@ def test_the_op_is_a_sound_torch_op(device: torch.device) -> None:
         (dict(stream_id=-1), "stream_id: expected an integer from 0 to 4294967295, found -1"),
     ],
 )  # fmt: skip
-def test_bad_input_is_named(change: dict, message: str) -> None:
-    good = dict(
+def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
+    good: dict[str, Any] = dict(
         states=torch.zeros(3, dtype=torch.int64), quantiles=quantiles(), step_weights=4, seed=0, stream_id=0
     )
     for function in (codebook_triton, codebook_torch):

@@ -1,8 +1,11 @@
 """decode: the Triton kernel equals the format's definition, bit for bit, in one pass."""
 
+from typing import Any
+
 import pytest
 import torch
 from streams import (
+    changed,
     defined_weights,
     generator,
     random_message,
@@ -19,12 +22,13 @@ from miracle_hub.config import Code
 from miracle_kernels import KernelInputError, decode
 from miracle_kernels.decode import decode_torch, decode_triton, group_steps
 
+Triple = tuple[int, int, int]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def arguments(code: Code, rows: int, columns: int, device: torch.device, **changes) -> dict:
+def arguments(code: Code, rows: int, columns: int, device: torch.device, **changes: Any) -> dict[str, Any]:
     """A random stream of a matrix, as `decode` takes it."""
-    chosen = dict(
+    chosen: dict[str, Any] = dict(
         out=torch.empty(rows, columns),
         message=random_message(code, rows * columns),
         table=table_of(code),
@@ -46,7 +50,9 @@ def arguments(code: Code, rows: int, columns: int, device: torch.device, **chang
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in chosen.items()}
 
 
-def check(code: Code, rows: int, columns: int, device: torch.device, rotation: int = 1, **changes) -> None:
+def check(
+    code: Code, rows: int, columns: int, device: torch.device, rotation: int = 1, **changes: Any
+) -> None:
     """Kernel and torch reference equal the definition in every dtype, and so do their digests."""
     for dtype in DTYPES:
         for function in (decode_triton, decode_torch):
@@ -65,25 +71,25 @@ def check(code: Code, rows: int, columns: int, device: torch.device, rotation: i
 @pytest.mark.parametrize(
     "code", [(12, 2, 1), (12, 4, 2), (10, 8, 4), (9, 3, 1), (8, 5, 2), (7, 7, 3), (6, 1, 4)]
 )
-def test_weights_equal_the_definition(device: torch.device, rows: int, columns: int, code: tuple) -> None:
+def test_weights_equal_the_definition(device: torch.device, rows: int, columns: int, code: Triple) -> None:
     check(Code(*code), rows, columns, device)
 
 
 @pytest.mark.parametrize(
     "code", [(8, 1, 1), (12, 2, 1), (12, 3, 1), (14, 4, 1), (16, 5, 2), (12, 7, 4), (16, 8, 1)]
 )
-def test_every_rate_of_the_ladder_decodes(device: torch.device, code: tuple) -> None:
+def test_every_rate_of_the_ladder_decodes(device: torch.device, code: Triple) -> None:
     check(Code(*code), 5, 144, device)
 
 
 @pytest.mark.parametrize("code", [(17, 2, 1), (20, 20, 8), (24, 24, 9), (24, 3, 2), (18, 18, 256)])
-def test_long_windows_go_without_a_table(device: torch.device, code: tuple) -> None:
+def test_long_windows_go_without_a_table(device: torch.device, code: Triple) -> None:
     check(Code(*code, seed=2**63 + 5, stream_id=2**31 + 1), 7, 61, device)
 
 
 @pytest.mark.parametrize("rotation", [2, 4, 8, 32, 128, 256])
 @pytest.mark.parametrize("code", [(8, 2, 1), (10, 5, 3)])
-def test_rotation_is_a_fixed_order_of_float32_sums(device: torch.device, rotation: int, code: tuple) -> None:
+def test_rotation_is_a_fixed_order_of_float32_sums(device: torch.device, rotation: int, code: Triple) -> None:
     check(Code(*code), 3, 3 * 256, device, rotation)
 
 
@@ -112,7 +118,7 @@ def test_the_mean_is_added_after_the_rotation(device: torch.device) -> None:
 
 @pytest.mark.parametrize("code", [(10, 2, 1), (10, 3, 1), (18, 18, 5)])
 @pytest.mark.parametrize("band_columns", [0, 16])
-def test_rows_decode_alone(device: torch.device, code: tuple, band_columns: int) -> None:
+def test_rows_decode_alone(device: torch.device, code: Triple, band_columns: int) -> None:
     """Any rows of a stream, with the digest of the whole as the sum of its parts."""
     coded = Code(*code)
     whole = arguments(coded, 11, 64, device, band_columns=band_columns)
@@ -121,7 +127,7 @@ def test_rows_decode_alone(device: torch.device, code: tuple, band_columns: int)
         digests = 0
         for first, stop in ((0, 4), (4, 5), (5, 11)):
             part = torch.empty(stop - first, 64, device=device)
-            digests += int(function(**(whole | dict(out=part, first_row=first))))
+            digests += int(function(**changed(whole, out=part, first_row=first)))
             assert torch.equal(part, whole["out"][first:stop])
         assert signed(digests % 2**64) == total
 
@@ -133,7 +139,7 @@ def test_the_digest_counts_from_the_first_index(device: torch.device) -> None:
     before = torch.zeros(1000)
     whole = digest(torch.cat((before, given["out"].cpu().view(-1)))) - digest(before)
     for function in (decode_triton, decode_torch):
-        assert int(function(**(given | dict(first_index=1000)))) == signed(whole % 2**64)
+        assert int(function(**changed(given, first_index=1000))) == signed(whole % 2**64)
 
 
 def test_tensors_may_be_views_with_odd_offsets(device: torch.device) -> None:
@@ -144,7 +150,7 @@ def test_tensors_may_be_views_with_odd_offsets(device: torch.device) -> None:
     message[3:-4] = given["message"]
     out = torch.zeros(1 + 6 * 64 + 1, device=device)
     scales = torch.cat((given["scales"][:1], given["scales"]))[1:]
-    moved = given | dict(message=message[3:-4], out=out[1:-1].view(6, 64), scales=scales)
+    moved = changed(given, message=message[3:-4], out=out[1:-1].view(6, 64), scales=scales)
     decode_triton(**moved)
     assert torch.equal(moved["out"], given["out"])
     assert out[0] == 0 == out[-1]
@@ -157,14 +163,14 @@ def test_positions_past_two_to_the_31_are_right(device: torch.device) -> None:
     message = torch.zeros(code.message_bytes(rows * columns), dtype=torch.uint8, device=device)
     tail = random_message(code, 4 * columns)
     message[-tail.numel() :] = tail.to(device)
-    changes = dict(message=message, scales=torch.ones(1, device=device).bfloat16(), rows=rows)
+    changes: dict[str, Any] = dict(message=message, scales=torch.ones(1, device=device).bfloat16(), rows=rows)
     changes |= dict(first_row=rows - 2, out=torch.empty(2, columns, device=device))
     given = arguments(code, 2, columns, device) | changes
     found = decode_triton(**given)
     # The message's bits past its last step are the same in both: 2 · columns steps before the end.
     last = defined_weights(tail, code, torch.ones(4).bfloat16(), 4, columns, 1)[-2:]
     assert torch.equal(given["out"].cpu(), last)
-    other = given | dict(out=torch.empty(2, columns, device=device))
+    other = changed(given, out=torch.empty(2, columns, device=device))
     assert int(decode_torch(**other)) == int(found)
     assert torch.equal(other["out"], given["out"])
 
@@ -191,11 +197,11 @@ def test_the_op_compiles_without_a_graph_break(device: torch.device) -> None:
     ("code", "columns", "steps"),
     [((12, 2, 1), 384, 8), ((12, 2, 1), 4, 4), ((12, 2, 1), 63, 1), ((16, 8, 1), 64, 2), ((12, 4, 2), 6, 1)],
 )
-def test_a_row_is_a_whole_number_of_groups(code: tuple, columns: int, steps: int) -> None:
+def test_a_row_is_a_whole_number_of_groups(code: Triple, columns: int, steps: int) -> None:
     assert group_steps(*code, columns) == steps
 
 
-BAD = [
+BAD: list[tuple[dict[str, Any], str]] = [
     (dict(out=torch.zeros(4, 64).long()), "out: expected float32 or bfloat16 or float16, found torch.int64"),
     (dict(out=torch.zeros(64, 4).T), "out: expected a contiguous tensor"),
     (dict(out=torch.zeros(256)), "out: expected 2 dimensions, found 1"),
@@ -224,7 +230,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("change", "message"), BAD, ids=[message for _, message in BAD])
-def test_bad_input_is_named(change: dict, message: str) -> None:
+def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
     given = arguments(Code(12, 2, 1), 4, 64, torch.device("cpu"))
     for function in (decode_triton, decode_torch):
         with pytest.raises(KernelInputError, match=message):

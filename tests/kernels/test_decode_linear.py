@@ -14,11 +14,14 @@ from miracle_hub.config import Code
 from miracle_kernels import KernelInputError, decode_linear
 from miracle_kernels.decode_linear import decode_linear_torch, decode_linear_triton
 
+Triple = tuple[int, int, int]
 CODES = [(12, 2, 1), (12, 4, 2), (10, 8, 4), (9, 3, 1), (11, 5, 3)]
 
 
-def arguments(code: Code, batch: int, rows: int, columns: int, device: torch.device, **changes: Any) -> dict:
-    chosen = dict(
+def arguments(
+    code: Code, batch: int, rows: int, columns: int, device: torch.device, **changes: Any
+) -> dict[str, Any]:
+    chosen: dict[str, Any] = dict(
         x=torch.randn(batch, columns, generator=generator(batch)),
         message=random_message(code, rows * columns),
         table=table_of(code),
@@ -64,14 +67,14 @@ def check(code: Code, batch: int, rows: int, columns: int, device: torch.device,
 
 @pytest.mark.parametrize("batch", [1, 2, 16, 33, 64])
 @pytest.mark.parametrize("code", CODES)
-def test_the_product_equals_decoding_and_multiplying(device: torch.device, code: tuple, batch: int) -> None:
+def test_the_product_equals_decoding_and_multiplying(device: torch.device, code: Triple, batch: int) -> None:
     check(Code(*code), batch, 33, 192, device, rotation=64)
 
 
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 63), (63, 8), (3, 1311), (130, 16)])
 @pytest.mark.parametrize("code", CODES[:2])
-def test_odd_shapes(device: torch.device, code: tuple, rows: int, columns: int, batch: int) -> None:
+def test_odd_shapes(device: torch.device, code: Triple, rows: int, columns: int, batch: int) -> None:
     check(Code(*code), batch, rows, columns, device, scales=random_scales(rows).clamp(min=0.25))
 
 
@@ -86,7 +89,9 @@ def test_the_output_has_the_dtype_of_the_input(device: torch.device, dtype: torc
 @pytest.mark.parametrize(
     "changes", [dict(band_columns=16), dict(table=quantiles())], ids=["bands", "no table"]
 )
-def test_every_code_and_order_is_multiplied(device: torch.device, changes: dict, batch: int) -> None:
+def test_every_code_and_order_is_multiplied(
+    device: torch.device, changes: dict[str, Any], batch: int
+) -> None:
     check(Code(12, 2, 1), batch, 20, 63, device, **changes)
     if "table" in changes:
         check(Code(20, 20, 9, 7, 3), batch, 20, 63, device)
@@ -103,8 +108,10 @@ def test_large_and_small_inputs_keep_their_digits(device: torch.device, magnitud
 def test_rows_wider_than_a_tile_are_summed_in_parts(
     device: torch.device, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = dict(TILE=512, TILE_GENERAL=512, TILE_ROWS=16, TILE_COLUMNS=64, TILE_ROTATION=128, num_warps=4)
-    small |= dict(num_stages=1, programs_per_processor=1, largest_shared_table=1 << 13)
+    small: dict[str, Any] = dict(TILE=512, TILE_GENERAL=512, TILE_ROWS=16, TILE_COLUMNS=64)
+    small |= dict(
+        TILE_ROTATION=128, num_warps=4, num_stages=1, programs_per_processor=1, largest_shared_table=1 << 13
+    )
     module = import_module("miracle_kernels.decode_linear")
     monkeypatch.setattr(module, "tiles", lambda *args, **problem: small)
     check(Code(12, 2, 1), batch, 50, 1152, device, rotation=128)
@@ -159,7 +166,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("change", "message"), BAD, ids=[message for _, message in BAD])
-def test_bad_input_is_named(change: dict, message: str) -> None:
+def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
     given = arguments(Code(12, 2, 1), 3, 20, 64, torch.device("cpu"), rotation=8)
     for function in (decode_linear_triton, decode_linear_torch):
         with pytest.raises(KernelInputError, match=message):

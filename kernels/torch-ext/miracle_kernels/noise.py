@@ -16,7 +16,8 @@ def uniform(seed, first, second, third, DOMAIN: tl.constexpr):
     zero = first.to(tl.int64) * 0
     second, third, domain = (zero + second).to(tl.uint32), (zero + third).to(tl.uint32), zero + DOMAIN
     word, _, _, _ = tl.philox(seed, first.to(tl.uint32), second, third, domain.to(tl.uint32))
-    return ((word >> 8).to(tl.float32) + 0.5) * (1.0 / (1 << 24))
+    # 23 bits and a half are as many as float32 holds: the largest draw stays below 1.
+    return ((word >> 9).to(tl.float32) + 0.5) * (1.0 / (1 << 23))
 
 
 @triton.jit

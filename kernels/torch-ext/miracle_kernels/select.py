@@ -160,7 +160,8 @@ def select_triton(
 
     Returns:
         int64 `[n_blocks]`; float32 `[n_blocks]` of the choice, exact to float32 rounding; float32
-        `[n_blocks]`, within 2⁻⁹ · max over candidates of Σ_v (|½·quadratic·z²| + |½·linear·z|): candidates
+        `[n_blocks]`, within 2⁻⁹ · max over candidates of Σ_v (|½·quadratic·z²| + |½·linear·z|) and float32
+        rounding of the logarithm: candidates
         are compared in float16 products, so among nearly equal ones the choice may differ from exact
         arithmetic by that much.
 

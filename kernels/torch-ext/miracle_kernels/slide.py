@@ -36,6 +36,8 @@ _MERGE_WINDOWS = 16
 # Margins then add a tenth to the work of L = 12, k = 2.
 _PIECE_STEPS = 2048
 _UNREACHED = tl.constexpr(1e30)
+# No candidate is larger: the last quantile is 4.33.
+_LARGEST_CANDIDATE = tl.constexpr(4.5)
 
 
 @triton.jit
@@ -50,9 +52,11 @@ def _step_costs(
         quadratic = tl.load(quadratic_ptr + (weight + v) * QUADRATIC, mask=within, other=0.0)
         linear = tl.load(linear_ptr + weight + v, mask=within, other=0.0)
         z = tl.load(table_ptr + (v << L) + state).to(tl.float32)
-        # Subtracting the least cost keeps float32 sums over thousands of steps small.
-        least = tl.where(quadratic > 0, linear * linear / (4 * tl.maximum(quadratic, 1e-30)), 0.0)
-        cost += z * (quadratic * z - linear) + least
+        # Subtracting the least cost of any candidate keeps float32 sums over thousands of steps small.
+        slope = tl.abs(linear)
+        convex = quadratic * (2 * _LARGEST_CANDIDATE) > slope
+        at = tl.where(convex, slope / tl.where(convex, 2 * quadratic, 1.0), _LARGEST_CANDIDATE)
+        cost += z * (quadratic * z - linear) + at * (slope - quadratic * at)
     return cost
 
 
@@ -62,7 +66,7 @@ def _relax(
     L: tl.constexpr, K: tl.constexpr, V: tl.constexpr, QUADRATIC: tl.constexpr,
     SAMPLE: tl.constexpr, TILE_BRANCHES: tl.constexpr,
 ):  # fmt: skip
-    """Best (or drawn) way into each node: its cost, or -2 log of the sum of all ways, and the branch taken."""
+    """Best (or drawn) way into each node: its cost, or -2 log of the sum of all ways, and its branch."""
     overlap: tl.constexpr = L - K
     best = tl.full(node.shape, 3e38, tl.float32)
     choice = tl.zeros(node.shape, tl.int32)
@@ -166,7 +170,7 @@ def _pack_kernel(
     states_ptr,  # [n_steps] int32
     n_steps, n_bytes, L: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Bit p < L of the message is the first state's; bit L + k·t + r is bit r of the last k of state t + 1."""
+    """Bit p < L of the message is the first state's; bit L + k·t + r is the r-th that state t + 1 adds."""
     byte = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     place = tl.arange(0, 8)
     bit = byte[:, None] * 8 + place[None, :] - (L - K)
@@ -279,8 +283,8 @@ def _search(
         for first in range(0, n_parity, n_programs):
             _slide_kernel[(min(n_programs, n_parity - first),)](
                 states, branches, reached, table, quadratic, linear, linear.numel(), n_steps, n_pieces,
-                first, margin, stride, seed, K=step_bits, JOIN=int(join), SAMPLE=sample, TILE_NODES=tile_nodes,
-                TILE_BRANCHES=tile_branches, num_warps=tile["num_warps"], num_stages=1,
+                first, margin, stride, seed, K=step_bits, JOIN=int(join), SAMPLE=sample,
+                TILE_NODES=tile_nodes, TILE_BRANCHES=tile_branches, num_warps=tile["num_warps"], num_stages=1,
                 enable_fp_fusion=True, **code,
             )  # fmt: skip
 
@@ -381,6 +385,7 @@ def _check(
     check_tensor(op, "linear", linear, (torch.float32,), linear)
     check_size(op, "linear", linear.ndim, 1, "dimension")
     check_tensor(op, "quadratic", quadratic, (torch.float32,), linear)
+    check_size(op, "quadratic", quadratic.ndim, 1, "dimension")
     expected = 1 if quadratic.numel() == 1 else linear.numel()
     check_size(op, "quadratic", quadratic.numel(), expected, "entries, or 1")
     check_table(op, table, window_bits, step_weights, linear, quantiles=False)
