@@ -138,6 +138,21 @@ def sampled_paths(codebook, quadratic, linear, offset, first, planes, uniform_se
 
 
 @_jit
+def least_costs(quadratic, linear, out):
+    """The least cost that candidates can have at each step: adding it back keeps float32 sums small."""
+    for step in range(out.shape[0]):
+        for lane in range(LANES):
+            total = np.float32(0)
+            for v in range(quadratic.shape[1]):
+                curvature, slope = quadratic[step, v, lane], abs(linear[step, v, lane])
+                at = _LARGEST_CANDIDATE
+                if 2 * at * curvature > slope:
+                    at = slope / (2 * curvature)
+                total += at * (slope - curvature * at)
+            out[step, lane] = total
+
+
+@_jit
 def trace_back(planes, lane, last_node, overlap_bits, states):
     """Follow the back pointers of one lane from the node after its last step."""
     step_bits = planes.shape[2]
@@ -209,14 +224,10 @@ class _Search:
             start, stop = piece.run_start * width, min(piece.run_stop * width, n_weights)
             quadratic[: stop - start, lane] = self.quadratic[start:stop]
             linear[: stop - start, lane] = self.linear[start:stop]
-        # The least cost that a candidate can have: adding it back keeps float32 sums small.
-        slope = np.abs(linear)
-        convex = 2 * _LARGEST_CANDIDATE * quadratic > slope
-        at = np.where(convex, slope / np.where(convex, 2 * quadratic, 1), _LARGEST_CANDIDATE)
-        least = at * (slope - quadratic * at)
-        by_step = (length, width, LANES)
-        offset = least.reshape(by_step).sum(1, dtype=np.float32)
-        return quadratic.reshape(by_step), linear.reshape(by_step), offset
+        by_step, offset = (length, width, LANES), np.empty((length, LANES), np.float32)
+        quadratic, linear = quadratic.reshape(by_step), linear.reshape(by_step)
+        least_costs(quadratic, linear, offset)
+        return quadratic, linear, offset
 
     def first_node(self, piece: Piece) -> int:
         """The node that an odd piece must start from: where its left neighbor ended."""
