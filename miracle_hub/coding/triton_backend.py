@@ -14,6 +14,7 @@ from miracle_hub.coding.quantiles import quantiles
 from miracle_hub.coding.rotation import hadamard
 from miracle_hub.config import Code
 from miracle_hub.errors import BackendError, TruncatedPayloadError
+from miracle_kernels.checks import MAX_COLUMNS
 from miracle_kernels.codebook import codebook_triton
 from miracle_kernels.decode import decode_triton
 from miracle_kernels.decode_linear import MAX_BATCH, decode_linear_triton
@@ -83,7 +84,7 @@ class TritonBackend:
                 f"{message.numel()}; pass the whole message"
             )
         # A stream is one row, unless that is longer than a row may be.
-        columns = n_weights if n_weights < 2**31 else math.gcd(n_weights, 2**20)
+        columns = n_weights if n_weights <= MAX_COLUMNS else math.gcd(n_weights, 2**20)
         out = torch.empty(n_weights // max(columns, 1), max(columns, 1), device=self.device)
         one = torch.ones(1, dtype=torch.bfloat16, device=self.device)
         part = CodedRows(out.shape[0], code, one, message[: code.message_bytes(n_weights)])

@@ -1,5 +1,6 @@
 """decode: the Triton kernel equals the format's definition, bit for bit, in one pass."""
 
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -173,6 +174,30 @@ def test_positions_past_two_to_the_31_are_right(device: torch.device) -> None:
     other = changed(given, out=torch.empty(2, columns, device=device))
     assert int(decode_torch(**other)) == int(found)
     assert torch.equal(other["out"], given["out"])
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="directs the interpreter"
+)
+def test_bits_past_two_to_the_31_of_one_row_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last tile of a row of 2³⁰ weights at 4 bits, run alone; memory is sparse."""
+    from triton.runtime.interpreter import interpreter_builder as interpreter
+
+    code, columns, tile = Code(12, 4, 1), 2**30, 4096
+    n_tiles, place, size = columns // tile, interpreter.set_grid_idx, interpreter.set_grid_dim
+    module = import_module("miracle_kernels.decode")
+    monkeypatch.setattr(module, "resident_programs", lambda *_: 1)
+    monkeypatch.setattr(interpreter, "set_grid_dim", lambda *_: size(n_tiles, 1, 1))
+    monkeypatch.setattr(interpreter, "set_grid_idx", lambda *_: place(n_tiles - 1, 0, 0))
+    message = torch.zeros(code.message_bytes(columns), dtype=torch.uint8)
+    tail = random_message(code, tile)
+    message[-tail.numel() :] = tail
+    out, one = torch.zeros(1, columns, dtype=torch.float16), torch.ones(1).bfloat16()
+    given = arguments(code, 1, tile, torch.device("cpu"))
+    decode_triton(**changed(given, out=out, message=message, scales=one, with_digest=False))
+    expected = defined_weights(tail, code, one, 1, tile, 1).half()
+    assert torch.equal(out[:, -tile + 2 :], expected[:, 2:])  # two windows reach into what is before the tail
+    assert not out[0, -2 * tile : -tile].any()
 
 
 def test_the_op_is_a_sound_torch_op(device: torch.device) -> None:

@@ -7,6 +7,8 @@ from .errors import KernelInputError
 
 MAX_WINDOW_BITS = 24
 MAX_WIDTH = 1 << 15
+# Columns and tiles of them are counted in 32 bits, with room for the last tile; rows in 64.
+MAX_COLUMNS = 1 << 30
 MAX_STEP_WEIGHTS = 256
 N_QUANTILES = 1 << 16
 

@@ -12,6 +12,7 @@ from ._triton import check_launch, tl, triton
 from .candidates import philox_halves_torch
 from .casting import rounded
 from .checks import (
+    MAX_COLUMNS,
     check_code,
     check_message,
     check_range,
@@ -59,7 +60,7 @@ def _grouped_candidates(
     One pair of words serves a group: 31 + (STEPS - 1)·K + L ≤ 64. The V candidates of a state are one
     table entry.
     """
-    bit = row[:, None] * (columns // V * K) + group[None, :] * (STEPS * K)
+    bit = row[:, None] * ((columns // V).to(tl.int64) * K) + group[None, :].to(tl.int64) * (STEPS * K)
     pair, start = _window_pair(message_ptr, n_bytes, bit)
     shift = (64 - L - start)[:, :, None] - (tl.arange(0, STEPS) * K)[None, None, :]
     state = (pair[:, :, None] >> shift.to(tl.uint64)).to(tl.int32) & ((1 << L) - 1)
@@ -364,7 +365,7 @@ def _check(
     n_rows, columns = out.shape
     check_range(op, "first_row", first_row, 0, rows - n_rows)
     check_range(op, "band_columns", band_columns, 0, 2**31 - 1)
-    check_range(op, "columns of out", columns, 1, 2**31 - 1)
+    check_range(op, "columns of out", columns, 1, MAX_COLUMNS)
     check_width(op, rotation, columns)
     check_tensor(op, "message", message, (torch.uint8,), out)
     check_message(op, message, rows * columns, window_bits, step_bits, step_weights)

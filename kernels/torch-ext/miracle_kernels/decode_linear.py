@@ -13,6 +13,7 @@ from torch import Tensor
 from ._triton import check_launch, tl, triton
 from .casting import rounded
 from .checks import (
+    MAX_COLUMNS,
     check_code,
     check_message,
     check_range,
@@ -258,7 +259,7 @@ def _check(
     check_tensor(op, "x", x, (torch.float32, torch.bfloat16, torch.float16), x)
     check_size(op, "x", x.ndim, 2, "dimensions")
     check_range(op, "batch (rows of x)", x.shape[0], 1, MAX_BATCH)
-    check_range(op, "columns of x", x.shape[1], 1, 2**31 - 1)
+    check_range(op, "columns of x", x.shape[1], 1, MAX_COLUMNS)
     check_range(op, "rows", rows, 0, 2**31 - 1)
     check_range(op, "band_columns", band_columns, 0, 2**31 - 1)
     check_width(op, rotation, x.shape[1])
