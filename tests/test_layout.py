@@ -18,7 +18,7 @@ ALLOWED = {
     "format": {"format", "config", "errors"},
     "coding": {"coding", "config", "errors"},
     "codec": {"codec", "coding", "format", "config", "errors"},
-    "hub": {"hub", "codec", "format", "config", "errors"},
+    "hub": {"hub", "codec", "coding", "format", "config", "errors"},
     "cli": {"", "hub", "codec", "config", "errors"},
     "_autoload": {"hub"},
     "__init__": {"_autoload", "hub", "codec", "config"},

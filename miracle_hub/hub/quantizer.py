@@ -134,9 +134,17 @@ class MiracleQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", *args: Any, **kwargs: Any
     ) -> "PreTrainedModel":
-        """Check every payload's checksum and header before anything is allocated."""
+        """Check the backend, and every payload's checksum and header, before anything is allocated.
+
+        Raises:
+            BackendError: the backend cannot run here.
+            FormatError: and its subclasses: a file is not sound.
+        """
+        from miracle_hub.coding.backend import choose
         from miracle_hub.hub.conversion import expected_tensors
 
+        if vars(self.quantization_config)["backend"] == "triton":
+            choose("triton")
         # transformers builds the model, and calls this, under `torch.device("meta")`.
         with torch.device("cpu"):
             files = kwargs.get("checkpoint_files") or []
