@@ -161,7 +161,11 @@ def candidate_table(code: Code, device: torch.device) -> Tensor:
 @lru_cache(32)
 def _table(window_bits: int, step_weights: int, seed: int, stream_id: int, device: torch.device) -> Tensor:
     states = torch.arange(1 << window_bits, dtype=torch.int32, device=device)
-    return codebook_triton(states, _quantiles(device), step_weights, _signed(seed), stream_id)
+    table = codebook_triton(states, _quantiles(device), step_weights, _signed(seed), stream_id)
+    if table.is_cuda:
+        # Whoever finds the table in the cache may be on another stream.
+        torch.cuda.current_stream(device).synchronize()
+    return table
 
 
 @lru_cache(8)

@@ -176,9 +176,7 @@ def test_positions_past_two_to_the_31_are_right(device: torch.device) -> None:
     assert torch.equal(other["out"], given["out"])
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available(), reason="directs the interpreter"
-)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="directs the interpreter")
 def test_bits_past_two_to_the_31_of_one_row_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last tile of a row of 2³⁰ weights at 4 bits, run alone; memory is sparse."""
     from triton.runtime.interpreter import interpreter_builder as interpreter

@@ -1,7 +1,9 @@
 """Triton, or a stand-in where it is not installed: the torch references work without it."""
 
-from typing import Any
+from functools import wraps
+from typing import Any, Callable
 
+import torch
 from torch import Tensor
 
 from .errors import KernelUnavailableError
@@ -28,6 +30,20 @@ except ModuleNotFoundError:  # CPU builds of torch, macOS, Windows
     HAS_TRITON = False
 
 INTERPRETED = HAS_TRITON and bool(triton.knobs.runtime.interpret)
+
+
+def on_its_device(function: Callable) -> Callable:
+    """Makes the device of the first tensor current, where Triton launches, while `function` runs."""
+
+    @wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        if not tensor.is_cuda:
+            return function(*args, **kwargs)
+        with torch.cuda.device(tensor.device):
+            return function(*args, **kwargs)
+
+    return guarded
 
 
 def check_launch(op: str, tensor: Tensor) -> None:

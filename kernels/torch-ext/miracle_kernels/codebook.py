@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ._triton import check_launch, tl, triton
+from ._triton import check_launch, on_its_device, tl, triton
 from .candidates import philox_halves, philox_halves_torch
 from .checks import MAX_STEP_WEIGHTS, N_QUANTILES, check_range, check_size, check_stream, check_tensor
 from .registration import register
@@ -35,6 +35,7 @@ def _codebook_kernel(
     tl.store(out_ptr + rows[:, None] * STEP_WEIGHTS + weights[None, :], z, mask=mask, cache_modifier=".cs")
 
 
+@on_its_device
 def codebook_triton(
     states: Tensor, quantiles: Tensor, step_weights: int, seed: int, stream_id: int
 ) -> Tensor:

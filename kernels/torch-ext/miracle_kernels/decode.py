@@ -8,7 +8,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from ._triton import check_launch, tl, triton
+from ._triton import check_launch, on_its_device, tl, triton
 from .candidates import philox_halves_torch
 from .casting import rounded
 from .checks import (
@@ -29,10 +29,11 @@ from .tuning import resident_programs, tiles
 
 
 @triton.jit
-def _window_pair(message_ptr, n_bytes, bit):
-    """The 64 bits of the message from the aligned 32-bit word that holds `bit`, and where `bit` is in them.
+def _bits_from(message_ptr, n_bytes, bit):
+    """At least 33 bits of the message from `bit` on, as the highest bits of a uint64.
 
-    Messages start anywhere; the words at their ends hold up to three bytes of what lies beside them.
+    They come from two aligned words. Messages start anywhere; the words at their ends hold up to three
+    bytes of what lies beside them.
     """
     address = message_ptr.to(tl.int64)
     before = (address % 4) * 8
@@ -41,7 +42,8 @@ def _window_pair(message_ptr, n_bytes, bit):
     last = (before + n_bytes.to(tl.int64) * 8 - 1) >> 5
     high = _big_endian(tl.load(words_ptr + at, mask=at <= last, other=0))
     low = _big_endian(tl.load(words_ptr + at + 1, mask=at < last, other=0))
-    return (high.to(tl.uint64) << 32) | low.to(tl.uint64), ((bit + before) & 31).to(tl.int32)
+    pair = (high.to(tl.uint64) << 32) | low.to(tl.uint64)
+    return pair << ((bit + before) & 31).to(tl.uint64)
 
 
 @triton.jit
@@ -57,13 +59,13 @@ def _grouped_candidates(
 ):  # fmt: skip
     """float16 `[TILE_ROWS, GROUPS · STEPS · V]`, where every row is a whole number of groups of STEPS steps.
 
-    One pair of words serves a group: 31 + (STEPS - 1)·K + L ≤ 64. The V candidates of a state are one
+    One pair of words serves a group: (STEPS - 1)·K + L ≤ 33. The V candidates of a state are one
     table entry.
     """
     bit = row[:, None] * ((columns // V).to(tl.int64) * K) + group[None, :].to(tl.int64) * (STEPS * K)
-    pair, start = _window_pair(message_ptr, n_bytes, bit)
-    shift = (64 - L - start)[:, :, None] - (tl.arange(0, STEPS) * K)[None, None, :]
-    state = (pair[:, :, None] >> shift.to(tl.uint64)).to(tl.int32) & ((1 << L) - 1)
+    bits = _bits_from(message_ptr, n_bytes, bit)
+    shift = (64 - L - tl.arange(0, STEPS) * K)[None, None, :]
+    state = (bits[:, :, None] >> shift.to(tl.uint64)).to(tl.int32) & ((1 << L) - 1)
     if SHARED_TABLE:
         entry = tl.reshape(tl.gather(table, tl.reshape(state, [state.numel]), 0), state.shape)
     else:
@@ -103,8 +105,7 @@ def _indices(
     position = _stream_positions(row[:, None], column[None, :], rows, columns, band_columns)
     step = position // V
     v = (position - step * V).to(tl.int32)
-    pair, start = _window_pair(message_ptr, n_bytes, step * K)
-    state = (pair >> (64 - L - start).to(tl.uint64)).to(tl.uint32) & ((1 << L) - 1)
+    state = (_bits_from(message_ptr, n_bytes, step * K) >> (64 - L)).to(tl.uint32)
     if FROM_TABLE:
         index = state.to(tl.int32) * V + v
     else:
@@ -182,6 +183,7 @@ def _decode_kernel(
         tl.store(digests_ptr + tl.program_id(0), total)
 
 
+@on_its_device
 def decode_triton(
     out: Tensor,
     message: Tensor,
@@ -330,7 +332,7 @@ def group_steps(window_bits: int, step_bits: int, step_weights: int, columns: in
     """
     if step_weights not in (1, 2, 4):
         return 0
-    fitting = (steps for steps in (8, 4, 2, 1) if 31 + (steps - 1) * step_bits + window_bits <= 64)
+    fitting = (steps for steps in (8, 4, 2, 1) if (steps - 1) * step_bits + window_bits <= 33)
     return next((steps for steps in fitting if columns % (steps * step_weights) == 0), 0)
 
 

@@ -10,7 +10,7 @@ instead of the weights, and each row's scale is applied once, to the sum.
 import torch
 from torch import Tensor
 
-from ._triton import check_launch, tl, triton
+from ._triton import check_launch, on_its_device, tl, triton
 from .casting import rounded
 from .checks import (
     MAX_COLUMNS,
@@ -61,36 +61,51 @@ def _rotate_kernel(
         tl.store(rotated_ptr + at + column, (x * inverse).to(tl.float16), mask=column < columns)
 
 
+@triton.jit
+def _rotate_vector_kernel(
+    rotated_ptr,  # [columns] float32
+    x_ptr,  # [columns]
+    columns, ROTATION: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """x·H of one row. A kernel of its own: read from memory, x lies as the candidates do, so that a thread
+    has all V weights of a candidate and looks it up once."""
+    column = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    x = tl.load(x_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
+    rotated = tl.reshape(rotate(x[None, :], ROTATION), [TILE])
+    tl.store(rotated_ptr + column, rotated, mask=column < columns)
+
+
 @triton.jit(do_not_specialize=["n_bytes", "band_columns", "seed", "stream_id"])
 def _vector_kernel(
     y_ptr,  # [rows]
-    x_ptr,  # [columns]
+    x_ptr,  # [columns], rotated
     message_ptr, table_ptr, scales_ptr,  # as in decode
     n_bytes, rows, columns, band_columns, seed, stream_id,
     L: tl.constexpr, K: tl.constexpr, V: tl.constexpr, STEPS: tl.constexpr, FROM_TABLE: tl.constexpr,
-    SHARED_TABLE: tl.constexpr, ROW_SCALES: tl.constexpr, ROTATION: tl.constexpr,
-    ONE_TILE: tl.constexpr,  # whether a tile spans all columns: x is then rotated once per program
+    SHARED_TABLE: tl.constexpr, ROW_SCALES: tl.constexpr,
+    ONE_TILE: tl.constexpr,  # whether a tile spans all columns: x is then read once per program
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One row of x, in float32 throughout."""
     table = tl.load(table_ptr + tl.arange(0, 1 << L)) if SHARED_TABLE else 0
-    column = tl.arange(0, TILE_COLUMNS)
-    x = tl.load(x_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
-    x = rotate(x[None, :], ROTATION)
+    # Read for every row, so that x, and with it all else, is laid out with neighbors in one thread, which
+    # then looks up the V weights of a candidate once.
+    every_row = tl.zeros([TILE_ROWS, 1], tl.int32)
+    column = every_row + tl.arange(0, TILE_COLUMNS)[None, :]
+    x = tl.load(x_ptr + column, mask=column < columns, other=0.0)
     n_tiles = tl.cdiv(rows, TILE_ROWS)
     for tile in range(tl.program_id(0).to(tl.int64), n_tiles, tl.num_programs(0)):
         row = tile * TILE_ROWS + tl.arange(0, TILE_ROWS).to(tl.int64)
         total = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32)
         for across in range(tl.cdiv(columns, TILE_COLUMNS)):
             if not ONE_TILE:
-                column = across * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-                x = tl.load(x_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
-                x = rotate(x[None, :], ROTATION)
+                column = every_row + (across * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS))[None, :]
+                x = tl.load(x_ptr + column, mask=column < columns, other=0.0)
             z = coded_candidates(
                 message_ptr, n_bytes, table_ptr, table, row, across, rows, columns, band_columns, seed,
                 stream_id, L, K, V, STEPS, FROM_TABLE, SHARED_TABLE, TILE_COLUMNS,
             )  # fmt: skip
-            total += z.to(tl.float32) * x
+            total += z.to(tl.float32) * x.to(tl.float32)
         scale = tl.load(scales_ptr + row * ROW_SCALES, mask=row < rows, other=0.0).to(tl.float32)
         y = tl.sum(total, axis=1) * scale
         tl.store(y_ptr + row, rounded(y, y_ptr.dtype.element_ty), mask=row < rows)
@@ -129,6 +144,7 @@ def _matrix_kernel(
         tl.store(y_ptr + at, rounded(y, y_ptr.dtype.element_ty), mask=mask)
 
 
+@on_its_device
 def decode_linear_triton(
     x: Tensor,
     message: Tensor,
@@ -184,11 +200,17 @@ def _vector(
     tile = tiles("decode_linear", x.device, batch=1)
     _, table, _ = coded
     largest = tile["TILE"] if options["STEPS"] else tile["TILE_GENERAL"]
-    width = tile_columns(columns, max(rotation, options["STEPS"] * options["V"], 16), largest)
+    width = tile_columns(columns, max(options["STEPS"] * options["V"], 16), largest)
     height = max(1, largest // width)
+    if rotation > 1:
+        x, given = torch.empty_like(x, dtype=torch.float32), x
+        step = max(rotation, 1024)
+        _rotate_vector_kernel[(triton.cdiv(columns, step),)](
+            x, given, columns, ROTATION=rotation, TILE=step, enable_fp_fusion=True
+        )
     programs = min(triton.cdiv(rows, height), resident_programs(x.device, tile["programs_per_processor"]))
     _vector_kernel[(programs,)](
-        y, x, *coded, coded[0].numel(), *sizes, ROTATION=rotation, ONE_TILE=width >= columns,
+        y, x, *coded, coded[0].numel(), *sizes, ONE_TILE=width >= columns,
         SHARED_TABLE=options["STEPS"] > 0 and table.numel() * table.itemsize <= tile["largest_shared_table"],
         TILE_ROWS=height, TILE_COLUMNS=width, num_warps=tile["num_warps"], **options,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from ._triton import check_launch, tl, triton
+from ._triton import check_launch, on_its_device, tl, triton
 from .candidates import philox_halves, philox_halves_torch
 from .casting import rounded
 from .checks import N_QUANTILES, check_size, check_stream, check_tensor
@@ -194,6 +194,7 @@ def save(ctx: Any, op: str, tensors: tuple, seed: int, stream_id: int, is_learne
     ctx.seed, ctx.stream_id = seed, stream_id
 
 
+@on_its_device
 def reparameterize_triton(
     mean: Tensor,
     log_std: Tensor,
@@ -257,6 +258,7 @@ def reparameterize_torch(
     return w, total(torch.stack(kl_nats))
 
 
+@on_its_device
 def reparameterize_backward_triton(
     grad_w: Tensor,
     grad_kl_nats: Tensor,

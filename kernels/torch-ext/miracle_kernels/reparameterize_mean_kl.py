@@ -16,7 +16,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from ._triton import check_launch, tl, triton
+from ._triton import check_launch, on_its_device, tl, triton
 from .casting import rounded
 from .checks import check_range
 from .errors import KernelInputError
@@ -139,6 +139,7 @@ def _reparameterize_mean_kl_backward_kernel(
     tl.store(grad_log_scale_ptr + tl.program_id(0), tl.sum(grad_w * (m + drawn)))
 
 
+@on_its_device
 def reparameterize_mean_kl_triton(
     tau: Tensor,
     alpha: Tensor,
@@ -211,6 +212,7 @@ def reparameterize_mean_kl_torch(
     return w
 
 
+@on_its_device
 def reparameterize_mean_kl_backward_triton(
     grad_w: Tensor,
     tau: Tensor,

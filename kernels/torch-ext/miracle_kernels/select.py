@@ -11,7 +11,7 @@ a second kernel scores that one tile again in float32 and chooses within it.
 import torch
 from torch import Tensor
 
-from ._triton import check_launch, tl, triton
+from ._triton import check_launch, on_its_device, tl, triton
 from .candidates import philox_halves
 from .checks import (
     N_QUANTILES,
@@ -135,6 +135,7 @@ def _choose_kernel(
     tl.store(log_weight_ptr + block, tl.sum(tl.where(candidate == best, score, 0.0), axis=0))
 
 
+@on_its_device
 def select_triton(
     quadratic: Tensor,
     linear: Tensor,

@@ -14,7 +14,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from ._triton import check_launch, tl, triton
+from ._triton import check_launch, on_its_device, tl, triton
 from .checks import (
     check_choice,
     check_code,
@@ -200,6 +200,7 @@ def _cost_kernel(
     tl.store(sums_ptr + tl.program_id(0), tl.sum(cost, axis=0))
 
 
+@on_its_device
 def slide_triton(
     quadratic: Tensor,
     linear: Tensor,

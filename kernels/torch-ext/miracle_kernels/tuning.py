@@ -21,7 +21,7 @@ _DEFAULTS: dict[str, dict[str, int]] = {
     "reparameterize_backward": {"TILE": 1024, "num_warps": 8},
     "reparameterize_mean_kl": {"TILE": 1024, "num_warps": 4},
     "reparameterize_mean_kl_backward": {"TILE": 1024, "num_warps": 4},
-    # A tile spans whole rows where it can: x is then rotated once per program.
+    # A tile spans whole rows where it can: x is then read once per program.
     "decode_linear": {
         "TILE": 16384, "TILE_GENERAL": 2048, "TILE_ROWS": 32, "TILE_COLUMNS": 256, "TILE_ROTATION": 8192,
         "num_warps": 8, "num_stages": 2, "programs_per_processor": 1, "largest_shared_table": 32768,
