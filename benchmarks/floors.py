@@ -21,13 +21,14 @@ PHILOX_INTEGER = ROUNDS * (PRODUCTS * INSTRUCTIONS_PER_PRODUCT + XORS)
 HALF_INTEGER = 1 + 2
 
 # Instructions per weight of decode's loop on the grouped path, read off the SASS for sm_90 (L = 12, k = 2).
-DECODE_INSTRUCTIONS, DECODE_INTEGER = 16.0, 7.0
+DECODE_INSTRUCTIONS, DECODE_INTEGER = 13.7, 6.0
 # A rotation by 128: additions, selections and 5 shuffles; the digest: three 64-bit products, six xor-shifts.
 ROTATION_INSTRUCTIONS, ROTATION_SHUFFLES, DIGEST_INSTRUCTIONS = 20.0, 5.0, 48.0
 # Without a table each weight calls Philox for itself: static count of the general path, per weight.
 GENERAL_INSTRUCTIONS = 225.0
-# decode_linear's loop: window, gather, conversion, multiply-add.
-LINEAR_INSTRUCTIONS = 9.0
+# decode_linear's loop per weight (window, gather, conversion, multiply-add) by V, read off the SASS for
+# sm_90. The one for several rows has a candidate's weights in different threads, which all look it up.
+VECTOR_INSTRUCTIONS, MATRIX_INSTRUCTIONS = {1: 9.3, 2: 7.2, 4: 6.8}, 13.5
 # select per score, from the SASS of the scan: maximum, multiply-add, exponential, sum, and the rest shared.
 SELECT_INSTRUCTIONS, SELECT_TILE_BLOCKS = 9.0, 256
 # slide per state, and its two contiguous loads; float32 costs and one byte per node go to the L2.
@@ -273,9 +274,11 @@ def _linear(problem: Problem) -> Work:
     (bits, step_bits, v), n = problem.code, problem.size
     rows = n // problem.columns
     read = n * step_bits / v / 8 + 2 * rows + 2 * problem.batch * problem.columns + 2 * (v << bits)
-    gathers = {"shared_gathers" if 2 * v << bits <= 32768 else "l1_gathers": n / v}
-    flops = 2.0 * problem.batch * n if problem.batch > 1 else 0
-    return Work(read, 2 * problem.batch * rows, n * 4, n * LINEAR_INSTRUCTIONS, flops=flops, **gathers)
+    several = problem.batch > 1
+    gathers = {"shared_gathers" if 2 * v << bits <= 32768 else "l1_gathers": n if several else n / v}
+    instructions = n * (MATRIX_INSTRUCTIONS if several else VECTOR_INSTRUCTIONS[v])
+    flops = 2.0 * problem.batch * n if several else 0
+    return Work(read, 2 * problem.batch * rows, n * 4, instructions, flops=flops, **gathers)
 
 
 _WORK = {
