@@ -67,13 +67,13 @@ SEED = 2**40 + 1
 ODD = 1311
 
 
-def codebook(step_weights: int) -> Variant:
+def codebook(step_weights: int, n: int = ODD) -> Variant:
     """states → candidates."""
 
     def call() -> None:
-        codebook_triton(torch.zeros(ODD, dtype=torch.int64), quantiles(), step_weights, SEED, 9)
+        codebook_triton(torch.zeros(n, dtype=torch.int64), quantiles(), step_weights, SEED, 9)
 
-    return Variant(f"codebook[step_weights={step_weights}]", call)
+    return Variant(f"codebook[step_weights={step_weights}{',n=1' * (n == 1)}]", call)
 
 
 def decode(
@@ -81,6 +81,8 @@ def decode(
     step_bits: int,
     step_weights: int,
     *,
+    rows: int = 3,
+    columns: int = 4096,
     dtype: torch.dtype = torch.bfloat16,
     rotation: int = 1,
     band_columns: int = 0,
@@ -89,10 +91,10 @@ def decode(
     with_digest: bool = False,
 ) -> Variant:
     """message → weights, of a matrix as wide as a model's; codes are written L.k.V."""
-    rows, columns = 3, 4096
     told = {"rotation": rotation, "band_columns": band_columns, "on_the_fly": on_the_fly}
-    told |= {"has_mean": has_mean, "with_digest": with_digest}
+    told |= {"has_mean": has_mean, "with_digest": with_digest, "rows": rows, "columns": columns}
     usual = {"rotation": 1, "band_columns": 0, "on_the_fly": False, "has_mean": False, "with_digest": False}
+    usual |= {"rows": 3, "columns": 4096}
     unusual = [f"{name}={value}" for name, value in told.items() if value != usual[name]]
     name = ",".join([f"code={window_bits}.{step_bits}.{step_weights}", str(dtype)[6:], *unusual])
 
@@ -114,11 +116,11 @@ def decode_linear(
     step_weights: int,
     batch: int,
     *,
+    rows: int = 65,
     columns: int = 8192,
     rotation: int = 128,
 ) -> Variant:
     """x·Wᵀ from the message, of a matrix as wide as a model's."""
-    rows = 65
 
     def call() -> None:
         message = unaligned(message_bytes(rows * columns, window_bits, step_bits, step_weights))
@@ -130,14 +132,13 @@ def decode_linear(
         )  # fmt: skip
 
     code = f"{window_bits}.{step_bits}.{step_weights}"
-    name = f"code={code},batch={batch},columns={columns},rotation={rotation}"
+    name = f"code={code},batch={batch},columns={columns},rotation={rotation}" + ",rows=1" * (rows == 1)
     return Variant(f"decode_linear[{name}]", call, matrix=batch > 1)
 
 
-def reparameterize(dtype: torch.dtype, *, prior_mean: bool = False) -> Variant:
+def reparameterize(dtype: torch.dtype, *, prior_mean: bool = False, n: int = 4 * ODD) -> Variant:
     """Mean and standard deviation → weights and KL, and the gradients."""
-    n = 4 * ODD
-    told = str(dtype)[6:] + ",prior_mean" * prior_mean
+    told = str(dtype)[6:] + ",prior_mean" * prior_mean + ",n=1" * (n == 1)
 
     def call() -> None:
         mean, prior = torch.zeros(n), torch.zeros(n, dtype=dtype) if prior_mean else None
@@ -148,9 +149,8 @@ def reparameterize(dtype: torch.dtype, *, prior_mean: bool = False) -> Variant:
     return Variant(f"reparameterize[{told}]", call)
 
 
-def reparameterize_mean_kl(block_weights: int, dtype: torch.dtype) -> Variant:
+def reparameterize_mean_kl(block_weights: int, dtype: torch.dtype, n: int = 4 * ODD) -> Variant:
     """Mean and share of a block's KL → weights, and the gradients."""
-    n = 4 * ODD
 
     def call() -> None:
         tau, scale = torch.zeros(n), torch.zeros(())
@@ -159,25 +159,32 @@ def reparameterize_mean_kl(block_weights: int, dtype: torch.dtype) -> Variant:
         grad = torch.zeros(n, dtype=dtype)
         reparameterize_mean_kl_backward_triton(grad, tau, tau, quantiles(), scale, *code)
 
-    return Variant(f"reparameterize_mean_kl[block_weights={block_weights},{str(dtype)[6:]}]", call)
+    told = f"block_weights={block_weights},{str(dtype)[6:]}" + ",n=1" * (n == 1)
+    return Variant(f"reparameterize_mean_kl[{told}]", call)
 
 
-def select(window_bits: int, step_weights: int, selection: str = "best") -> Variant:
+def select(window_bits: int, step_weights: int, selection: str = "best", n: int = ODD) -> Variant:
     """Blocks → choices; as many blocks as fill a tile."""
 
     def call() -> None:
-        coefficients = torch.zeros(ODD, step_weights)
+        coefficients = torch.zeros(n, step_weights)
         select_triton(coefficients, coefficients, quantiles(), window_bits, SEED, 9, selection, SEED)
 
-    name = f"window_bits={window_bits},step_weights={step_weights},{selection}"
+    name = f"window_bits={window_bits},step_weights={step_weights},{selection}" + ",n=1" * (n == 1)
     return Variant(f"select[{name}]", call, matrix=True)
 
 
 def slide(
-    window_bits: int, step_bits: int, step_weights: int, selection: str = "best", *, weighted: bool = False
+    window_bits: int,
+    step_bits: int,
+    step_weights: int,
+    selection: str = "best",
+    *,
+    weighted: bool = False,
+    steps: int = 1023,
 ) -> Variant:
     """weights → message; the stream is long enough for two pieces and the piece that joins them."""
-    n_weights = 1023 * step_weights
+    n_weights = steps * step_weights
 
     def call() -> None:
         slide_triton(
@@ -187,6 +194,7 @@ def slide(
         )  # fmt: skip
 
     name = f"code={window_bits}.{step_bits}.{step_weights},{selection}" + ",weighted" * weighted
+    name += ",n=1" * (n_weights == 1)
     return Variant(f"slide[{name}]", call)
 
 
@@ -226,4 +234,16 @@ VARIANTS: list[Variant] = [
     slide(12, 4, 2, weighted=True),
     slide(16, 2, 1, weighted=True),
     slide(14, 10, 4, "sample", weighted=True),
+    # Triton compiles an argument of 1 as a number, not as a variable.
+    codebook(1, n=1),
+    decode(12, 2, 1, rows=1, with_digest=True),
+    decode(12, 2, 1, rows=5, columns=1),
+    decode(12, 3, 2, rows=1, columns=1, on_the_fly=True),
+    decode_linear(12, 2, 1, 1, rows=1),
+    decode_linear(12, 2, 1, 1, rows=5, columns=1, rotation=1),
+    decode_linear(12, 2, 1, 16, rows=1, columns=1, rotation=1),
+    select(8, 1, n=1),
+    slide(8, 2, 1, steps=1),
+    reparameterize(torch.float32, n=1),
+    reparameterize_mean_kl(1, torch.float32, n=1),
 ]

@@ -86,7 +86,7 @@ class PackedMatrix:
         """x·Wᵀ: `[..., columns]` → `[..., rows]`, in x's dtype and on its device; not differentiable.
 
         Raises:
-            OptionError: the last dimension of x is not `columns`.
+            OptionError: the last dimension of x is not `columns`, or x is not floating.
         """
         flat = self._matrix(x, self.columns)
         out = flat.new_empty(len(flat), self.rows)
@@ -101,7 +101,7 @@ class PackedMatrix:
         Bands add up in float32 where x has 16 bits.
 
         Raises:
-            OptionError: the last dimension of x is not `rows`.
+            OptionError: the last dimension of x is not `rows`, or x is not floating.
         """
         flat = self._matrix(x, self.rows)
         dtype = torch.float32 if x.dtype in _HALF_PRECISION else x.dtype
@@ -123,6 +123,10 @@ class PackedMatrix:
         return True
 
     def _matrix(self, x: Tensor, width: int) -> Tensor:
+        if not x.is_floating_point():
+            raise OptionError(
+                f"{self.where}: expected inputs of a floating dtype, found {x.dtype}; convert them with .to()"
+            )
         if x.shape[-1:] != (width,):
             raise OptionError(
                 f"{self.where}: expected inputs whose last dimension is {width}, found shape "

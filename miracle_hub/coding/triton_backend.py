@@ -24,6 +24,8 @@ from miracle_kernels.slide import MAX_WINDOW_BITS, slide_triton
 
 # Longer windows have no table: candidates are generated where they are used.
 _LARGEST_TABLE_BITS = 16
+# Bounds the coefficients of blocks in memory: 28 bytes per weight, 235 MB.
+_WEIGHTS_AT_ONCE = 1 << 23
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -70,12 +72,14 @@ class TritonBackend:
                 f"code: the GPU encodes blocks of up to {MAX_STEP_WEIGHTS} weights, found "
                 f"{code.step_weights}; use backend='cpu'"
             )
-        quadratic, linear = (_blocks(values, code.step_weights) for values in (cost.quadratic, cost.linear))
-        table, word = _quantiles(self.device), _signed(code.seed)
-        index, _, _ = select_triton(
-            quadratic, linear, table, code.window_bits, word, code.stream_id, selection, seed
-        )
-        return pack_states(index.cpu().numpy(), code).to(self.device)
+        stream = (_quantiles(self.device), code.window_bits, _signed(code.seed), code.stream_id, selection)
+        step = _WEIGHTS_AT_ONCE // code.step_weights * code.step_weights
+        n_weights, indices = cost.linear.numel(), []
+        for start in range(0, n_weights, step):
+            part = slice(start, min(start + step, n_weights))
+            blocks = [_blocks(values[part], code.step_weights) for values in (cost.quadratic, cost.linear)]
+            indices.append(select_triton(*blocks, *stream, seed + len(indices))[0].cpu())
+        return pack_states(torch.cat(indices).numpy(), code).to(self.device)
 
     def decode_stream(self, message: Tensor, code: Code, n_weights: int) -> Tensor:
         if message.numel() < code.message_bytes(n_weights):
@@ -133,7 +137,9 @@ class TritonBackend:
         decode_triton(out, *coded, *numbers, 0, False)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
     def multiply(self, x: Tensor, part: CodedRows, layout: MatrixLayout) -> Tensor | None:
-        if layout.permuted or x.dtype not in _KERNEL_DTYPES or not 1 <= x.shape[0] <= MAX_BATCH:
+        # Several rows are rounded to 11 bits on the way to tensor cores, which is too few for float32.
+        largest = 1 if x.dtype == torch.float32 else MAX_BATCH
+        if layout.permuted or x.dtype not in _KERNEL_DTYPES or not 1 <= x.shape[0] <= largest:
             return None
         scales, message, *numbers = self._coded(part, layout)
         table = candidate_table(part.code, self.device)

@@ -62,7 +62,7 @@ class MiracleConfig(QuantizationConfigMixin):
             modules_to_not_convert: names of modules to load dense though `keep_compressed` is set.
             keep_compressed: linear layers keep their payloads and decode them in each forward pass,
                 instead of once on load.
-            backend: what decodes kept layers: "cpu", "triton", or "auto" for the best there is.
+            backend: who decodes: "cpu", "triton", or "auto" for Triton where a payload is on a GPU.
             figures: others of config.json.
 
         Raises:
@@ -82,7 +82,7 @@ class MiracleConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = modules_to_not_convert
         self.keep_compressed = keep_compressed
         self.backend = backend
-        _check_options(keep_compressed, backend)
+        _check_options(keep_compressed, backend, modules_to_not_convert)
 
     @property
     def dequantize(self) -> bool:
@@ -234,7 +234,7 @@ class MiracleQuantizer(HfQuantizer):
         return True
 
 
-def _check_options(keep_compressed: object, backend: object) -> None:
+def _check_options(keep_compressed: object, backend: object, modules_to_not_convert: object) -> None:
     if not isinstance(keep_compressed, bool):
         raise OptionError(
             f"MiracleConfig: keep_compressed: expected True or False, found {keep_compressed!r}; "
@@ -244,6 +244,12 @@ def _check_options(keep_compressed: object, backend: object) -> None:
         raise OptionError(
             f"MiracleConfig: backend: expected one of {', '.join(BACKENDS)}, found {backend!r}; "
             "leave it out to have the best chosen"
+        )
+    names = modules_to_not_convert
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise OptionError(
+            f"MiracleConfig: modules_to_not_convert: expected a list of names, found {names!r}; write "
+            "['name'] for one"
         )
 
 

@@ -101,6 +101,21 @@ def test_costs_per_weight_reach_the_kernels(triton: Backend) -> None:
         assert log_weights[1] == pytest.approx(log_weights[0], abs=1e-4)
 
 
+def test_slices_of_blocks_are_drawn_independently(triton: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal blocks in different slices must not get equal draws."""
+    from miracle_hub.coding import triton_backend
+
+    monkeypatch.setattr(triton_backend, "_WEIGHTS_AT_ONCE", 33)
+    code, cost = Code(10, 10, 2), squared_error_cost(torch.zeros(256, device=triton.device))
+    message = triton.encode_stream(cost, code, "sample", torch.Generator().manual_seed(0))
+    z = triton.decode_stream(message, code, 256).view(8, 32)
+    assert message.numel() == code.message_bytes(256)
+    assert len({tuple(row.tolist()) for row in z}) == 8
+    best = triton.encode_stream(cost, code, "best", None)
+    monkeypatch.undo()
+    assert torch.equal(triton.encode_stream(cost, code, "best", None), best)
+
+
 def test_an_empty_stream_is_an_empty_message(triton: Backend) -> None:
     message = triton.encode_stream(squared_error_cost(torch.zeros(0)), Code(8, 2, 1), "best", None)
     assert message.numel() == 0

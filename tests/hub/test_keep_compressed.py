@@ -685,3 +685,12 @@ def test_gpt2s_own_linear_layer_is_kept(repositories: Repositories) -> None:
     layer = model.transformer.h[0].attn.c_attn
     assert isinstance(layer, CompressedConv1D) and isinstance(layer, Conv1D | CompressedLayer)
     assert "nf=96, nx=32" in repr(layer) and layer.weight.shape == (32, 96)
+
+
+@pytest.mark.parametrize("names", ["encoder", [1], ("a",)], ids=str)
+def test_names_of_modules_are_a_list_of_names(names: Any) -> None:
+    """A string would be read letter by letter."""
+    with pytest.raises(
+        OptionError, match="modules_to_not_convert: expected a list of names, found .*; write"
+    ):
+        keep(modules_to_not_convert=names)

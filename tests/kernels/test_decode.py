@@ -103,6 +103,13 @@ def test_bands_are_read_band_by_band(device: torch.device, band_columns: int) ->
     check(Code(10, 2, 1), 9, 63, device, band_columns=band_columns)
 
 
+@pytest.mark.parametrize(("code", "shape", "band"), [((12, 3, 1), (1, 17), 1), ((12, 3, 2), (3, 5), 2)])
+def test_bands_of_small_matrices_read_nothing_outside(
+    device: torch.device, code: Triple, shape: tuple[int, int], band: int
+) -> None:
+    check(Code(*code), *shape, device, band_columns=band)
+
+
 def test_one_scale_serves_a_whole_tensor(device: torch.device) -> None:
     check(Code(10, 2, 1), 9, 64, device, 32, scales=torch.tensor([0.375]).bfloat16())
 

@@ -110,7 +110,7 @@ def test_rows_wider_than_a_tile_are_summed_in_parts(
 ) -> None:
     small: dict[str, Any] = dict(TILE=512, TILE_GENERAL=512, TILE_ROWS=16, TILE_COLUMNS=64)
     small |= dict(
-        TILE_ROTATION=128, num_warps=4, num_stages=1, programs_per_processor=1, largest_shared_table=1 << 13
+        TILE_ROTATION=128, num_warps=4, num_stages=1, programs_per_processor=1, largest_shared_bytes=1 << 14
     )
     module = import_module("miracle_kernels.decode_linear")
     monkeypatch.setattr(module, "tiles", lambda *args, **problem: small)

@@ -62,7 +62,8 @@ def _grouped_candidates(
     One pair of words serves a group: (STEPS - 1)·K + L ≤ 33. The V candidates of a state are one
     table entry.
     """
-    bit = row[:, None] * ((columns // V).to(tl.int64) * K) + group[None, :].to(tl.int64) * (STEPS * K)
+    # An argument of 1 is a number to the compiler, without methods: cast, not .to.
+    bit = row[:, None] * (tl.cast(columns // V, tl.int64) * K) + group[None, :].to(tl.int64) * (STEPS * K)
     bits = _bits_from(message_ptr, n_bytes, bit)
     shift = (64 - L - tl.arange(0, STEPS) * K)[None, None, :]
     state = (bits[:, :, None] >> shift.to(tl.uint64)).to(tl.int32) & ((1 << L) - 1)
@@ -81,6 +82,8 @@ def _stream_positions(row, column, rows, columns, band_columns):
     if band_columns == 0:
         position = row * columns + column
     else:
+        # Past the last column widths would be negative, and with them positions.
+        column = tl.minimum(column, columns - 1)
         first = column // band_columns * band_columns
         width = tl.minimum(band_columns, columns - first)
         position = first.to(tl.int64) * rows + row * width + (column - first)
@@ -107,7 +110,7 @@ def _indices(
     v = (position - step * V).to(tl.int32)
     state = (_bits_from(message_ptr, n_bytes, step * K) >> (64 - L)).to(tl.uint32)
     if FROM_TABLE:
-        index = state.to(tl.int32) * V + v
+        index = state.to(tl.int64) * V + v
     else:
         zero = state * 0
         group = (v >> 3).to(tl.uint32)
@@ -155,7 +158,7 @@ def _decode_kernel(
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(columns, TILE_COLUMNS)
-    n_tiles = tl.cdiv(n_rows, TILE_ROWS).to(tl.int64) * across
+    n_tiles = tl.cast(tl.cdiv(n_rows, TILE_ROWS), tl.int64) * across
     digest = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.uint64)
     table = tl.load(table_ptr + tl.arange(0, 1 << L)) if SHARED_TABLE else 0
     for tile in range(tl.program_id(0).to(tl.int64), n_tiles, tl.num_programs(0)):
@@ -232,7 +235,7 @@ def decode_triton(
     check_launch("decode", out)
     n_rows, columns = out.shape
     steps = path_steps(table, window_bits, step_bits, step_weights, columns, band_columns)
-    shape, options = _tile_options(out, table, steps, step_weights, rotation)
+    shape, options = _tile_options(out, table, steps, step_weights, rotation, with_digest)
     n_tiles = triton.cdiv(n_rows, shape["TILE_ROWS"]) * triton.cdiv(columns, shape["TILE_COLUMNS"])
     n_programs = min(n_tiles, resident_programs(out.device, options.pop("programs_per_processor")))
     digests = out.new_zeros(max(1, n_programs), dtype=torch.int64)
@@ -257,13 +260,13 @@ def path_steps(
 
 
 def _tile_options(
-    out: Tensor, table: Tensor, steps: int, step_weights: int, rotation: int
+    out: Tensor, table: Tensor, steps: int, step_weights: int, rotation: int, with_digest: bool
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Tile sizes and where the table lies; launch options."""
-    tile = tiles("decode", out.device, steps=steps)
+    tile = tiles("decode", out.device, steps=steps, with_digest=int(with_digest))
     largest = tile["TILE"] if steps else tile["TILE_GENERAL"]
     width = tile_columns(out.shape[1], max(rotation, steps * step_weights, 16), largest)
-    shared = steps > 0 and table.numel() <= tile["largest_shared_table"]
+    shared = fits_shared_memory(table, steps, tile)
     shape = {"TILE_ROWS": max(1, largest // width), "TILE_COLUMNS": width, "SHARED_TABLE": shared}
     return shape, {name: tile[name] for name in ("num_warps", "programs_per_processor")}
 
@@ -314,6 +317,11 @@ def _look_up_torch(table: Tensor, state: Tensor, v: Tensor, seed: int, stream_id
         return table[state, v]
     halves = philox_halves_torch((state.flatten(), (v // 8).flatten(), stream_id, 0), seed)
     return table[halves.gather(1, (v % 8).view(-1, 1))].view(state.shape)
+
+
+def fits_shared_memory(table: Tensor, steps: int, tile: dict[str, int]) -> bool:
+    """Whether the fast path copies the table to shared memory instead of reading it through the cache."""
+    return steps > 0 and table.numel() * table.element_size() <= tile["largest_shared_bytes"]
 
 
 def windows_torch(message: Tensor, bits: Tensor, window_bits: int) -> Tensor:

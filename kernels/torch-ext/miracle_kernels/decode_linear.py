@@ -23,7 +23,7 @@ from .checks import (
     check_tensor,
     check_width,
 )
-from .decode import as_entries, coded_candidates, decode_torch, path_steps, tile_columns
+from .decode import as_entries, coded_candidates, decode_torch, fits_shared_memory, path_steps, tile_columns
 from .registration import register
 from .rotation import rotate
 from .tuning import resident_programs, tiles
@@ -211,7 +211,7 @@ def _vector(
     programs = min(triton.cdiv(rows, height), resident_programs(x.device, tile["programs_per_processor"]))
     _vector_kernel[(programs,)](
         y, x, *coded, coded[0].numel(), *sizes, ONE_TILE=width >= columns,
-        SHARED_TABLE=options["STEPS"] > 0 and table.numel() * table.itemsize <= tile["largest_shared_table"],
+        SHARED_TABLE=fits_shared_memory(table, options["STEPS"], tile),
         TILE_ROWS=height, TILE_COLUMNS=width, num_warps=tile["num_warps"], **options,
     )  # fmt: skip
 
@@ -235,7 +235,7 @@ def _matrix(
     programs = min(triton.cdiv(rows, height), resident_programs(x.device, tile["programs_per_processor"]))
     _matrix_kernel[(programs,)](
         y, rotated, unit, *coded, coded[0].numel(), x.shape[0], *sizes, BATCH=padded,
-        SHARED_TABLE=options["STEPS"] > 0 and table.numel() * table.itemsize <= tile["largest_shared_table"],
+        SHARED_TABLE=fits_shared_memory(table, options["STEPS"], tile),
         TILE_ROWS=height, TILE_COLUMNS=width, num_warps=tile["num_warps"], num_stages=tile["num_stages"],
         **options,
     )  # fmt: skip
