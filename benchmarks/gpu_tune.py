@@ -54,7 +54,7 @@ def _sweeps() -> list[Sweep]:
         Sweep("decode_linear[batch=1]", tuple(
             Problem("decode_linear", 1 << 26, code, **linear) for code in ((12, 2, 1), (12, 4, 2))
         ), {"TILE": (8192, 16384, 32768), "num_warps": (8, 16), "programs_per_processor": (1, 2, 4)}),
-        Sweep("decode[steps=8]", tuple(
+        Sweep("decode[with_digest=0]", tuple(
             Problem("decode", 1 << 27, rotation=rotation, **wide) for rotation in (1, 128)
         ), {"TILE": (2048, 4096, 8192), "num_warps": (4, 8), "programs_per_processor": (2, 4, 8)}),
         Sweep("slide[window_bits=12]", (Problem("slide", 1 << 24),),
