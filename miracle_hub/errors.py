@@ -8,6 +8,7 @@
     ├── BudgetError (ValueError)         a size or rate that cannot be met
     ├── OptionError (ValueError)         a code, order or rotation that cannot exist
     ├── BackendError (RuntimeError)      a backend that cannot run here, or not this
+    ├── TrainingError (RuntimeError)     a loss or a gradient that is not finite
     ├── OutputExistsError (FileExistsError)
     ├── OutputWriteError (OSError)       disk full, folder not writable
     └── FormatError (ValueError)         a file that is not what it claims to be
@@ -49,6 +50,10 @@ class OptionError(MiracleError, ValueError):
 
 class BackendError(MiracleError, RuntimeError):
     """The backend that was asked for cannot run here, or cannot do what was asked."""
+
+
+class TrainingError(MiracleError, RuntimeError):
+    """Training cannot go on: a loss or a gradient is not finite."""
 
 
 class OutputExistsError(MiracleError, FileExistsError):

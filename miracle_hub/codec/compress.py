@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -48,6 +48,7 @@ from miracle_hub.format.payload import decode_header, is_payload
 # of 16 bits, which take at least four times as long (benchmarks/throughput.py, rate_distortion.py).
 DEFAULT_WINDOW_BITS = 14
 WINDOW_BITS = (8, 16)
+CODED, NO_BUDGET = "coded by training", "no budget for it"
 
 
 @dataclass(frozen=True)
@@ -78,21 +79,30 @@ def compress_folder(
     overwrite: bool = False,
     card: Callable[[Path, Report], None] | None = None,
     progress: bool = True,
+    payloads: Mapping[str, bytes] | None = None,
 ) -> Report:
-    """Compress a folder written by `save_pretrained`; see `miracle_hub.compress`."""
+    """Compress a folder written by `save_pretrained`; see `miracle_hub.compress`.
+
+    Args:
+        payloads: of tensors that are coded already. With them, no budget means that all others stay plain.
+    """
     started, excluded = time.monotonic(), list(modules_to_not_convert or [])
     shard_bytes = parse_size(max_shard_size, "max_shard_size")
     width = DEFAULT_WIDTH if rotation is None else rotation
-    _check_options(bits_per_weight, size, window_bits, width)
+    _check_options(bits_per_weight, size, window_bits, width, bool(payloads))
     chosen, weights = choose(backend), _source_files(source, out)
     with output_folder(out, overwrite) as temporary:
         copied = _copy_companions(source, temporary, weights)
-        plans = _plan(weights, width, excluded)
-        samples = _survey(plans, chosen)
-        measure_options(samples, window_bits, seed, chosen)
+        plans = _plan(weights, width, excluded, payloads or {})
         n_weights = sum(plan.source.n_weights for plan in plans.values()) + copied.n_weights
-        target = parse_size(size) if size is not None else _bytes_of(bits_per_weight, n_weights)
-        choices = meet_budget(plans, samples, Budget(target, copied.n_bytes, n_weights, shard_bytes))
+        if bits_per_weight is None and size is None:
+            plans = {name: _left_plain(plan) for name, plan in plans.items()}
+            choices: dict[str, Choice] = {}
+        else:
+            samples = _survey(plans, chosen)
+            measure_options(samples, window_bits, seed, chosen)
+            target = parse_size(size) if size is not None else _bytes_of(bits_per_weight, n_weights)
+            choices = meet_budget(plans, samples, Budget(target, copied.n_bytes, n_weights, shard_bytes))
         files = lay_out(plans, choices, shard_bytes)
         digest = _write(temporary, files, plans, choices, chosen, progress)
         sizes = [sum(path.stat().st_size for path in weights), total_bytes(files)]
@@ -115,9 +125,10 @@ class _Copied:
 
 
 def _check_options(
-    bits_per_weight: float | None, size: str | int | None, window_bits: int, rotation: int
+    bits_per_weight: float | None, size: str | int | None, window_bits: int, rotation: int, has_payloads: bool
 ) -> None:
-    if (bits_per_weight is None) == (size is None):
+    is_neither = bits_per_weight is None and size is None
+    if (bits_per_weight is None) == (size is None) and not (is_neither and has_payloads):
         found = "neither" if size is None else "both"
         raise OptionError(f"expected either bits_per_weight or size, found {found}; give one of them")
     low, high = WINDOW_BITS
@@ -167,7 +178,14 @@ def _copy_companions(source: Path, target: Path, weights: list[Path]) -> _Copied
     return _Copied(sum(path.stat().st_size for path in nested), n_weights)
 
 
-def _plan(weights: list[Path], rotation: int, excluded: list[str]) -> dict[str, TensorPlan]:
+def _plan(
+    weights: list[Path], rotation: int, excluded: list[str], payloads: Mapping[str, bytes]
+) -> dict[str, TensorPlan]:
+    """The plan of every tensor of the source.
+
+    Raises:
+        SourceError: a tensor looks like a payload, or a payload is that of no tensor.
+    """
     plans = {}
     for tensor in list_tensors(weights):
         if tensor.dtype == "U8" and len(tensor.shape) == 1 and is_payload(tensor.head(4).numpy().tobytes()):
@@ -176,8 +194,20 @@ def _plan(weights: list[Path], rotation: int, excluded: list[str]) -> dict[str, 
                 "compressed tensor (MRCL), which readers would take for one; decompress the source first, "
                 "or store the tensor in another dtype or shape"
             )
-        plans[tensor.name] = mark_narrowed(plan_tensor(tensor, rotation, excluded))
+        if tensor.name in payloads:
+            plans[tensor.name] = TensorPlan(tensor, CODED, payload=payloads[tensor.name])
+        else:
+            plans[tensor.name] = mark_narrowed(plan_tensor(tensor, rotation, excluded))
+    if missing := sorted(set(payloads) - set(plans)):
+        raise SourceError(
+            f"payloads: expected those of tensors of the source, found one of {missing[0]!r}, which it has not; it "
+            f"has {', '.join(sorted(plans)[:4])}, …"
+        )
     return plans
+
+
+def _left_plain(plan: TensorPlan) -> TensorPlan:
+    return plan if plan.reason else mark_narrowed(replace(plan, reason=NO_BUDGET))
 
 
 def _survey(plans: dict[str, TensorPlan], backend: Backend) -> list[Sample]:
@@ -229,6 +259,9 @@ def _write(
             plan = plans[entry.name]
             if plan.narrowed:
                 return raw_bytes(plan.source.load().half())
+            if plan.payload is not None:
+                digests[entry.name] = decode_header(plan.payload, entry.name)[0].digest
+                return plan.payload
             if plan.reason:
                 return raw_bytes(plan.source.load())
             segments = choices[entry.name].segments()

@@ -43,13 +43,18 @@ class Budget:
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """What happens to one tensor; `reason` says why it stays plain (empty: it is coded)."""
+    """What happens to one tensor; `reason` says why it is not coded here (empty: it is).
+
+    Attributes:
+        payload: of a tensor that training has coded.
+    """
 
     source: SourceTensor
     reason: str
     columns: int = 1
     rotation: int = 1
     narrowed: bool = False
+    payload: bytes | None = None
 
 
 def reason_plain(name: str, dtype: str, shape: tuple[int, ...], excluded: list[str]) -> str:
@@ -87,6 +92,8 @@ def planned_header(plan: TensorPlan, choice: Choice) -> Header:
 def entry_of(plan: TensorPlan, choices: dict[str, Choice]) -> Entry:
     """The tensor as the output file will hold it."""
     source = plan.source
+    if plan.payload is not None:
+        return Entry(source.name, "U8", (len(plan.payload),), len(plan.payload))
     if not plan.reason:
         n_bytes = planned_header(plan, choices[source.name]).payload_bytes
         return Entry(source.name, "U8", (n_bytes,), n_bytes)
@@ -110,9 +117,13 @@ def lay_out(
 ) -> list[OutputFile]:
     """The output files. Plain tensors come first, widest dtype first, so that they stay aligned."""
     entries = [entry_of(plan, choices) for plan in plans.values()]
-    entries.sort(key=lambda e: (not plans[e.name].reason, -item_bits(e.dtype), e.name))
+    entries.sort(key=lambda e: (_is_coded(plans[e.name]), -item_bits(e.dtype), e.name))
     files = shard_entries(entries, max_shard_bytes)
     return [replace(file, metadata=file_metadata(file.entries, plans)) for file in files]
+
+
+def _is_coded(plan: TensorPlan) -> bool:
+    return not plan.reason or plan.payload is not None
 
 
 def total_bytes(files: list[OutputFile]) -> int:
@@ -176,7 +187,7 @@ def mark_narrowed(plan: TensorPlan) -> TensorPlan:
     """
     source = plan.source
     is_affine = source.name.endswith((".weight", ".bias")) and len(source.shape) == 1 and source.n_weights
-    if not plan.reason or source.dtype != "F32" or not is_affine:
+    if not plan.reason or plan.payload is not None or source.dtype != "F32" or not is_affine:
         return plan
     values = source.load().double()
     error = (values.half().double() - values).square().sum()

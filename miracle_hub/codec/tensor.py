@@ -12,6 +12,7 @@ from miracle_hub.coding.backend import Backend, choose
 from miracle_hub.coding.matrix import CodedRows, MatrixLayout
 from miracle_hub.coding.posterior import squared_error_cost
 from miracle_hub.coding.rotation import check_width, widest_rotation
+from miracle_hub.coding.scales import LARGEST_SCALE, SMALLEST_SCALE, rounded_scales
 from miracle_hub.config import Code
 from miracle_hub.errors import ChecksumError, FormatError, OptionError
 from miracle_hub.format.payload import Header, Segment, decode_header, encode_payload
@@ -23,8 +24,6 @@ DTYPE_NAMES = {
     torch.float64: "F64",
 }
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-# Within these bounds scale · z is exact in float32 and never subnormal (README, "Exactness").
-_SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-64, 2.0**64
 # Sizes are met by the row: one of 64 rows at the next rate (a quarter more bits) is 0.4 % of a tensor.
 _FEWEST_ROWS = 64
 _SHORTEST_ROW = 128
@@ -70,12 +69,6 @@ def prior_scale(code: Code) -> float:
     if rate <= 2:
         return 1.05 * ideal
     return (1.1 if code.overlap_bits >= 9 else 1.2) * ideal
-
-
-def rounded_scales(scales: Tensor) -> Tensor:
-    """Scales as the format allows them: bfloat16, 0 or within [2⁻⁶⁴, 2⁶⁴]; held as float32."""
-    rounded = scales.clamp(max=_LARGEST_SCALE).bfloat16().float()
-    return torch.where(rounded >= _SMALLEST_SCALE, rounded, 0.0)
 
 
 def rotated_matrix(weights: Tensor, columns: int, width: int, backend: Backend) -> Tensor:
@@ -132,6 +125,20 @@ def encode_tensor(
     power = float(weights.double().square().sum())
     error = float(difference.double().square().sum()) / power if power else 0.0
     return encode_payload(replace(header, digest=digest, relative_error=error), _body(parts))
+
+
+def payload_of_stream(shape: tuple[int, ...], dtype: torch.dtype, code: Code, scale: Tensor, message: Tensor) -> bytes:
+    """The payload of a tensor whose weights, in their own order, are a message times one scale.
+
+    Args:
+        scale: `[]`, as the format allows it.
+    """
+    columns = matrix_columns(shape)
+    segment = Segment(math.prod(shape) // columns, code, False)
+    header = Header(DTYPE_NAMES[dtype], shape, columns, 1, (segment,))
+    parts = [CodedRows(segment.rows, code, scale.bfloat16().view(1).cpu(), message)]
+    _, digest = choose("cpu").decode_matrix(parts, layout_of(header), torch.float32)
+    return encode_payload(replace(header, digest=digest), _body(parts))
 
 
 def _body(parts: list[CodedRows]) -> bytes:
@@ -197,7 +204,7 @@ def check_payload(data: bytes, where: str) -> tuple[Header, int]:
     """
     header, start = decode_header(data, where)
     body = data[start:]
-    _check_scales(header, body, start, where)
+    check_scale_words(np.frombuffer(body, "<u2", header.n_scales), start, where)
     _check_padding(header, body, start, where)
     return header, start
 
@@ -246,10 +253,15 @@ def _least_squares_scales(rows: Tensor, z: Tensor, per_row: bool) -> Tensor:
     return (top / bottom.clamp(min=torch.finfo(torch.float32).tiny)).clamp(min=0).view(-1)
 
 
-def _check_scales(header: Header, body: bytes, start: int, where: str) -> None:
-    scales = np.frombuffer(body, "<u2", header.n_scales).astype(np.uint32) << 16
-    values = scales.view(np.float32)
-    good = (values == 0) & (scales == 0) | (values >= _SMALLEST_SCALE) & (values <= _LARGEST_SCALE)
+def check_scale_words(words: np.ndarray, start: int, where: str) -> None:
+    """Raise unless every scale (bfloat16 words from byte `start` of a payload on) is 0 or in its bounds.
+
+    Raises:
+        FormatError: one is not.
+    """
+    bits = words.astype(np.uint32) << 16
+    values = bits.view(np.float32)
+    good = (values == 0) & (bits == 0) | (values >= SMALLEST_SCALE) & (values <= LARGEST_SCALE)
     if not good.all():
         at = int(np.argmin(good))
         raise FormatError(

@@ -34,8 +34,21 @@ def encode_stream(
     check_selection(selection, generator)
     if cost.linear.numel() == 0:
         return torch.zeros(0, dtype=torch.uint8)
-    encoder = encode_sliding if code.overlap_bits else encode_block
-    return pack_states(encoder(cost, code, selection, generator), code)
+    return pack_states(encode_states(cost, code, selection, generator), code)
+
+
+def encode_states(
+    cost: Cost, code: Code, selection: str, generator: torch.Generator | None, entry: int | None = None
+) -> np.ndarray:
+    """The windows of a stream, or of its next steps, int64 [steps]; see `encode_stream`.
+
+    Args:
+        entry: the L - k bits that the last window before these steps shares with the first of them; None
+            means that these are the first steps.
+    """
+    if code.overlap_bits:
+        return encode_sliding(cost, code, selection, generator, entry)
+    return encode_block(cost, code, selection, generator)
 
 
 def check_selection(selection: str, generator: torch.Generator | None) -> None:

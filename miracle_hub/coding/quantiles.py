@@ -5,7 +5,7 @@ of an inverse normal distribution function; the SHA-256 is part of the format.
 """
 
 import hashlib
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 
 import numpy as np
@@ -33,3 +33,9 @@ def quantiles() -> Float16[Tensor, " 65536"]:
             "the installation is damaged: pip install --force-reinstall miracle-hub"
         )
     return torch.from_numpy(np.frombuffer(data, "<f2").copy())
+
+
+@lru_cache(8)
+def quantiles_on(device: torch.device) -> Float16[Tensor, " 65536"]:
+    """The table on a device, copied there once."""
+    return quantiles().to(device)

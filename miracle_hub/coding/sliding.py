@@ -173,8 +173,11 @@ def _constant(step_weights: int) -> tuple[int, ...]:
 class _Search:
     """One stream's search: its cost, its code and the states found so far."""
 
-    def __init__(self, cost: Cost, code: Code, selection: str, rng: np.random.Generator) -> None:
+    def __init__(
+        self, cost: Cost, code: Code, selection: str, rng: np.random.Generator, entry: int | None = None
+    ) -> None:
         self.code, self.selection = code, selection
+        self.entry = _FREE if entry is None else entry
         self.n_steps = code.steps(cost.linear.numel())
         self.codebook = candidate_table(code)
         self.quadratic = cost.quadratic.numpy()
@@ -230,8 +233,10 @@ class _Search:
         return quadratic, linear, offset
 
     def first_node(self, piece: Piece) -> int:
-        """The node that an odd piece must start from: where its left neighbor ended."""
-        if piece.run_start != piece.start or piece.start == 0:
+        """The node that an odd piece must start from: where its left neighbor ended. The first has the entry."""
+        if piece.start == 0:
+            return self.entry
+        if piece.run_start != piece.start:
             return _FREE
         return int(self.states[piece.start - 1]) & ((1 << self.code.overlap_bits) - 1)
 
@@ -248,7 +253,13 @@ class _Search:
         return int((draw.gumbel(size=costs.size) - 0.5 * costs).argmax())
 
 
-def encode_sliding(cost: Cost, code: Code, selection: str, generator: torch.Generator | None) -> np.ndarray:
-    """States of a stream, int64 [steps]; see `encode.encode_stream`."""
+def encode_sliding(
+    cost: Cost, code: Code, selection: str, generator: torch.Generator | None, entry: int | None = None
+) -> np.ndarray:
+    """States of a stream, int64 [steps]; see `encode.encode_stream`.
+
+    Args:
+        entry: the node to start from, if the stream goes on where another part of it ended.
+    """
     seed = torch.randint(2**62, (), generator=generator).item() if generator else 0
-    return _Search(cost, code, selection, np.random.default_rng(int(seed))).run()
+    return _Search(cost, code, selection, np.random.default_rng(int(seed)), entry).run()

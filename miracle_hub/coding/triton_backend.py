@@ -10,7 +10,7 @@ from torch import Tensor
 from miracle_hub.coding.encode import check_selection, pack_states
 from miracle_hub.coding.matrix import CodedRows, MatrixLayout
 from miracle_hub.coding.posterior import Cost
-from miracle_hub.coding.quantiles import quantiles
+from miracle_hub.coding.quantiles import quantiles_on
 from miracle_hub.coding.rotation import hadamard
 from miracle_hub.config import Code
 from miracle_hub.errors import BackendError, TruncatedPayloadError
@@ -72,7 +72,7 @@ class TritonBackend:
                 f"code: the GPU encodes blocks of up to {MAX_STEP_WEIGHTS} weights, found "
                 f"{code.step_weights}; use backend='cpu'"
             )
-        stream = (_quantiles(self.device), code.window_bits, _signed(code.seed), code.stream_id, selection)
+        stream = (quantiles_on(self.device), code.window_bits, _signed(code.seed), code.stream_id, selection)
         step = _WEIGHTS_AT_ONCE // code.step_weights * code.step_weights
         n_weights, indices = cost.linear.numel(), []
         for start in range(0, n_weights, step):
@@ -160,23 +160,18 @@ class TritonBackend:
 def candidate_table(code: Code, device: torch.device) -> Tensor:
     """What `decode` looks candidates up in: float16 [2^L, V], or the quantiles for longer windows."""
     if code.window_bits > _LARGEST_TABLE_BITS:
-        return _quantiles(device)
+        return quantiles_on(device)
     return _table(code.window_bits, code.step_weights, code.seed, code.stream_id, device)
 
 
 @lru_cache(32)
 def _table(window_bits: int, step_weights: int, seed: int, stream_id: int, device: torch.device) -> Tensor:
     states = torch.arange(1 << window_bits, dtype=torch.int32, device=device)
-    table = codebook_triton(states, _quantiles(device), step_weights, _signed(seed), stream_id)
+    table = codebook_triton(states, quantiles_on(device), step_weights, _signed(seed), stream_id)
     if table.is_cuda:
         # Whoever finds the table in the cache may be on another stream.
         torch.cuda.current_stream(device).synchronize()
     return table
-
-
-@lru_cache(8)
-def _quantiles(device: torch.device) -> Tensor:
-    return quantiles().to(device)
 
 
 def _blocks(values: Tensor, width: int) -> Tensor:

@@ -32,7 +32,7 @@ class Entry:
 
 def encode_file_header(entries: list[Entry], metadata: dict[str, str]) -> bytes:
     """The length prefix and JSON header of a safetensors file with these tensors, in this order."""
-    header: dict[str, object] = {"__metadata__": metadata}
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     offset = 0
     for entry in entries:
         header[entry.name] = {

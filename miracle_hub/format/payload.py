@@ -47,6 +47,7 @@ from miracle_hub.errors import (
     TruncatedPayloadError,
     UnsupportedVersionError,
 )
+from miracle_hub.format.varint import encode_varint, read_varint
 
 MAGIC = b"MRCL"
 VERSION = 1
@@ -129,7 +130,7 @@ def encode_header(header: Header) -> bytes:
         code = segment.code
         numbers += [segment.rows, code.window_bits, code.step_bits, code.step_weights]
         numbers += [int(segment.row_scales)]
-    body = b"".join(map(_encode_varint, numbers))
+    body = b"".join(map(encode_varint, numbers))
     body += _TRAILER.pack(header.relative_error, header.digest)
     return _FIXED.pack(MAGIC, VERSION, 0) + body
 
@@ -174,15 +175,6 @@ def is_payload(data: bytes) -> bool:
     return data[:4] == MAGIC
 
 
-def _encode_varint(number: int) -> bytes:
-    out = bytearray()
-    while number >= 0x80:
-        out.append(number & 0x7F | 0x80)
-        number >>= 7
-    out.append(number)
-    return bytes(out)
-
-
 class _Reader:
     """A cursor over an untrusted header."""
 
@@ -215,22 +207,7 @@ class _Reader:
             )
 
     def varint(self, what: str, low: int, high: int) -> int:
-        start, number, shift = self.position, 0, 0
-        while True:
-            if self.position >= len(self.data) or shift > 63:
-                raise self.fail(f"{what} as a varint", "no end of it")
-            byte = self.data[self.position]
-            self.position += 1
-            number |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                break
-        if byte == 0 and shift > 7:
-            self.position = start
-            raise self.fail(f"{what} in the shortest form", f"{number} in {shift // 7} bytes")
-        if not low <= number <= high:
-            self.position = start
-            raise self.fail(f"{what} from {low} to {high}", number)
+        number, self.position = read_varint(self.data, self.position, what, (low, high), self.where)
         return number
 
     def header(self) -> Header:

@@ -9,6 +9,7 @@ decoder (numba, half a second) and `core_model_loading` are imported when a repo
 """
 
 import warnings
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from miracle_hub.codec.decompress import StoredTensor
     from miracle_hub.hub.conversion import Expected
+    from miracle_hub.training.config import VariationalConfig
 
 
 # What a reader chooses, not what a repository is: never written to config.json.
@@ -40,7 +42,8 @@ _LOADING_OPTIONS = ("keep_compressed", "backend")
 
 
 class MiracleConfig(QuantizationConfigMixin):
-    """How to load a compressed repository: `from_pretrained(..., quantization_config=MiracleConfig(...))`.
+    """How to load a compressed repository: `from_pretrained(..., quantization_config=MiracleConfig(...))`;
+    and what `make_variational(model, MiracleConfig(...))` makes of a model.
 
     It is also the `quantization_config` of the repository's config.json. Payloads describe themselves, so
     that names the method, the digest of them all, and repeats figures for readers.
@@ -63,7 +66,9 @@ class MiracleConfig(QuantizationConfigMixin):
             keep_compressed: linear layers keep their payloads and decode them in each forward pass,
                 instead of once on load.
             backend: who decodes: "cpu", "triton", or "auto" for Triton where a payload is on a GPU.
-            figures: others of config.json.
+            figures: others of config.json; for `make_variational`, the options of
+                `training.config.VariationalConfig`: bits_per_weight, bits, target_modules, exclude_modules,
+                modules_to_save, parametrization, streams, code, window_bits, sharing, seed, …
 
         Raises:
             UnsupportedVersionError: the repository is newer than this package.
@@ -83,6 +88,23 @@ class MiracleConfig(QuantizationConfigMixin):
         self.keep_compressed = keep_compressed
         self.backend = backend
         _check_options(keep_compressed, backend, modules_to_not_convert)
+
+    def variational(self) -> "VariationalConfig":
+        """The options of `make_variational` among those given.
+
+        Raises:
+            OptionError, BudgetError: one is unknown or out of range.
+        """
+        from miracle_hub.training.config import VariationalConfig
+
+        known = {f.name for f in fields(VariationalConfig)}
+        own = {"quant_method", "format_version", "digest", "modules_to_not_convert", *_LOADING_OPTIONS}
+        if unknown := sorted(set(vars(self)) - known - own):
+            raise OptionError(
+                f"MiracleConfig: expected options of make_variational ({', '.join(sorted(known))}), found "
+                f"{unknown[0]!r}; check the spelling"
+            )
+        return VariationalConfig(**{name: value for name, value in vars(self).items() if name in known})
 
     @property
     def dequantize(self) -> bool:

@@ -1,0 +1,176 @@
+"""LeNet-5 (Caffe) on MNIST within a budget of bits: fit, code with refits, save, load, test.
+
+    python benchmarks/lenet.py --bits 12420 --seed 0
+    python benchmarks/lenet.py --report        # all runs so far → results/lenet.json
+
+The last 5,000 training images (of a fixed permutation) are for validation; the test images are read once, at
+the end. Every run is one file in results/lenet/.
+"""
+
+import argparse
+import gzip
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from record import RESULTS
+from torch import Tensor, nn
+
+
+from miracle_hub.training.coder import CodingOptions, code_model
+from miracle_hub.training.config import VariationalConfig
+from miracle_hub.training.convert import make_variational
+from miracle_hub.training.variational import variational_of
+
+DATA = Path(__file__).parents[2] / "shared" / "data" / "mnist"
+VALIDATION = 5000
+
+
+class LeNet5(nn.Module):
+    """The network of Havasi et al. 2019: 431,080 weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 20, 5), nn.Conv2d(20, 50, 5)
+        self.fc1, self.fc2 = nn.Linear(800, 500), nn.Linear(500, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(F.max_pool2d(self.conv1(x), 2))
+        x = F.relu(F.max_pool2d(self.conv2(x), 2))
+        return self.fc2(F.relu(self.fc1(x.flatten(1))))
+
+
+def mnist(split: str) -> tuple[Tensor, Tensor]:
+    """Images, float32 around 0 in channels-last memory, and labels."""
+    images, labels = (gzip.open(DATA / f"{split}-{what}-ubyte.gz").read() for what in ("images-idx3", "labels-idx1"))
+    x = torch.from_numpy(np.frombuffer(images, np.uint8, offset=16).reshape(-1, 1, 28, 28).copy())
+    y = torch.from_numpy(np.frombuffer(labels, np.uint8, offset=8).astype(np.int64))
+    return x, y
+
+
+def normalized(images: Tensor) -> Tensor:
+    return (images.float() / 255 - 0.1307).contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def error(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Percent of wrong answers, in float32."""
+    was_training = model.training
+    model.eval()
+    wrong = sum(int((model(normalized(a)).argmax(1) != b).sum()) for a, b in zip(x.split(1000), y.split(1000), strict=True))
+    model.train(was_training)
+    return 100 * wrong / len(y)
+
+
+class Run:
+    """One network: data, model and the batches of a seed."""
+
+    def __init__(self, a: argparse.Namespace) -> None:
+        self.a = a
+        torch.manual_seed(a.seed)
+        x, y = mnist("train")
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))
+        self.train, self.held = order[:-VALIDATION], order[-VALIDATION:]
+        self.x, self.y = x, y
+        self.model = LeNet5().to(memory_format=torch.channels_last)
+        self.curve: list[dict] = []
+        self.seconds: dict[str, float] = {}
+
+    def batch(self, number: int, first: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed((self.a.seed * 2 + first) * 2**32 + number)
+        at = self.train[torch.randint(len(self.train), (self.a.batch,), generator=generator)]
+        return normalized(self.x[at]), self.y[at]
+
+    def loss(self, number: int, first: int = 0) -> Tensor:
+        x, y = self.batch(number, first)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bool(self.a.bfloat16)):
+            return F.cross_entropy(self.model(x).float(), y)
+
+    def validation(self) -> float:
+        return error(self.model, self.x[self.held], self.y[self.held])
+
+    def fit(self) -> None:
+        """Adam; the rate falls linearly over the second half."""
+        a, started = self.a, time.monotonic()
+        variational = variational_of(self.model)
+        optimizer = torch.optim.Adam(self.model.parameters(), a.lr)
+        running = 0.0
+        for step in range(a.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = a.lr * min(1.0, max(0.02, 2 * (1 - step / a.steps)))
+            loss = self.loss(step)
+            optimizer.zero_grad()
+            (loss + variational.penalty()).backward()
+            optimizer.step()
+            variational.anneal()
+            running += (loss.item() - running) * max(0.01, 1 / (step + 1))
+            if (step + 1) % a.every == 0:
+                self.note(step + 1, running)
+        self.seconds["fit"] = time.monotonic() - started
+
+    def note(self, step: int, loss: float) -> None:
+        row = dict(step=step, loss=round(loss, 4), validation=self.validation(), kl_bits=variational_of(self.model).kl_bits())
+        self.curve.append(row)
+        print(json.dumps(row), flush=True)
+
+    def code(self) -> list[dict]:
+        a, started = self.a, time.monotonic()
+        options = CodingOptions(a.groups, a.refit, a.refit_lr, a.order)
+        journal = code_model(
+            self.model, lambda i: self.loss(i, 1), options=options, validate=self.validation, progress=False
+        )
+        self.seconds["code"] = time.monotonic() - started
+        return [dict(vars(row)) for row in journal.rows]
+
+
+def arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--bits", type=int, default=12420)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--parametrization", default="mean-kl")
+    p.add_argument("--code", default="sliding")
+    p.add_argument("--window-bits", type=int, default=14)
+    p.add_argument("--kl-block", type=int, default=128)
+    p.add_argument("--conv2", type=float, default=2.0)
+    p.add_argument("--fc1", type=float, default=64.2)
+    p.add_argument("--steps", type=int, default=30_000)
+    p.add_argument("--batch", type=int, default=32)
+    p.add_argument("--lr", type=float, default=1.5e-3)
+    p.add_argument("--beta-rate", type=float, default=5e-5)
+    p.add_argument("--groups", type=int, default=80)
+    p.add_argument("--refit", type=int, default=150)
+    p.add_argument("--refit-lr", type=float, default=5e-4)
+    p.add_argument("--order", default="random")
+    p.add_argument("--every", type=int, default=2000)
+    p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--bfloat16", type=int, default=1)
+    p.add_argument("--name", default="")
+    return p.parse_args()
+
+
+def main() -> None:
+    a = arguments()
+    torch.set_num_threads(a.threads)
+    run = Run(a)
+    config = VariationalConfig(
+        bits=a.bits, streams="network", parametrization=a.parametrization, code=a.code, window_bits=a.window_bits,
+        kl_block_weights=a.kl_block, sharing={"conv2.weight": a.conv2, "fc1.weight": a.fc1}, seed=a.seed,
+        beta_rate=a.beta_rate,
+    )  # fmt: skip
+    make_variational(run.model, config)
+    stream = variational_of(run.model).streams[0]
+    print(stream.code, stream.n_values, stream.code.message_bits(stream.n_values), flush=True)
+    run.fit()
+    rows = run.code()
+    path = RESULTS / "lenet" / f"{a.name or f'{a.parametrization}-{a.bits}-{a.seed}'}.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    validation = run.validation()
+    test = error(run.model, *mnist("t10k"))
+    print(json.dumps(dict(validation=validation, test=test, seconds=run.seconds, rows=rows[::10])), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""A whole network's stream ⇄ its tensors, and the one file that holds it with whatever is stored plainly."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from miracle_hub.codec.artifact import raw_bytes
+from miracle_hub.codec.tensor import DTYPE_NAMES, TORCH_DTYPES, check_scale_words
+from miracle_hub.coding.cpu import decode_stream
+from miracle_hub.coding.digest import digest
+from miracle_hub.coding.order import permutation
+from miracle_hub.coding.sharing import KINDS, Sharing
+from miracle_hub.errors import ChecksumError, FormatError
+from miracle_hub.format.container import Entry, opened, write_file
+from miracle_hub.format.network import NetworkHeader, TensorSpec, decode_network, encode_network, is_network
+
+STREAM = "miracle"  # the name of the stream's entry
+
+
+def encode_stream_entry(header: NetworkHeader, scales: Tensor, message: Tensor) -> tuple[bytes, dict[str, Tensor]]:
+    """The bytes of a network's stream with the digest of its weights, and those weights, float32.
+
+    Args:
+        scales: `[tensors]`, as the format allows them.
+        message: uint8 `[bytes]`.
+    """
+    weights = _weights(header, scales.bfloat16(), message)
+    header = NetworkHeader(header.code, header.tensors, _digest(weights))
+    return encode_network(header, raw_bytes(scales.bfloat16()), raw_bytes(message)), weights
+
+
+def decode_stream_entry(data: bytes, tensors: tuple[TensorSpec, ...], where: str) -> dict[str, Tensor]:
+    """The weights of a network's stream by name, in the tensors' dtypes.
+
+    Raises:
+        FormatError: and its subclasses, for every way in which the bytes can be wrong.
+    """
+    header, raw_scales, raw_message = decode_network(data, tensors, where)
+    start = len(data) - len(raw_message) - len(raw_scales)
+    check_scale_words(np.frombuffer(raw_scales, "<u2"), start, where)
+    unused = -header.code.message_bits(header.n_values) % 8
+    if raw_message[-1] & ((1 << unused) - 1):
+        raise FormatError(
+            f"{where}: byte {len(data) - 1}: expected the last {unused} bits of the message to be 0, found "
+            f"{raw_message[-1]:08b}; the file is damaged: download it again"
+        )
+    scales = torch.frombuffer(bytearray(raw_scales), dtype=torch.bfloat16)
+    weights = _weights(header, scales, torch.frombuffer(bytearray(raw_message), dtype=torch.uint8))
+    if (found := _digest(weights)) != header.digest:
+        raise ChecksumError(
+            f"{where}: the decoded weights have digest {found:016x}, the header promises {header.digest:016x}; the "
+            "file is damaged: download it again"
+        )
+    return {t.name: weights[t.name].to(TORCH_DTYPES[t.dtype]) for t in header.tensors}
+
+
+def _weights(header: NetworkHeader, scales: Tensor, message: Tensor) -> dict[str, Tensor]:
+    """Every tensor's float32 weights: candidates, permuted, times scale, shared."""
+    z = torch.as_tensor(decode_stream(message, header.code, header.n_values))
+    values = torch.empty_like(z).index_copy_(0, permutation(header.n_values, header.code), z)
+    weights, first = {}, 0
+    for number, (tensor, scale) in enumerate(zip(header.tensors, scales.float(), strict=True)):
+        own = values[first : first + tensor.n_values] * scale
+        first += tensor.n_values
+        if tensor.sharing:
+            sharing = Sharing(KINDS[tensor.sharing], tensor.n_values, tensor.n_weights)
+            places, signs = sharing.places(header.code.seed, number)
+            own = own[places] * signs
+        weights[tensor.name] = own.view(tensor.shape)
+    return weights
+
+
+def _digest(weights: Mapping[str, Tensor]) -> int:
+    """The digest of all tensors, one after the other, as of one vector."""
+    return digest(torch.cat([weight.flatten() for weight in weights.values()]))
+
+
+def spec_of(name: str, tensor: Tensor, sharing: Sharing | None = None) -> TensorSpec:
+    """How the format describes a tensor of a module.
+
+    Raises:
+        FormatError: its dtype is none of the format's.
+    """
+    if tensor.dtype not in DTYPE_NAMES:
+        raise FormatError(
+            f"{name}: expected one of {', '.join(TORCH_DTYPES)}, found {tensor.dtype}; cast the module to one of them"
+        )
+    kind, n_values = (KINDS.index(sharing.kind), sharing.n_values) if sharing else (0, tensor.numel())
+    return TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), kind, n_values)
+
+
+def write_network(path: Path, coded: Mapping[str, bytes], plain: Mapping[str, Tensor]) -> None:
+    """One safetensors file of coded entries and plain tensors.
+
+    Raises:
+        OutputWriteError: the file cannot be written; none is left half-written under its name.
+    """
+    raw = {name: raw_bytes(tensor.detach().cpu()) for name, tensor in plain.items()}
+    entries = [
+        Entry(name, safetensors_dtype(plain[name]), tuple(plain[name].shape), len(data)) for name, data in raw.items()
+    ]
+    # Widest first, so that every tensor is aligned.
+    entries.sort(key=lambda entry: (-plain[entry.name].element_size(), entry.name))
+    entries += [Entry(name, "U8", (len(data),), len(data)) for name, data in coded.items()]
+    everything = {**raw, **coded}
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        write_file(partial, entries, {}, lambda entry: everything[entry.name])
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def read_network(path: Path) -> tuple[bytes | None, dict[str, Tensor]]:
+    """The bytes of the stream, if the file has one, and every other tensor.
+
+    Raises:
+        FormatError: the file is no sound safetensors file.
+    """
+    with opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    stream = tensors.get(STREAM)
+    if stream is None or stream.dtype != torch.uint8 or not is_network(raw_bytes(stream)[:4]):
+        return None, tensors
+    del tensors[STREAM]
+    return raw_bytes(stream), tensors
+
+
+def safetensors_dtype(tensor: Tensor) -> str:
+    """A dtype as safetensors spells it."""
+    names = {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
+    names |= {torch.bool: "BOOL", **DTYPE_NAMES}
+    if tensor.dtype not in names:
+        raise FormatError(
+            f"a buffer: expected one of {', '.join(names.values())}, found {tensor.dtype}; make it not persistent"
+        )
+    return names[tensor.dtype]

@@ -1,0 +1,181 @@
+"""A whole network's stream as a string of bytes: one message for all its tensors.
+
+    offset  bytes  field
+    0       4      magic "MRCN"
+    4       1      format version, 1
+    5       4      CRC-32 (zlib's) of everything after this field, little-endian
+    9       …      varints (LEB128, unsigned, shortest form): L, k, V, seed, number of tensors, then per
+                   tensor: kind of sharing (0 none, 1 hash, 2 tile) and, unless it is none, the number of values
+            4      CRC-32 of the lines "name dtype dimension×dimension…" of the tensors, little-endian
+            8      digest of the decoded float32 weights, tensor after tensor, little-endian
+            2·T    scales of the tensors, bfloat16, little-endian
+            …      the message, padded with zero bits to a byte
+
+Names and shapes are those of the module that the file is loaded into: the second CRC-32 says whether it is the
+right one. Stream and candidates are those of payload.py, with stream_id 0. The values of all tensors, one
+tensor after the other, are permuted: stream element i is value p[i], p as in payload.py, over all of them. Weight j of
+a tensor is its scale times the value, with the sign, that coding/sharing.py says.
+"""
+
+import struct
+import zlib
+from dataclasses import dataclass
+
+from miracle_hub.config import Code
+from miracle_hub.errors import (
+    ChecksumError,
+    FormatError,
+    OptionError,
+    TruncatedPayloadError,
+    UnsupportedVersionError,
+)
+from miracle_hub.format.varint import encode_varint, read_varint
+
+MAGIC = b"MRCN"
+VERSION = 1
+_FIXED = struct.Struct("<4sBI")
+_TRAILER = struct.Struct("<IQ")
+_MAX_TENSORS = 1 << 16
+_MAX_VALUES = 1 << 32
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of the network, as the module has it.
+
+    Attributes:
+        dtype: as safetensors spells it.
+        sharing: kind of sharing, a number; `n_values` are as many as weights if it is 0.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    sharing: int
+    n_values: int
+
+    @property
+    def n_weights(self) -> int:
+        n = 1
+        for dimension in self.shape:
+            n *= dimension
+        return n
+
+
+@dataclass(frozen=True)
+class NetworkHeader:
+    """Everything a decoder must know besides scales and message."""
+
+    code: Code
+    tensors: tuple[TensorSpec, ...]
+    digest: int = 0
+
+    @property
+    def n_values(self) -> int:
+        return sum(tensor.n_values for tensor in self.tensors)
+
+
+def encode_network(header: NetworkHeader, scales: bytes, message: bytes) -> bytes:
+    """Header, scales and message as one string; `decode_network` reads it back."""
+    code = header.code
+    numbers = [code.window_bits, code.step_bits, code.step_weights, code.seed, len(header.tensors)]
+    for tensor in header.tensors:
+        numbers += [tensor.sharing, tensor.n_values] if tensor.sharing else [0]
+    rest = b"".join(map(encode_varint, numbers))
+    rest += _TRAILER.pack(structure(header.tensors), header.digest) + scales + message
+    return _FIXED.pack(MAGIC, VERSION, zlib.crc32(rest)) + rest
+
+
+def decode_network(data: bytes, tensors: tuple[TensorSpec, ...], where: str) -> tuple[NetworkHeader, bytes, bytes]:
+    """Header, scales and message of a string, checked against a module and against its own length.
+
+    Args:
+        tensors: those of the module; how they share values is read from the string.
+        where: the file's name, for messages.
+
+    Raises:
+        FormatError: and its subclasses, for every way in which the string can be wrong.
+    """
+    _check_start(data, where)
+    position = _FIXED.size
+    numbers = []
+    for name, low, high in (("L", 1, 24), ("k", 1, 24), ("V", 1, 256), ("a seed", 0, 2**64 - 1)):
+        number, position = read_varint(data, position, name, (low, high), where)
+        numbers.append(number)
+    n_tensors, position = read_varint(data, position, "a number of tensors", (1, _MAX_TENSORS), where)
+    if n_tensors != len(tensors):
+        raise FormatError(
+            f"{where}: expected a stream of the module's {len(tensors)} coded tensors, found one of {n_tensors}; "
+            "load it into the module that it was made from"
+        )
+    found = []
+    for tensor in tensors:
+        kind, position = read_varint(data, position, f"{tensor.name}: a kind of sharing", (0, 2), where)
+        n_values = tensor.n_weights
+        if kind:
+            limits = (1, max(1, tensor.n_weights))
+            n_values, position = read_varint(data, position, f"{tensor.name}: a number of values", limits, where)
+        found.append(TensorSpec(tensor.name, tensor.dtype, tensor.shape, kind, n_values))
+    return _body(data, position, numbers, tuple(found), where)
+
+
+def _body(
+    data: bytes, position: int, numbers: list[int], tensors: tuple[TensorSpec, ...], where: str
+) -> tuple[NetworkHeader, bytes, bytes]:
+    if position + _TRAILER.size > len(data):
+        raise TruncatedPayloadError(f"{where}: byte {position}: the header has no end; download the file again")
+    expected, digest = _TRAILER.unpack_from(data, position)
+    if expected != structure(tensors):
+        raise FormatError(
+            f"{where}: the module's coded tensors have other names, dtypes or shapes than those of the file; load "
+            "it into the module that it was made from"
+        )
+    try:
+        header = NetworkHeader(Code(*numbers), tensors, digest)
+    except OptionError as error:
+        raise FormatError(f"{where}: expected a possible code, found {error}; the file is damaged") from None
+    scales = position + _TRAILER.size
+    message = scales + 2 * len(tensors)
+    length = message + header.code.message_bytes(header.n_values) if header.n_values <= _MAX_VALUES else -1
+    if length != len(data):
+        raise TruncatedPayloadError(
+            f"{where}: the header announces {length} bytes, found {len(data)}; the file is truncated or damaged: "
+            "download it again"
+        )
+    return header, data[scales:message], data[message:]
+
+
+def structure(tensors: tuple[TensorSpec, ...]) -> int:
+    """CRC-32 of the names, dtypes and shapes of tensors."""
+    lines = (f"{t.name} {t.dtype} {'×'.join(map(str, t.shape))}\n" for t in tensors)
+    return zlib.crc32("".join(lines).encode())
+
+
+def is_network(data: bytes) -> bool:
+    """Whether bytes start like a network's stream of any version."""
+    return data[:4] == MAGIC
+
+
+def _check_start(data: bytes, where: str) -> None:
+    if len(data) < _FIXED.size + _TRAILER.size:
+        raise TruncatedPayloadError(
+            f"{where}: a network's stream has at least {_FIXED.size + _TRAILER.size} bytes, found {len(data)}; the "
+            "file is truncated: download it again"
+        )
+    magic, version, crc = _FIXED.unpack_from(data)
+    if magic != MAGIC or version < VERSION:
+        raise FormatError(
+            f"{where}: byte 0: expected {MAGIC!r} and format version {VERSION}, found {magic!r} and {version}; the "
+            "file is damaged or was not written by miracle-hub"
+        )
+    if version > VERSION:
+        raise UnsupportedVersionError(
+            f"{where}: this miracle-hub reads version {VERSION} of networks' streams, found {version}; upgrade: "
+            "pip install -U miracle-hub"
+        )
+    found = zlib.crc32(data[_FIXED.size :])
+    if found != crc:
+        raise ChecksumError(
+            f"{where}: bytes {_FIXED.size} to {len(data)}: expected CRC-32 {crc:08x}, found {found:08x}; the file is "
+            "truncated or damaged: download it again"
+        )

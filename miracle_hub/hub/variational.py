@@ -1,0 +1,204 @@
+"""Variational models as users make them, and the small files and repositories they become."""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from miracle_hub.codec.compress import Report, compress_folder
+from miracle_hub.codec.network import (
+    STREAM,
+    decode_stream_entry,
+    encode_stream_entry,
+    read_network,
+    spec_of,
+    write_network,
+)
+from miracle_hub.codec.tensor import decode_payload, payload_of_stream
+from miracle_hub.errors import ChecksumError, FormatError, OptionError
+from miracle_hub.format.network import NetworkHeader
+from miracle_hub.format.payload import is_payload
+from miracle_hub.hub.card import write_card
+from miracle_hub.training import convert
+from miracle_hub.training.coder import message_of
+from miracle_hub.training.config import VariationalConfig
+from miracle_hub.training.stream import Stream
+from miracle_hub.training.variational import Variational, variational_of
+
+if TYPE_CHECKING:
+    from miracle_hub.hub.quantizer import MiracleConfig
+
+
+def make_variational(
+    model: nn.Module, config: "MiracleConfig | VariationalConfig | None" = None, **options: Any
+) -> nn.Module:
+    """Give a model's weights Gaussian posteriors, in place, and return it.
+
+    Make the optimizer after this: the parameters are others. In training mode every forward pass has a draw
+    of the weights; in evaluation mode they are the posterior's means.
+
+    Args:
+        config: or the same as keywords: `make_variational(model, bits_per_weight=1.0)`.
+
+    Raises:
+        OptionError: nothing matches, a parameter cannot be converted, or an option is unknown.
+        BudgetError: the budget is below what the code can use.
+    """
+    if (config is None) == (not options):
+        raise OptionError(
+            "make_variational: expected either a config or options as keywords; give one of them, such as "
+            "bits_per_weight=1.0"
+        )
+    if config is None:
+        config = _from_keywords(options)
+    elif not isinstance(config, VariationalConfig):
+        config = config.variational()
+    return convert.make_variational(model, config)
+
+
+def _from_keywords(options: dict[str, Any]) -> VariationalConfig:
+    known = set(VariationalConfig.__dataclass_fields__)
+    if unknown := sorted(set(options) - known):
+        raise OptionError(
+            f"make_variational: expected options among {', '.join(sorted(known))}, found {unknown[0]!r}; check the spelling"
+        )
+    return VariationalConfig(**options)
+
+
+def save(model: nn.Module, path: str | Path) -> int:
+    """Write a coded model as one safetensors file, read it back, and return its bytes.
+
+    With streams="network" the file is for `load` alone; names and shapes are the module's.
+
+    Raises:
+        OptionError: the model is not variational, or not coded.
+        ChecksumError: what was written does not decode to the model's weights.
+        OutputWriteError: the file cannot be written.
+    """
+    variational, path = variational_of(model), Path(path)
+    messages = [message_of(stream) for stream in _streams(variational)]
+    dense = convert.mean(model)
+    coded = {member.name for stream in _streams(variational) for member in stream.members}
+    entries = _coded_entries(variational, messages)
+    plain = {name: t for name, t in _stored(dense).items() if name not in coded}
+    write_network(path, entries, plain)
+    again = read_state(path, dense)
+    for name, tensor in _stored(dense).items():
+        if not torch.equal(again[name].cpu(), tensor.cpu()):
+            raise ChecksumError(f"{path}: {name}: what was written does not decode to the model's weights; report this")
+    return path.stat().st_size
+
+
+def load(path: str | Path, model: nn.Module) -> nn.Module:
+    """Fill a module with the weights of a file that `save` wrote, in place, and return it.
+
+    Raises:
+        FormatError: and its subclasses: the file is not sound, or is that of another module.
+    """
+    state = read_state(Path(path), model)
+    with torch.no_grad():
+        for name, tensor in _stored(model).items():
+            tensor.copy_(state[name])
+    return model
+
+
+def read_state(path: Path, model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer of a module from a file, checked to be all of them and no others.
+
+    Raises:
+        FormatError: and its subclasses: the file is not sound, or is that of another module.
+    """
+    stream, tensors = read_network(path)
+    expected = _stored(model)
+    state: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        is_coded = tensor.dtype == torch.uint8 and tensor.ndim == 1 and is_payload(tensor[:4].numpy().tobytes())
+        state[name] = decode_payload(tensor, name, rounded=True, backend="cpu")[0] if is_coded else tensor
+    if stream is not None:
+        missing = [spec_of(name, t) for name, t in expected.items() if name not in state and t.is_floating_point()]
+        state |= decode_stream_entry(stream, tuple(missing), str(path))
+    if set(state) != set(expected):
+        raise FormatError(
+            f"{path}: expected the tensors of {type(model).__name__}, found one that differs in "
+            f"{', '.join(sorted(set(state) ^ set(expected))[:4])}; load it into the module that it was made from"
+        )
+    for name, tensor in expected.items():
+        if state[name].shape != tensor.shape:
+            raise FormatError(
+                f"{path}: {name}: expected shape {tuple(tensor.shape)}, found {tuple(state[name].shape)}; load it into "
+                "the module that it was made from"
+            )
+    return state
+
+
+def compress_model(
+    model: nn.Module,
+    out: str | Path,
+    *,
+    size: str | int | None = None,
+    bits_per_weight: float | None = None,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Report:
+    """Write a coded transformers model as a repository that plain `from_pretrained` loads.
+
+    Args:
+        size, bits_per_weight: of the whole files; tensors that are not variational are then coded without
+            training to meet it. None means that they stay plain.
+
+    Raises:
+        OptionError: the model is not coded, or has one stream for the whole network.
+    """
+    variational = variational_of(model)
+    if variational.config.streams != "tensor":
+        raise OptionError(
+            "streams: expected 'tensor' for a repository, found 'network'; use save and load, or MiracleHubMixin"
+        )
+    messages = [message_of(stream) for stream in _streams(variational)]
+    payloads = _coded_entries(variational, messages)
+    with tempfile.TemporaryDirectory() as folder:
+        dense: Any = convert.mean(model)
+        dense.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        base = getattr(model.config, "_name_or_path", None) or None  # pyright: ignore[reportAttributeAccessIssue]
+        base = None if base is None or Path(base).exists() else base
+        return compress_folder(
+            Path(folder), Path(out), payloads=payloads, size=size, bits_per_weight=bits_per_weight,
+            modules_to_not_convert=_names(variational.config.modules_to_save), overwrite=overwrite,
+            card=lambda target, report: write_card(target, report, Path(folder), base), progress=progress,
+        )  # fmt: skip
+
+
+def _coded_entries(variational: Variational, messages: list[Tensor]) -> Mapping[str, bytes]:
+    """What a file holds of the streams: a payload per tensor, or one entry for all."""
+    entries = {}
+    for stream, message in zip(_streams(variational), messages, strict=True):
+        assert stream.fixed_scales is not None
+        scales = stream.fixed_scales.cpu()
+        if variational.config.streams == "network":
+            specs = [spec_of(m.name, torch.empty(m.shape, dtype=m.dtype, device="meta"), m.sharing) for m in stream.members]
+            entries[STREAM] = encode_stream_entry(NetworkHeader(stream.code, tuple(specs)), scales, message)[0]
+        else:
+            member = stream.members[0]
+            entries[member.name] = payload_of_stream(member.shape, member.dtype, stream.code, scales[0], message)
+    return entries
+
+
+def _streams(variational: Variational) -> list[Stream]:
+    return list(variational.streams)  # pyright: ignore[reportReturnType]
+
+
+def _stored(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters, tied ones once, and the buffers that a state dict holds."""
+    kept = set(model.state_dict(keep_vars=True))
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    return {**dict(model.named_parameters()), **buffers}
+
+
+def _names(modules: str | list[str] | None) -> list[str] | None:
+    return [modules] if isinstance(modules, str) else modules

@@ -1,0 +1,273 @@
+"""Coding with refits: code a group of blocks, fix it, fit what is left to it, until everything is coded."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from miracle_hub.coding.cpu import decode_stream
+from miracle_hub.coding.encode import encode_states, pack_states
+from miracle_hub.coding.posterior import Cost
+from miracle_hub.errors import OptionError, TrainingError
+from miracle_hub.training.journal import Journal, Row
+from miracle_hub.training.resume import Checkpoint
+from miracle_hub.training.stream import Stream
+from miracle_hub.training.variational import Variational, variational_of
+
+ORDERS = ("random", "largest-kl")
+# Steps of a sliding code that are searched beyond a group, in windows: survivors have merged by then.
+_LOOK_AHEAD_WINDOWS = 16
+
+
+@dataclass(frozen=True)
+class CodingOptions:
+    """How coding alternates with refits.
+
+    Attributes:
+        groups: how many groups the values of all streams are coded in. They get smaller, so that what is
+            left can always make up for what was coded: after g of G groups a share of (1 - g/G)² is left.
+        refit_steps: steps of the optimizer after every group but the last.
+        learning_rate: of the refits' Adam; it falls from group to group, to a tenth.
+        order: of blocks (sliding codes: of streams): "random", or "largest-kl" first.
+
+    Raises:
+        OptionError: an option is none.
+    """
+
+    groups: int = 60
+    refit_steps: int = 60
+    learning_rate: float = 3e-4
+    order: str = "random"
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise OptionError(f"order: expected one of {ORDERS}, found {self.order!r}; choose one of them")
+        if self.groups < 1 or self.refit_steps < 0 or not self.learning_rate > 0:
+            raise OptionError(
+                "groups, refit_steps, learning_rate: expected at least one group, no negative number of steps "
+                f"and a positive rate, found {self.groups}, {self.refit_steps} and {self.learning_rate}"
+            )
+
+
+@dataclass(frozen=True)
+class Run:
+    """Steps of one stream that are coded together, in ascending order."""
+
+    stream: int
+    steps: Tensor
+
+
+def code_model(
+    model: nn.Module,
+    loss: Callable[[int], Tensor] | None = None,
+    *,
+    options: CodingOptions | None = None,
+    validate: Callable[[], float] | None = None,
+    journal: Journal | None = None,
+    checkpoint: Checkpoint | None = None,
+    progress: bool = True,
+) -> Journal:
+    """Code everything that is variational in a model; afterwards its weights are those of the file.
+
+    Args:
+        loss: of the i-th batch of the refits, without the KL; the model is in training mode. It must give
+            equal batches for equal i, or a resumed run ends elsewhere. None means no refits.
+        validate: called after every group, in evaluation mode; its value goes to the journal.
+        checkpoint: where the state is kept, and found again by the next run with the same arguments.
+
+    Raises:
+        TrainingError: the loss or a gradient is not finite; nothing is changed by that step.
+        OptionError: the checkpoint is that of a run with other options.
+
+    Source: Havasi et al. 2019, algorithm 2.
+    """
+    coder = _Coder(model, loss, options or CodingOptions(), journal or Journal())
+    if checkpoint is not None:
+        coder.resume(checkpoint)
+    with tqdm(total=coder.n_values, unit="values", unit_scale=True, desc="code", disable=not progress) as bar:
+        while not coder.is_done():
+            bar.update(coder.n_coded() - bar.n)
+            coder.code_group(validate)
+            coder.refit(bar)
+        bar.update(coder.n_coded() - bar.n)
+    coder.journal.finish()
+    return coder.journal
+
+
+class _Coder:
+    """One coding run: its position is the number of the group and of the refit step inside it."""
+
+    def __init__(
+        self, model: nn.Module, loss: Callable[[int], Tensor] | None, options: CodingOptions, journal: Journal
+    ) -> None:
+        self.model, self.loss, self.options, self.journal = model, loss, options, journal
+        self.variational: Variational = variational_of(model)
+        self.streams: list[Stream] = list(self.variational.streams)  # pyright: ignore[reportAttributeAccessIssue]
+        for stream in self.streams:
+            stream.begin_coding()
+        self.n_values = sum(stream.n_values for stream in self.streams)
+        self.selection = self.variational.config.selection
+        self.generator = torch.Generator().manual_seed(self.variational.config.seed)
+        self.group, self.step, self.last_loss = 0, 0, math.nan
+        self.checkpoint: Checkpoint | None = None
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(parameters, lr=options.learning_rate)
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint, if there is one."""
+        self.checkpoint = checkpoint
+        checkpoint.load(self)
+
+    def n_coded(self) -> int:
+        return sum(int(_flags(stream).sum()) for stream in self.streams)
+
+    def is_done(self) -> bool:
+        return self.n_coded() == self.n_values
+
+    def code_group(self, validate: Callable[[], float] | None) -> None:
+        """Code the next blocks, unless a resumed run is in the middle of their refit."""
+        if self.step:
+            return
+        kl_nats, log_weight = 0.0, 0.0
+        for run in self._next_runs():
+            group_kl, group_weight = self._code_run(run)
+            kl_nats, log_weight = kl_nats + group_kl, log_weight + group_weight
+        self.group += 1
+        self.model.eval()
+        validation = math.nan if validate is None else float(validate())
+        kl_bits, gap = kl_nats / math.log(2), (log_weight - kl_nats) / math.log(2)
+        self.journal.add(Row(self.group, self.n_coded(), kl_bits, gap, self.last_loss, validation))
+
+    def refit(self, bar: tqdm) -> None:
+        """Fit what is not coded to what is."""
+        steps = 0 if self.loss is None or self.is_done() else self.options.refit_steps
+        self.model.train()
+        while self.step < steps:
+            self._refit_step()
+            self.step += 1
+            bar.set_postfix(loss=f"{self.last_loss:.4f}", group=self.group, refresh=False)
+            if self.checkpoint is not None:
+                self.checkpoint.save_if_due(self)
+        self.step = 0
+        if self.checkpoint is not None:
+            self.checkpoint.save_if_due(self, now=self.is_done())
+
+    def _refit_step(self) -> None:
+        assert self.loss is not None
+        number = (self.group - 1) * self.options.refit_steps + self.step
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.options.learning_rate * max(0.1, 1 - self.group / self.options.groups)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(number)
+        total = loss + self.variational.penalty()
+        check_finite(total, f"refit step {number} after group {self.group}")
+        total.backward()
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        check_finite(torch.stack([g.sum() for g in gradients]).sum(), f"the gradient of refit step {number}")
+        self.optimizer.step()
+        self.variational.anneal()
+        self.last_loss = float(loss.detach())
+
+    def _next_runs(self) -> list[Run]:
+        """The next group."""
+        share_left = max(0.0, 1 - (self.group + 1) / self.options.groups) ** 2
+        wanted = math.ceil(self.n_values - self.n_coded() - share_left * self.n_values)
+        runs: list[Run] = []
+        for stream, steps in self._uncoded():
+            take = max(1, wanted // self.streams[stream].code.step_weights)
+            runs.append(Run(stream, steps[:take].sort().values))
+            wanted -= len(runs[-1].steps) * self.streams[stream].code.step_weights
+            if wanted <= 0:
+                break
+        return runs
+
+    def _uncoded(self) -> Iterator[tuple[int, Tensor]]:
+        """Streams in the order of coding, each with its steps in the order of coding."""
+        order = torch.randperm(len(self.streams), generator=torch.Generator().manual_seed(0)).tolist()
+        if self.options.order == "largest-kl":
+            order = sorted(order, key=lambda i: -float(self.streams[i].kl_nats().sum()))
+        started = [i for i in order if 0 < int(_flags(self.streams[i]).sum()) < self.streams[i].n_values]
+        for i in [*started, *(i for i in order if not bool(_flags(self.streams[i]).any()))]:
+            yield i, self._uncoded_steps(i)
+
+    def _uncoded_steps(self, number: int) -> Tensor:
+        """Blocks in random order or by KL; windows that overlap one after the other."""
+        stream = self.streams[number]
+        left = (~_flags(stream)[:: stream.code.step_weights]).nonzero().view(-1).cpu()
+        if stream.code.overlap_bits:
+            return left
+        if self.options.order == "largest-kl":
+            return left[stream.kl_nats().detach().cpu()[left].argsort(descending=True, stable=True)]
+        seed = torch.Generator().manual_seed(self.variational.config.seed + number)
+        order = torch.randperm(stream.code.steps(stream.n_values), generator=seed)
+        return order[torch.isin(order, left)]
+
+    def _code_run(self, run: Run) -> tuple[float, float]:
+        """Encode and fix; returns KL and log importance weight of what was coded, in nats."""
+        stream, cost = self.streams[run.stream], self.streams[run.stream].cost()
+        width, n = stream.code.step_weights, len(run.steps)
+        searched, entry = run.steps, None
+        if stream.code.overlap_bits:
+            first, ahead = int(run.steps[0]), _LOOK_AHEAD_WINDOWS * stream.code.window_bits // stream.code.step_bits
+            stop = min(first + n + ahead, stream.code.steps(stream.n_values))
+            searched = torch.arange(first, stop)
+            states = stream.states
+            assert states is not None
+            entry = int(states[first - 1]) & ((1 << stream.code.overlap_bits) - 1) if first else None
+        values = (searched[:, None] * width + torch.arange(width)).flatten()
+        values = values[values < stream.n_values]
+        part = Cost(*(_at(x, values) for x in (cost.quadratic, cost.linear)))
+        found = encode_states(part, stream.code, self.selection, self.generator, entry)
+        z = decode_stream(pack_states(found, stream.code), stream.code, len(values))[: n * width]
+        return self._fix(run, torch.from_numpy(found[:n]), torch.as_tensor(z), values[: n * width])
+
+    @torch.no_grad()
+    def _fix(self, run: Run, states: Tensor, z: Tensor, values: Tensor) -> tuple[float, float]:
+        stream = self.streams[run.stream]
+        mean, variance = (x.cpu()[values] for x in stream.posterior.moments(stream.value_log_scales()))
+        log_weight = 0.5 * (z.square() - (z - mean).square() / variance - variance.log()).double().sum()
+        kl = 0.5 * (mean.square() + variance - 1 - variance.log()).double().sum()
+        assert stream.coded is not None and stream.is_coded is not None and stream.states is not None
+        at = values.to(stream.coded.device)
+        stream.coded[at], stream.is_coded[at] = z.to(stream.coded.device), True
+        stream.states[run.steps.to(stream.states.device)] = states.to(stream.states)
+        return float(kl), float(log_weight)
+
+
+def message_of(stream: Stream) -> Tensor:
+    """The message of a stream that is coded, uint8 `[bytes]`.
+
+    Raises:
+        OptionError: something of it is not coded.
+    """
+    if stream.states is None or not bool(_flags(stream).all()):
+        raise OptionError(
+            f"{stream.members[0].name}: expected a coded stream, found one that is not; call code_model(model, …) first"
+        )
+    return pack_states(stream.states.cpu().long().numpy(), stream.code)
+
+
+def check_finite(value: Tensor, where: str) -> None:
+    """Raise unless a loss is finite.
+
+    Raises:
+        TrainingError: it is NaN or infinite.
+    """
+    if not math.isfinite(found := float(value.detach())):
+        raise TrainingError(
+            f"{where}: expected a finite loss, found {found}; the model is as it was after the step before: lower "
+            "the learning rate, or look at the batch"
+        )
+
+
+
+def _at(values: Tensor, at: Tensor) -> Tensor:
+    return (values.expand(int(at.max()) + 1) if values.numel() == 1 else values)[at].contiguous()
+
+
+def _flags(stream: Stream) -> Tensor:
+    assert stream.is_coded is not None
+    return stream.is_coded

@@ -1,0 +1,146 @@
+"""What a variational fine-tuning is told: the budget, what is coded, and how."""
+
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from miracle_hub.coding.sharing import KINDS
+from miracle_hub.config import MAX_STEP_WEIGHTS, MAX_WINDOW_BITS, Code
+from miracle_hub.errors import BudgetError, OptionError
+
+PARAMETRIZATIONS = ("mean-kl", "mean-var")
+STREAMS = ("tensor", "network")
+CODES = ("sliding", "block")
+SELECTIONS = ("best", "sample")
+# Rates are fractions of this many steps at most: k/V with small k, because windows of L bits remember L/k steps.
+_MAX_STEP_BITS = 4
+_MAX_BLOCK_WEIGHTS = 1024  # of the draws' kernels
+
+
+@dataclass(frozen=True)
+class VariationalConfig:
+    """Options of `make_variational`; exactly one of `bits_per_weight` and `bits` is the budget.
+
+    Attributes:
+        bits_per_weight: message bits per value that is coded.
+        bits: message bits of a whole network, if `streams` is "network".
+        target_modules: "all", "all-matrices", "all-linear", a regular expression that must match whole names
+            of modules or parameters, or a list of names or ends of names. None means "all" for a network's
+            stream and "all-matrices" for streams of tensors.
+        exclude_modules: a regular expression or a list, of modules that stay as they are.
+        modules_to_save: a regular expression or a list, of modules that stay as they are, are trained, and are
+            stored as they are.
+        parametrization: "mean-kl" (the KL is fixed by construction) or "mean-var" (annealed, as published).
+        streams: "tensor", one message per tensor, for hub models; "network", one for all, for small networks.
+        code: "sliding" (a trellis of overlapping windows) or "block" (MIRACLE as published).
+        window_bits: L, also the bits of a block of the block code.
+        kl_block_weights: weights that share a KL budget; for the block code it is its own V.
+        sharing: factors by which weights share values, by (end of) parameter name.
+        sharing_kind: "hash" or "tile".
+        selection: "best" or "sample".
+        seed: of candidates, permutation, hash and noise.
+        beta: first weight of the KL, and `beta_rate` its relative change per step (Mean-Var).
+
+    Raises:
+        OptionError, BudgetError: an option is none.
+    """
+
+    bits_per_weight: float | None = None
+    bits: int | None = None
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    modules_to_save: str | list[str] | None = None
+    parametrization: str = "mean-kl"
+    streams: str = "tensor"
+    code: str = "sliding"
+    window_bits: int = 14
+    kl_block_weights: int = 128
+    sharing: dict[str, float] = field(default_factory=dict)
+    sharing_kind: str = "hash"
+    selection: str = "best"
+    seed: int = 0
+    beta: float = 1e-8
+    beta_rate: float = 5e-5
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("parametrization", PARAMETRIZATIONS),
+            ("streams", STREAMS),
+            ("code", CODES),
+            ("selection", SELECTIONS),
+            ("sharing_kind", KINDS[1:]),
+        ):
+            if getattr(self, name) not in choices:
+                raise OptionError(f"{name}: expected one of {choices}, found {getattr(self, name)!r}")
+        self._check_budget()
+        if not isinstance(self.kl_block_weights, int) or not 1 <= self.kl_block_weights <= _MAX_BLOCK_WEIGHTS:
+            raise OptionError(
+                f"kl_block_weights: expected an integer from 1 to {_MAX_BLOCK_WEIGHTS}, found "
+                f"{self.kl_block_weights!r}; 64 to 256 are good values"
+            )
+        for name, factor in self.sharing.items():
+            if not factor >= 1:
+                raise OptionError(f"sharing: expected a factor of 1 or more for {name!r}, found {factor!r}")
+        if not (self.beta > 0 and self.beta_rate > 0):
+            raise OptionError(
+                f"beta, beta_rate: expected positive numbers, found {self.beta!r} and {self.beta_rate!r}"
+            )
+
+    def _check_budget(self) -> None:
+        if (self.bits_per_weight is None) == (self.bits is None):
+            raise BudgetError(
+                "budget: expected exactly one of bits_per_weight and bits, found "
+                f"{self.bits_per_weight!r} and {self.bits!r}; pass one of them"
+            )
+        if self.bits is not None and self.streams != "network":
+            raise BudgetError("bits: a number of bits is that of a network's stream; pass streams='network'")
+        if not isinstance(self.window_bits, int) or not 1 <= self.window_bits <= MAX_WINDOW_BITS:
+            raise BudgetError(
+                f"window_bits: expected 1 to {MAX_WINDOW_BITS} bits per block or window, found "
+                f"{self.window_bits!r}; choose another value (12 to 20 are usual)"
+            )
+        budget = self.bits_per_weight if self.bits is None else self.bits
+        if not isinstance(budget, int | float) or not 0 < budget < 2**40:
+            raise BudgetError(f"budget: expected a positive number of bits, found {budget!r}; pass more")
+
+    def code_for(self, n_values: int, where: str) -> Code:
+        """The code of a stream, whose message never exceeds the budget.
+
+        Raises:
+            BudgetError: the budget allows no message.
+        """
+        if self.bits is not None:
+            budget = self.bits
+        else:
+            budget = int(self.bits_per_weight * n_values)  # pyright: ignore[reportOptionalOperand]
+        choose = _block_code if self.code == "block" else _sliding_code
+        code = choose(n_values, budget, self.window_bits, self.seed)
+        if code is None:
+            raise BudgetError(
+                f"{where}: {budget} bits for {n_values} values are less than one {self.code} code of windows of "
+                f"{self.window_bits} bits and at most {MAX_STEP_WEIGHTS} values per step can use; raise the "
+                "budget, share weights, or choose shorter windows"
+            )
+        return code
+
+
+def _block_code(n_values: int, budget: int, window_bits: int, seed: int) -> Code | None:
+    """Blocks of equal size, as many as the budget pays for."""
+    n_blocks = budget // window_bits
+    if not n_blocks or (step_weights := -(-n_values // n_blocks)) > MAX_STEP_WEIGHTS:
+        return None
+    return Code(window_bits, window_bits, step_weights, seed)
+
+
+def _sliding_code(n_values: int, budget: int, window_bits: int, seed: int) -> Code | None:
+    """The highest rate k/V within the budget; of equal rates, the smallest step."""
+    rates = {
+        Fraction(k, weights)
+        for k in range(1, min(_MAX_STEP_BITS, window_bits) + 1)
+        for weights in range(1, MAX_STEP_WEIGHTS + 1)
+    }
+    rates |= {Fraction(k) for k in range(1, min(8, window_bits) + 1)}
+    for rate in sorted(rates, reverse=True):
+        code = Code(window_bits, rate.numerator, rate.denominator, seed)
+        if code.message_bits(n_values) <= budget:
+            return code
+    return None

@@ -1,0 +1,101 @@
+"""The two parametrizations of a stream's posterior, and how each starts from given weights.
+
+Both draw weights from counted noise, tell their KL per block, and give mean and variance per value in units
+of the prior, which is what encoders take.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from miracle_hub.coding.draw import draw_mean_kl, draw_mean_var, mean_kl_moments
+
+# A step of Adam moves a mean by about rate · lr · ρ: at 20 as far as it moves a dense weight, for scales ρ near
+# 0.05 (LeNet-5 and MiniLM: 0.05 to 0.07). Shares of the KL and log ρ move with it: on LeNet-5, 6,000
+# steps at one thirtieth of this rate had twice the loss (benchmarks/lenet.py --rate).
+RATE = 20.0
+_INITIAL_LOG_STD = -10.0  # of the public code of Havasi et al. 2019
+_LEAST_KAPPA = 1e-4  # nats that a value starts with at least, so that its share can grow
+
+
+class MeanKL(nn.Module):
+    """q by its mean and its share of a block's KL; draws are in units of the prior.
+
+    Source: Lin et al. 2023 (arXiv:2307.07816); the start is derived here: that of the Gaussian test channel,
+    mean (1 - D)·w and variance D·(1 - D)·ρ₀² for weights of variance ρ₀², D = 2^(-2·rate).
+    """
+
+    standardized = True
+
+    def __init__(self, weights: Tensor, scales: Tensor, block_weights: int, block_kl_nats: float) -> None:
+        """
+        Args:
+            weights: `[n]`, in stream order.
+            scales: `[n]`, the prior's.
+        """
+        super().__init__()
+        self.block_weights, self.block_kl_nats = block_weights, block_kl_nats
+        share = test_channel_share(block_kl_nats / block_weights)
+        variance = 1 - share
+        mean = (weights / scales).double() * share
+        kappa = (0.5 * (mean.square() + variance - 1 - math.log(variance))).clamp(min=_LEAST_KAPPA)
+        kappa = kappa * (self.block_kl_nats / self._by_block(kappa).repeat_interleave(block_weights)[: kappa.numel()])
+        tanh = (mean / (2 * kappa).sqrt()).clamp(-0.99, 0.99)
+        self.tau = nn.Parameter((tanh.atanh() / RATE).float())
+        self.alpha = nn.Parameter((kappa.log() / RATE).float())
+
+    def _by_block(self, values: Tensor) -> Tensor:
+        padded = nn.functional.pad(values, (0, -values.numel() % self.block_weights))
+        return padded.view(-1, self.block_weights).sum(1)
+
+    def draw(self, log_scale: Tensor, seed: Tensor, stream_id: int) -> Tensor:
+        """Values `[n]` in units of the prior, times e^log_scale, which is `[]`."""
+        budget = (self.block_kl_nats, self.block_weights)
+        return draw_mean_kl(self.tau, self.alpha, RATE, log_scale, *budget, seed, stream_id)
+
+    def moments(self, log_scales: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance `[n]` in units of the prior, without gradients."""
+        return mean_kl_moments(self.tau, self.alpha, RATE, self.block_kl_nats, self.block_weights)
+
+    def kl_nats(self, log_scales: Tensor) -> Tensor:
+        """KL of every block, `[blocks]`: what was asked for."""
+        n_blocks = -(-self.tau.numel() // self.block_weights)
+        return self.tau.new_full((n_blocks,), self.block_kl_nats)
+
+
+class MeanVar(nn.Module):
+    """q by its mean and the logarithm of its standard deviation; draws are in units of the weights.
+
+    Source: Havasi et al. 2019 (arXiv:1810.00440), section 3.3.
+    """
+
+    standardized = False
+
+    def __init__(self, weights: Tensor, scales: Tensor, block_weights: int, block_kl_nats: float) -> None:
+        super().__init__()
+        self.block_weights, self.block_kl_nats = block_weights, block_kl_nats
+        self.mean = nn.Parameter(weights.float().clone())
+        self.log_std = nn.Parameter(torch.full_like(self.mean, _INITIAL_LOG_STD))
+
+    def draw(self, log_scale: Tensor, seed: Tensor, stream_id: int) -> Tensor:
+        return draw_mean_var(self.mean, self.log_std, seed, stream_id)
+
+    def moments(self, log_scales: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            return self.mean * (-log_scales).exp(), (2 * (self.log_std - log_scales)).exp()
+
+    def kl_nats(self, log_scales: Tensor) -> Tensor:
+        """KL of every block, `[blocks]`, with gradients."""
+        u = 2 * (self.log_std - log_scales)
+        m = self.mean * (-log_scales).exp()
+        each = 0.5 * (m.square() + torch.expm1(u) - u)
+        return nn.functional.pad(each, (0, -each.numel() % self.block_weights)).view(-1, self.block_weights).sum(1)
+
+
+POSTERIORS = {"mean-kl": MeanKL, "mean-var": MeanVar}
+
+
+def test_channel_share(kl_nats_per_weight: float) -> float:
+    """1 - D, the share of a Gaussian weight's variance that its code carries at this rate."""
+    return -math.expm1(-2 * kl_nats_per_weight)

@@ -1,0 +1,155 @@
+"""A stream: the tensors that share a message, their posterior, their scales, and what of them is coded."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from miracle_hub.coding.order import permutation
+from miracle_hub.coding.posterior import Cost, Posterior, Prior, importance_cost
+from miracle_hub.coding.scales import rounded_scales
+from miracle_hub.coding.sharing import Sharing, expand
+from miracle_hub.config import Code
+from miracle_hub.training.posterior import POSTERIORS, RATE, test_channel_share
+
+
+@dataclass(frozen=True)
+class Member:
+    """One tensor of a stream."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    sharing: Sharing
+
+
+class Stream(nn.Module):
+    """Tensors that share a message. One tensor without sharing is in its own order; else values are permuted."""
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        weights: Sequence[Tensor],
+        code: Code,
+        parametrization: str,
+        kl_block_weights: int,
+        number: int,
+    ) -> None:
+        super().__init__()
+        self.members, self.code, self.number = tuple(members), code, number
+        block_weights = kl_block_weights if code.overlap_bits else code.step_weights
+        block_kl_nats = block_weights * code.bits_per_weight * math.log(2)
+        # Of coding: candidates and windows chosen so far, and the scales as the file holds them.
+        self.coded: Tensor | None
+        self.is_coded: Tensor | None
+        self.states: Tensor | None
+        self.fixed_scales: Tensor | None
+        for name in ("coded", "is_coded", "states", "fixed_scales"):
+            self.register_buffer(name, None)
+        self.is_permuted = len(members) > 1 or members[0].sharing.kind != "none"
+        self._place_members()
+        values = [_shared_values(w, m.sharing, code.seed, i) for i, (m, w) in enumerate(zip(members, weights, strict=True))]
+        scale = torch.stack([_initial_scale(v, block_kl_nats / block_weights) for v in values])
+        in_order = torch.cat(values)[self.order] if self.is_permuted else values[0]
+        self.log_scales = nn.Parameter(scale.log() / RATE)
+        make = POSTERIORS[parametrization]
+        self.posterior = make(in_order, self.value_log_scales().detach().exp(), block_weights, block_kl_nats)
+
+    def _place_members(self) -> None:
+        """Buffers that say which value of the stream, with which sign, every weight takes."""
+        sizes = torch.tensor([m.sharing.n_values for m in self.members])
+        self.n_values = int(sizes.sum())
+        if not self.is_permuted:
+            return
+        order = permutation(self.n_values, self.code)
+        place_of = torch.empty_like(order).index_copy_(0, order, torch.arange(self.n_values))
+        owner = torch.arange(len(self.members)).repeat_interleave(sizes)
+        # order[i] is the value, counted member after member, that stream element i stands for.
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("owner", owner[order], persistent=False)
+        first = 0
+        for i, member in enumerate(self.members):
+            values, signs = member.sharing.places(self.code.seed, i)
+            self.register_buffer(f"place_{i}", place_of[first + values], persistent=False)
+            self.register_buffer(f"sign_{i}", signs, persistent=False)
+            first += member.sharing.n_values
+
+    def scales(self) -> Tensor:
+        """The prior's scale of every member, `[members]`; exact once it is fixed."""
+        return (RATE * self.log_scales).exp() if self.fixed_scales is None else self.fixed_scales
+
+    def by_value(self, of_members: Tensor) -> Tensor:
+        """`[members]` → `[n]` in stream order, or `[1]` if there is one member."""
+        return of_members.index_select(0, self.owner) if self.is_permuted else of_members
+
+    def value_log_scales(self) -> Tensor:
+        """log ρ of every value in stream order, `[n]` or `[1]`."""
+        log_scales = RATE * self.log_scales if self.fixed_scales is None else self.fixed_scales.log()
+        return self.by_value(log_scales)
+
+    @torch.no_grad()
+    def begin_coding(self) -> None:
+        """Round the scales as the file holds them, and fix them: what is coded depends on them."""
+        if self.coded is None:
+            self.fixed_scales = rounded_scales(self.scales().detach())
+            self.log_scales.requires_grad_(False)
+            self.coded = self.log_scales.new_zeros(self.n_values)
+            self.is_coded = torch.zeros_like(self.coded, dtype=torch.bool)
+            self.states = torch.zeros(self.code.steps(self.n_values), dtype=torch.int32)
+
+    def draw(self, seed: Tensor) -> Tensor:
+        """Values in stream order: a draw of the posterior, or what is coded."""
+        if not self.is_permuted:
+            return self._with_coded(self.posterior.draw(self.value_log_scales()[0], seed, self.number))
+        values = self.posterior.draw(self.log_scales.new_zeros(()), seed, self.number)
+        return self._with_coded(values * self.by_value(self.scales()) if self.posterior.standardized else values)
+
+    def mean(self) -> Tensor:
+        """The posterior's mean, or what is coded, in stream order; without gradients."""
+        with torch.no_grad():
+            mean = self.posterior.moments(self.value_log_scales())[0]
+            return self._with_coded(mean * self.by_value(self.scales()))
+
+    def _with_coded(self, values: Tensor) -> Tensor:
+        if self.is_coded is None or self.coded is None:
+            return values
+        return torch.where(self.is_coded, self.coded * self.by_value(self.scales()), values)
+
+    def weight(self, values: Tensor, number: int) -> Tensor:
+        """One member's weights in their shape and dtype, from the stream's values."""
+        member = self.members[number]
+        if self.is_permuted:
+            values = expand(values, getattr(self, f"place_{number}"), getattr(self, f"sign_{number}"))
+        return values.view(member.shape).to(member.dtype)
+
+    def kl_nats(self) -> Tensor:
+        """KL of every block, `[blocks]`."""
+        return self.posterior.kl_nats(self.value_log_scales())
+
+    def cost(self) -> Cost:
+        """What encoders minimize, of every value in stream order."""
+        mean, variance = (x.cpu() for x in self.posterior.moments(self.value_log_scales()))
+        one = torch.ones(1)
+        return importance_cost(Posterior(mean, variance.clamp(min=1e-12)), Prior(torch.zeros(1), one))
+
+
+def _shared_values(weights: Tensor, sharing: Sharing, seed: int, number: int) -> Tensor:
+    """The values whose sharing comes nearest to given weights: means over all weights that take them."""
+    flat = weights.detach().float().flatten()
+    if sharing.kind == "none":
+        return flat
+    places, signs = (x.to(flat.device) for x in sharing.places(seed, number))
+    sums = flat.new_zeros(sharing.n_values).index_add_(0, places, flat * signs)
+    mean = sums / flat.new_zeros(sharing.n_values).index_add_(0, places, torch.ones_like(flat))
+    # Means of unrelated weights are too small by the root of their number: keep the size of the weights.
+    power = mean.square().mean().sqrt()
+    return mean * (flat.square().mean().sqrt() / power) if float(power) > 0 else mean
+
+
+def _initial_scale(values: Tensor, kl_nats_per_weight: float) -> Tensor:
+    """√(1 - D) of the size of the weights; some size where all are 0, as biases are."""
+    power = values.square().mean()
+    scale = (test_channel_share(kl_nats_per_weight) * power).sqrt()
+    return torch.where(power > 0, scale, 0.01)
