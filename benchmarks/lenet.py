@@ -8,24 +8,22 @@ the end. Every run is one file in results/lenet/.
 """
 
 import argparse
+import copy
 import gzip
 import json
+import statistics
 import time
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from record import RESULTS
+from record import DATA, RESULTS, record
 from torch import Tensor, nn
 
-
-from miracle_hub.training.coder import CodingOptions, code_model
-from miracle_hub.training.config import VariationalConfig
-from miracle_hub.training.convert import make_variational
+import miracle_hub
 from miracle_hub.training.variational import variational_of
 
-DATA = Path(__file__).parents[2] / "shared" / "data" / "mnist"
 VALIDATION = 5000
 
 
@@ -45,7 +43,10 @@ class LeNet5(nn.Module):
 
 def mnist(split: str) -> tuple[Tensor, Tensor]:
     """Images, float32 around 0 in channels-last memory, and labels."""
-    images, labels = (gzip.open(DATA / f"{split}-{what}-ubyte.gz").read() for what in ("images-idx3", "labels-idx1"))
+    images, labels = (
+        gzip.open(DATA / "mnist" / f"{split}-{what}-ubyte.gz").read()
+        for what in ("images-idx3", "labels-idx1")
+    )
     x = torch.from_numpy(np.frombuffer(images, np.uint8, offset=16).reshape(-1, 1, 28, 28).copy())
     y = torch.from_numpy(np.frombuffer(labels, np.uint8, offset=8).astype(np.int64))
     return x, y
@@ -60,7 +61,10 @@ def error(model: nn.Module, x: Tensor, y: Tensor) -> float:
     """Percent of wrong answers, in float32."""
     was_training = model.training
     model.eval()
-    wrong = sum(int((model(normalized(a)).argmax(1) != b).sum()) for a, b in zip(x.split(1000), y.split(1000), strict=True))
+    wrong = sum(
+        int((model(normalized(a)).argmax(1) != b).sum())
+        for a, b in zip(x.split(1000), y.split(1000), strict=True)
+    )
     model.train(was_training)
     return 100 * wrong / len(y)
 
@@ -100,7 +104,7 @@ class Run:
         running = 0.0
         for step in range(a.steps):
             for group in optimizer.param_groups:
-                group["lr"] = a.lr * min(1.0, max(0.02, 2 * (1 - step / a.steps)))
+                group["lr"] = a.lr * min(1.0, max(0.02, (1 - step / a.steps) / (1 - a.hold)))
             loss = self.loss(step)
             optimizer.zero_grad()
             (loss + variational.penalty()).backward()
@@ -112,14 +116,19 @@ class Run:
         self.seconds["fit"] = time.monotonic() - started
 
     def note(self, step: int, loss: float) -> None:
-        row = dict(step=step, loss=round(loss, 4), validation=self.validation(), kl_bits=variational_of(self.model).kl_bits())
+        row = dict(
+            step=step,
+            loss=round(loss, 4),
+            validation=self.validation(),
+            kl_bits=variational_of(self.model).kl_bits(),
+        )
         self.curve.append(row)
         print(json.dumps(row), flush=True)
 
     def code(self) -> list[dict]:
         a, started = self.a, time.monotonic()
-        options = CodingOptions(a.groups, a.refit, a.refit_lr, a.order)
-        journal = code_model(
+        options = miracle_hub.CodingOptions(a.groups, a.refit, a.refit_lr, a.order)
+        journal = miracle_hub.code_model(
             self.model, lambda i: self.loss(i, 1), options=options, validate=self.validation, progress=False
         )
         self.seconds["code"] = time.monotonic() - started
@@ -139,6 +148,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--steps", type=int, default=30_000)
     p.add_argument("--batch", type=int, default=32)
     p.add_argument("--lr", type=float, default=1.5e-3)
+    p.add_argument("--hold", type=float, default=0.5)
     p.add_argument("--beta-rate", type=float, default=5e-5)
     p.add_argument("--groups", type=int, default=80)
     p.add_argument("--refit", type=int, default=150)
@@ -147,29 +157,91 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--every", type=int, default=2000)
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--bfloat16", type=int, default=1)
+    p.add_argument("--sharing", default="hash")
     p.add_argument("--name", default="")
+    p.add_argument("--report", action="store_true")
     return p.parse_args()
+
+
+def pruned(model: nn.Module, share: float) -> nn.Module:
+    """A copy without the smallest weights of every tensor."""
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            limit = parameter.abs().flatten().kthvalue(max(1, int(share * parameter.numel()))).values
+            parameter.mul_(parameter.abs() > limit)
+    return twin
+
+
+def config_of(a: argparse.Namespace) -> dict[str, Any]:
+    return dict(
+        bits=a.bits, streams="network", parametrization=a.parametrization, code=a.code,
+        window_bits=a.window_bits, kl_block_weights=a.kl_block, beta_rate=a.beta_rate, seed=a.seed,
+        sharing={"conv2.weight": a.conv2, "fc1.weight": a.fc1}, sharing_kind=a.sharing,
+    )  # fmt: skip
+
+
+def one(a: argparse.Namespace) -> None:
+    """Fit, code, save, load into a new network, and test that."""
+    run = Run(a)
+    miracle_hub.make_variational(run.model, **config_of(a))
+    stream = variational_of(run.model).streams[0]
+    print(stream.code, stream.n_values, stream.code.message_bits(stream.n_values), flush=True)
+    run.fit()
+    before = run.curve[-1]["validation"]
+    rows = run.code()
+    name = a.name or f"{a.parametrization}-{a.bits}-{a.seed}"
+    path = RESULTS / "lenet" / f"{name}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    n_bytes = miracle_hub.save(run.model, path)
+    loaded = miracle_hub.load(path, LeNet5()).to(memory_format=torch.channels_last)
+    x, y = mnist("t10k")
+    found = {
+        "test_error": error(loaded, x, y),
+        "validation_error": error(loaded, run.x[run.held], run.y[run.held]),
+        "validation_error_before_coding": before,
+        "file_bytes": n_bytes,
+        "message_bits": stream.code.message_bits(stream.n_values),
+        "values": stream.n_values,
+        "seconds": run.seconds,
+        "pruned": {share: error(pruned(loaded, share / 100), x, y) for share in range(10, 70, 10)},
+        "curve": run.curve,
+        "coding": rows,
+        "options": vars(a),
+    }
+    record(f"lenet/{name}", found)
+    print(json.dumps({key: found[key] for key in list(found)[:8]}), flush=True)
+
+
+def report() -> None:
+    """Means and spreads over seeds of all runs in results/lenet/ → results/lenet.json."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for path in sorted((RESULTS / "lenet").glob("*.json")):
+        found = json.loads(path.read_text())["results"]
+        groups.setdefault((found["options"]["parametrization"], found["options"]["bits"]), []).append(found)
+    rows = []
+    for (parametrization, bits), runs in groups.items():
+        errors = [run["test_error"] for run in runs]
+        rows.append(
+            {
+                "parametrization": parametrization,
+                "bits": bits,
+                "seeds": [run["options"]["seed"] for run in runs],
+                "test_errors": errors,
+                "test_error": statistics.mean(errors),
+                "message_bits": max(run["message_bits"] for run in runs),
+                "file_bytes": max(run["file_bytes"] for run in runs),
+                "minutes": statistics.mean(sum(run["seconds"].values()) for run in runs) / 60,
+                "pruned": {s: statistics.mean(r["pruned"][s] for r in runs) for s in runs[0]["pruned"]},
+            }
+        )
+    record("lenet", rows)
 
 
 def main() -> None:
     a = arguments()
     torch.set_num_threads(a.threads)
-    run = Run(a)
-    config = VariationalConfig(
-        bits=a.bits, streams="network", parametrization=a.parametrization, code=a.code, window_bits=a.window_bits,
-        kl_block_weights=a.kl_block, sharing={"conv2.weight": a.conv2, "fc1.weight": a.fc1}, seed=a.seed,
-        beta_rate=a.beta_rate,
-    )  # fmt: skip
-    make_variational(run.model, config)
-    stream = variational_of(run.model).streams[0]
-    print(stream.code, stream.n_values, stream.code.message_bits(stream.n_values), flush=True)
-    run.fit()
-    rows = run.code()
-    path = RESULTS / "lenet" / f"{a.name or f'{a.parametrization}-{a.bits}-{a.seed}'}.safetensors"
-    path.parent.mkdir(exist_ok=True)
-    validation = run.validation()
-    test = error(run.model, *mnist("t10k"))
-    print(json.dumps(dict(validation=validation, test=test, seconds=run.seconds, rows=rows[::10])), flush=True)
+    report() if a.report else one(a)
 
 
 if __name__ == "__main__":

@@ -13,30 +13,78 @@ if TYPE_CHECKING:
     from miracle_hub.hub.api import decompress as decompress
     from miracle_hub.hub.api import inspect as inspect
     from miracle_hub.hub.api import load_state_dict as load_state_dict
+    from miracle_hub.hub.mixin import MiracleHubMixin as MiracleHubMixin
     from miracle_hub.hub.quantizer import MiracleConfig as MiracleConfig
+    from miracle_hub.hub.trainer import MiracleTrainer as MiracleTrainer
+    from miracle_hub.hub.variational import compress_model as compress_model
+    from miracle_hub.hub.variational import load as load
+    from miracle_hub.hub.variational import make_variational as make_variational
+    from miracle_hub.hub.variational import save as save
+    from miracle_hub.training.coder import CodingOptions as CodingOptions
+    from miracle_hub.training.coder import code_model as code_model
+    from miracle_hub.training.config import VariationalConfig as VariationalConfig
+    from miracle_hub.training.convert import posterior_mean as posterior_mean
+    from miracle_hub.training.convert import posterior_samples as posterior_samples
+    from miracle_hub.training.convert import remove_variational as remove_variational
+    from miracle_hub.training.journal import Journal as Journal
+    from miracle_hub.training.resume import Checkpoint as Checkpoint
+    from miracle_hub.training.variational import anneal as anneal
+    from miracle_hub.training.variational import kl_penalty as kl_penalty
 
 __all__ = [
+    "Checkpoint",
     "Code",
+    "CodingOptions",
     "Inspection",
+    "Journal",
     "MiracleConfig",
+    "MiracleHubMixin",
+    "MiracleTrainer",
     "Report",
+    "VariationalConfig",
+    "anneal",
+    "code_model",
     "compress",
+    "compress_model",
     "decompress",
     "inspect",
+    "kl_penalty",
+    "load",
     "load_state_dict",
+    "make_variational",
+    "posterior_mean",
+    "posterior_samples",
+    "remove_variational",
+    "save",
 ]
 __version__ = "0.1.0"
 
 # Imported on first use: transformers imports this package for everybody who has it installed, and
 # numba alone takes half a second.
 _HOMES = {
+    "Checkpoint": "miracle_hub.training.resume",
+    "CodingOptions": "miracle_hub.training.coder",
     "Inspection": "miracle_hub.codec.inspection",
+    "Journal": "miracle_hub.training.journal",
     "MiracleConfig": "miracle_hub.hub.quantizer",
+    "MiracleHubMixin": "miracle_hub.hub.mixin",
+    "MiracleTrainer": "miracle_hub.hub.trainer",
     "Report": "miracle_hub.codec.compress",
+    "VariationalConfig": "miracle_hub.training.config",
+    "anneal": "miracle_hub.training.variational",
+    "code_model": "miracle_hub.training.coder",
     "compress": "miracle_hub.hub.api",
+    "compress_model": "miracle_hub.hub.variational",
     "decompress": "miracle_hub.hub.api",
     "inspect": "miracle_hub.hub.api",
+    "kl_penalty": "miracle_hub.training.variational",
+    "load": "miracle_hub.hub.variational",
     "load_state_dict": "miracle_hub.hub.api",
+    "make_variational": "miracle_hub.hub.variational",
+    "posterior_mean": "miracle_hub.training.convert",
+    "posterior_samples": "miracle_hub.training.convert",
+    "remove_variational": "miracle_hub.training.convert",
+    "save": "miracle_hub.hub.variational",
 }
 
 

@@ -5,6 +5,7 @@
     │   ├── MissingWeightsError          no safetensors file where one was expected
     │   ├── PickleRefusedError           weights exist only as pickle
     │   └── NonFiniteWeightError         NaN or infinity in a tensor
+    ├── DataError (ValueError)           training data without what the task needs
     ├── BudgetError (ValueError)         a size or rate that cannot be met
     ├── OptionError (ValueError)         a code, order or rotation that cannot exist
     ├── BackendError (RuntimeError)      a backend that cannot run here, or not this
@@ -38,6 +39,10 @@ class PickleRefusedError(SourceError):
 
 class NonFiniteWeightError(SourceError):
     """A tensor holds NaN or infinity."""
+
+
+class DataError(MiracleError, ValueError):
+    """Training data cannot be read, or lack what the task needs."""
 
 
 class BudgetError(MiracleError, ValueError):

@@ -18,10 +18,11 @@ ALLOWED = {
     "format": {"format", "config", "errors"},
     "coding": {"coding", "config", "errors"},
     "codec": {"codec", "coding", "format", "config", "errors"},
-    "hub": {"hub", "codec", "coding", "format", "config", "errors"},
-    "cli": {"", "hub", "codec", "config", "errors"},
+    "training": {"training", "coding", "config", "errors"},
+    "hub": {"hub", "training", "codec", "coding", "format", "config", "errors"},
+    "cli": {"", "hub", "training", "codec", "config", "errors"},
     "_autoload": {"hub"},
-    "__init__": {"_autoload", "hub", "codec", "config"},
+    "__init__": {"_autoload", "hub", "training", "codec", "config"},
 }
 # Who alone may import a third party.
 HOMES = {
@@ -32,7 +33,9 @@ HOMES = {
     "miracle_kernels": {"coding"},
     "numba": {"coding"},
     "llvmlite": {"coding"},
-    "safetensors": {"format", "codec"},
+    "safetensors": {"format", "codec", "training"},
+    "matplotlib": {"training"},
+    "datasets": {"hub"},
     "triton": set(),
     "pickle": set(),
 }

@@ -95,20 +95,15 @@ def compress_folder(
         copied = _copy_companions(source, temporary, weights)
         plans = _plan(weights, width, excluded, payloads or {})
         n_weights = sum(plan.source.n_weights for plan in plans.values()) + copied.n_weights
-        if bits_per_weight is None and size is None:
-            plans = {name: _left_plain(plan) for name, plan in plans.items()}
-            choices: dict[str, Choice] = {}
-        else:
-            samples = _survey(plans, chosen)
-            measure_options(samples, window_bits, seed, chosen)
-            target = parse_size(size) if size is not None else _bytes_of(bits_per_weight, n_weights)
-            choices = meet_budget(plans, samples, Budget(target, copied.n_bytes, n_weights, shard_bytes))
+        target = _target_bytes(bits_per_weight, size, n_weights)
+        budget = None if target is None else Budget(target, copied.n_bytes, n_weights, shard_bytes)
+        choices = _choices(plans, budget, window_bits, seed, chosen)
         files = lay_out(plans, choices, shard_bytes)
         digest = _write(temporary, files, plans, choices, chosen, progress)
-        sizes = [sum(path.stat().st_size for path in weights), total_bytes(files)]
-        dense_bytes, n_bytes = (n + copied.n_bytes for n in sizes)
-        facts = (8 * n_bytes / n_weights, time.monotonic() - started, digest, chosen.name)
-        report = Report(dense_bytes, n_bytes, n_weights, *facts)
+        dense_bytes = sum(path.stat().st_size for path in weights) + copied.n_bytes
+        n_bytes, seconds = total_bytes(files) + copied.n_bytes, time.monotonic() - started
+        facts = (n_weights, 8 * n_bytes / n_weights, seconds, digest, chosen.name)
+        report = Report(dense_bytes, n_bytes, *facts)
         _write_config(source, temporary, report, excluded, seed, _main_dtype(plans))
         if card is not None:
             with writing(temporary / "README.md"):
@@ -125,7 +120,11 @@ class _Copied:
 
 
 def _check_options(
-    bits_per_weight: float | None, size: str | int | None, window_bits: int, rotation: int, has_payloads: bool
+    bits_per_weight: float | None,
+    size: str | int | None,
+    window_bits: int,
+    rotation: int,
+    has_payloads: bool,
 ) -> None:
     is_neither = bits_per_weight is None and size is None
     if (bits_per_weight is None) == (size is None) and not (is_neither and has_payloads):
@@ -142,6 +141,13 @@ def _check_options(
             f"rotation: expected a power of two up to {1 << MAX_WIDTH_LOG2}, found {rotation}; "
             f"{DEFAULT_WIDTH} suits most models, 1 is none"
         )
+
+
+def _target_bytes(bits_per_weight: float | None, size: str | int | None, n_weights: int) -> int | None:
+    """Bytes of the whole files; None where no budget is given."""
+    if bits_per_weight is None and size is None:
+        return None
+    return parse_size(size) if size is not None else _bytes_of(bits_per_weight, n_weights)
 
 
 def _bytes_of(bits_per_weight: float | None, n_weights: int) -> int:
@@ -200,8 +206,8 @@ def _plan(
             plans[tensor.name] = mark_narrowed(plan_tensor(tensor, rotation, excluded))
     if missing := sorted(set(payloads) - set(plans)):
         raise SourceError(
-            f"payloads: expected those of tensors of the source, found one of {missing[0]!r}, which it has not; it "
-            f"has {', '.join(sorted(plans)[:4])}, …"
+            f"payloads: expected those of tensors of the source, found one of {missing[0]!r}, which it has not; "
+            f"it has {', '.join(sorted(plans)[:4])}, …"
         )
     return plans
 
@@ -227,6 +233,18 @@ def _survey(plans: dict[str, TensorPlan], backend: Backend) -> list[Sample]:
             f"expected at least one tensor to compress, found none ({found}); keep this model as it is"
         )
     return samples
+
+
+def _choices(
+    plans: dict[str, TensorPlan], budget: Budget | None, window_bits: int, seed: int, backend: Backend
+) -> dict[str, Choice]:
+    """How every tensor that is left to code is coded; without a budget none is."""
+    if budget is None:
+        plans.update({name: _left_plain(plan) for name, plan in plans.items()})
+        return {}
+    samples = _survey(plans, backend)
+    measure_options(samples, window_bits, seed, backend)
+    return meet_budget(plans, samples, budget)
 
 
 def _load_finite(plan: TensorPlan) -> Tensor:

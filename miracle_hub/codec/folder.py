@@ -22,7 +22,7 @@ def output_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         OutputWriteError: the parent cannot be written.
     """
     out = Path(os.path.abspath(out))
-    _refuse_existing(out, overwrite)
+    refuse_existing(out, overwrite)
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
@@ -51,7 +51,11 @@ def refuse_overlap(source: Path, out: Path) -> None:
         )
 
 
-def _refuse_existing(out: Path, overwrite: bool) -> None:
+def refuse_existing(out: Path, overwrite: bool) -> None:
+    """
+    Raises:
+        OutputExistsError: `out` exists and `overwrite` is false.
+    """
     if os.path.lexists(out) and not overwrite:
         raise OutputExistsError(
             f"{out}: the output folder exists; choose another, or pass --overwrite (overwrite=True) "
@@ -67,7 +71,7 @@ def _umask() -> int:
 
 def _move_into_place(temporary: Path, out: Path, overwrite: bool) -> None:
     """Rename; what was there before is set aside first and deleted last."""
-    _refuse_existing(out, overwrite)
+    refuse_existing(out, overwrite)
     aside = temporary.with_suffix(".old")
     if os.path.lexists(out):
         os.rename(out, aside)

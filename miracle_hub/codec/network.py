@@ -14,13 +14,15 @@ from miracle_hub.coding.digest import digest
 from miracle_hub.coding.order import permutation
 from miracle_hub.coding.sharing import KINDS, Sharing
 from miracle_hub.errors import ChecksumError, FormatError
-from miracle_hub.format.container import Entry, opened, write_file
-from miracle_hub.format.network import NetworkHeader, TensorSpec, decode_network, encode_network, is_network
+from miracle_hub.format.container import Entry, opened, write_file, writing
+from miracle_hub.format.network import NetworkHeader, TensorSpec, decode_network, encode_network
 
 STREAM = "miracle"  # the name of the stream's entry
 
 
-def encode_stream_entry(header: NetworkHeader, scales: Tensor, message: Tensor) -> tuple[bytes, dict[str, Tensor]]:
+def encode_stream_entry(
+    header: NetworkHeader, scales: Tensor, message: Tensor
+) -> tuple[bytes, dict[str, Tensor]]:
     """The bytes of a network's stream with the digest of its weights, and those weights, float32.
 
     Args:
@@ -51,8 +53,8 @@ def decode_stream_entry(data: bytes, tensors: tuple[TensorSpec, ...], where: str
     weights = _weights(header, scales, torch.frombuffer(bytearray(raw_message), dtype=torch.uint8))
     if (found := _digest(weights)) != header.digest:
         raise ChecksumError(
-            f"{where}: the decoded weights have digest {found:016x}, the header promises {header.digest:016x}; the "
-            "file is damaged: download it again"
+            f"{where}: the decoded weights have digest {found:016x}, the header promises {header.digest:016x}"
+            "; the file is damaged: download it again"
         )
     return {t.name: weights[t.name].to(TORCH_DTYPES[t.dtype]) for t in header.tensors}
 
@@ -86,7 +88,8 @@ def spec_of(name: str, tensor: Tensor, sharing: Sharing | None = None) -> Tensor
     """
     if tensor.dtype not in DTYPE_NAMES:
         raise FormatError(
-            f"{name}: expected one of {', '.join(TORCH_DTYPES)}, found {tensor.dtype}; cast the module to one of them"
+            f"{name}: expected one of {', '.join(TORCH_DTYPES)}, found {tensor.dtype}; cast the module to "
+            "one of them"
         )
     kind, n_values = (KINDS.index(sharing.kind), sharing.n_values) if sharing else (0, tensor.numel())
     return TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), kind, n_values)
@@ -96,11 +99,15 @@ def write_network(path: Path, coded: Mapping[str, bytes], plain: Mapping[str, Te
     """One safetensors file of coded entries and plain tensors.
 
     Raises:
+        FormatError: a plain tensor has the stream's name, or a dtype that safetensors has not.
         OutputWriteError: the file cannot be written; none is left half-written under its name.
     """
+    if STREAM in plain:
+        raise FormatError(f"{STREAM}: this name is that of the stream; give the module's tensor another one")
     raw = {name: raw_bytes(tensor.detach().cpu()) for name, tensor in plain.items()}
     entries = [
-        Entry(name, safetensors_dtype(plain[name]), tuple(plain[name].shape), len(data)) for name, data in raw.items()
+        Entry(name, _safetensors_dtype(name, plain[name]), tuple(plain[name].shape), len(data))
+        for name, data in raw.items()
     ]
     # Widest first, so that every tensor is aligned.
     entries.sort(key=lambda entry: (-plain[entry.name].element_size(), entry.name))
@@ -109,7 +116,8 @@ def write_network(path: Path, coded: Mapping[str, bytes], plain: Mapping[str, Te
     partial = path.with_name(f".{path.name}.partial")
     try:
         write_file(partial, entries, {}, lambda entry: everything[entry.name])
-        partial.replace(path)
+        with writing(path):
+            partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -123,19 +131,16 @@ def read_network(path: Path) -> tuple[bytes | None, dict[str, Tensor]]:
     """
     with opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    stream = tensors.get(STREAM)
-    if stream is None or stream.dtype != torch.uint8 or not is_network(raw_bytes(stream)[:4]):
-        return None, tensors
-    del tensors[STREAM]
-    return raw_bytes(stream), tensors
+    stream = tensors.pop(STREAM, None)
+    return None if stream is None else raw_bytes(stream), tensors
 
 
-def safetensors_dtype(tensor: Tensor) -> str:
-    """A dtype as safetensors spells it."""
+def _safetensors_dtype(name: str, tensor: Tensor) -> str:
     names = {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
     names |= {torch.bool: "BOOL", **DTYPE_NAMES}
     if tensor.dtype not in names:
         raise FormatError(
-            f"a buffer: expected one of {', '.join(names.values())}, found {tensor.dtype}; make it not persistent"
+            f"{name}: expected one of {', '.join(names.values())}, found {tensor.dtype}; cast it, or make it "
+            "a buffer that is not persistent"
         )
     return names[tensor.dtype]

@@ -127,7 +127,9 @@ def encode_tensor(
     return encode_payload(replace(header, digest=digest, relative_error=error), _body(parts))
 
 
-def payload_of_stream(shape: tuple[int, ...], dtype: torch.dtype, code: Code, scale: Tensor, message: Tensor) -> bytes:
+def payload_of_stream(
+    shape: tuple[int, ...], dtype: torch.dtype, code: Code, scale: Tensor, message: Tensor
+) -> bytes:
     """The payload of a tensor whose weights, in their own order, are a message times one scale.
 
     Args:

@@ -47,9 +47,10 @@ def draw_mean_kl(
     Source: the idea is Lin et al. 2023 (arXiv:2307.07816); the formulas are derived here.
     """
     if tau.is_cuda:
-        ops = torch.ops.miracle_kernels
-        numbers = (block_kl_nats, block_weights, int(seed), stream_id, torch.float32)
-        return ops.reparameterize_mean_kl(rate * tau, rate * alpha, quantiles_on(tau.device), log_scale, None, *numbers)
+        from miracle_kernels import reparameterize_mean_kl
+
+        parameters = (rate * tau, rate * alpha, quantiles_on(tau.device), log_scale)
+        return reparameterize_mean_kl(*parameters, None, block_kl_nats, block_weights, int(seed), stream_id)
     w, shared = torch.empty_like(tau), _blocks(log_scale, block_kl_nats, block_weights, seed, stream_id)
     arrays = tau.numpy(), alpha.numpy(), np.float32(rate)
     in_threads(
@@ -73,11 +74,11 @@ def draw_mean_kl_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of tau, alpha and log_scale from that of w."""
     if tau.is_cuda:
-        ops = torch.ops.miracle_kernels
-        numbers = (block_kl_nats, block_weights, int(seed), stream_id)
+        from miracle_kernels.reparameterize_mean_kl import reparameterize_mean_kl_backward
+
         parameters = (rate * tau, rate * alpha, quantiles_on(tau.device), log_scale)
-        by_tau, by_alpha, by_scale = ops.reparameterize_mean_kl_backward(
-            grad_w.contiguous(), *parameters, *numbers
+        by_tau, by_alpha, by_scale = reparameterize_mean_kl_backward(
+            grad_w.contiguous(), *parameters, block_kl_nats, block_weights, int(seed), stream_id
         )
         return by_tau.mul_(rate), by_alpha.mul_(rate), by_scale
     grad_tau, grad_alpha = torch.empty_like(tau), torch.empty_like(tau)
@@ -86,9 +87,9 @@ def draw_mean_kl_backward(
     arrays = grad_w.contiguous().numpy(), tau.numpy(), alpha.numpy(), np.float32(rate)
     by_scale = np.zeros(len(tasks))
 
-    def work(number: int, first: int, stop: int) -> None:
-        out = grad_tau.numpy(), grad_alpha.numpy()
-        by_scale[number] = draw_cpu.mean_kl_backward(*arrays, *shared, first, stop, *out)
+    def work(number: int, *task: int) -> None:
+        arguments = (*arrays, *shared, *task, grad_tau.numpy(), grad_alpha.numpy())
+        by_scale[number] = draw_cpu.mean_kl_backward(*arguments)
 
     in_threads(work, [(number, *task) for number, task in enumerate(tasks)])
     return grad_tau, grad_alpha, log_scale.new_tensor(by_scale.sum())
@@ -105,9 +106,10 @@ def draw_mean_var(mean: Tensor, log_std: Tensor, seed: Tensor, stream_id: int) -
     Source: Havasi et al. 2019 (arXiv:1810.00440), section 3.3.
     """
     if mean.is_cuda:
-        zero = mean.new_zeros(())
-        arguments = (mean, log_std, quantiles_on(mean.device), zero, None, int(seed), stream_id, torch.float32)
-        return torch.ops.miracle_kernels.reparameterize(*arguments)[0]
+        from miracle_kernels import reparameterize
+
+        quantiles, zero = quantiles_on(mean.device), mean.new_zeros(())
+        return reparameterize(mean, log_std, quantiles, zero, None, int(seed), stream_id)[0]
     w, key = torch.empty_like(mean), draw_cpu.keys(int(seed), stream_id)
     arrays = mean.numpy(), log_std.numpy(), draw_cpu.table(), key
     in_threads(draw_cpu.mean_var, [(*arrays, *task, w.numpy()) for task in draw_cpu.tasks(mean.numel(), 1)])
@@ -118,9 +120,12 @@ def draw_mean_var(mean: Tensor, log_std: Tensor, seed: Tensor, stream_id: int) -
 def draw_mean_var_backward(grad_w: Tensor, log_std: Tensor, seed: Tensor, stream_id: int) -> Tensor:
     """Gradient of log_std from that of w."""
     if log_std.is_cuda:
-        zero, unused = log_std.new_zeros(()), log_std.new_zeros(())
-        arguments = (grad_w.contiguous(), unused, log_std, log_std, quantiles_on(log_std.device), zero, None)
-        return torch.ops.miracle_kernels.reparameterize_backward(*arguments, int(seed), stream_id)[1]
+        from miracle_kernels.reparameterize import reparameterize_backward
+
+        quantiles, zero = quantiles_on(log_std.device), log_std.new_zeros(())
+        # No gradient comes through the KL, whose own mean is of no account then.
+        arguments = (grad_w.contiguous(), zero, log_std, log_std, quantiles, zero, None, int(seed), stream_id)
+        return reparameterize_backward(*arguments)[1]
     grad_log_std, key = torch.empty_like(log_std), draw_cpu.keys(int(seed), stream_id)
     arrays = grad_w.contiguous().numpy(), log_std.numpy(), draw_cpu.table(), key
     tasks = draw_cpu.tasks(log_std.numel(), 1)

@@ -12,7 +12,7 @@ from miracle_hub.coding.cpu import quantiles_float32
 
 # Elements of noise per chunk: 16 KiB of float32, a whole number of blocks of up to 1,024 weights.
 _CHUNK = 4096
-_DOMAIN = 2  # of the Philox counter: the noise of variational weights 
+_DOMAIN = 2  # of the Philox counter: the noise of variational weights
 _jit = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
 _f4 = np.float32
 
@@ -102,7 +102,7 @@ def _tanh_sech(tau):
 
 @_jit
 def _shares(alpha, rate, block_weights, share):
-    """share = softmax(rate · alpha) over each block; three passes, of which the one with exponentials is long."""
+    """share = softmax(rate · alpha) over each block; exponentials have a pass of their own, which is long."""
     for a in range(0, alpha.shape[0], block_weights):
         b = min(a + block_weights, alpha.shape[0])
         top = alpha[a]

@@ -233,7 +233,7 @@ class _Search:
         return quadratic, linear, offset
 
     def first_node(self, piece: Piece) -> int:
-        """The node that an odd piece must start from: where its left neighbor ended. The first has the entry."""
+        """The node to start from: the entry, or, for an odd piece, the node where its left neighbor ended."""
         if piece.start == 0:
             return self.entry
         if piece.run_start != piece.start:

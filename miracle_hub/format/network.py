@@ -5,16 +5,17 @@
     4       1      format version, 1
     5       4      CRC-32 (zlib's) of everything after this field, little-endian
     9       …      varints (LEB128, unsigned, shortest form): L, k, V, seed, number of tensors, then per
-                   tensor: kind of sharing (0 none, 1 hash, 2 tile) and, unless it is none, the number of values
+                   tensor: kind of sharing (0 none, 1 hash, 2 tile) and, unless it is none, the number of
+                   values
             4      CRC-32 of the lines "name dtype dimension×dimension…" of the tensors, little-endian
             8      digest of the decoded float32 weights, tensor after tensor, little-endian
             2·T    scales of the tensors, bfloat16, little-endian
             …      the message, padded with zero bits to a byte
 
-Names and shapes are those of the module that the file is loaded into: the second CRC-32 says whether it is the
-right one. Stream and candidates are those of payload.py, with stream_id 0. The values of all tensors, one
-tensor after the other, are permuted: stream element i is value p[i], p as in payload.py, over all of them. Weight j of
-a tensor is its scale times the value, with the sign, that coding/sharing.py says.
+Names and shapes are those of the module that the file is loaded into: the second CRC-32 says whether it is
+the right one. Stream and candidates are those of payload.py, with stream_id 0. The values of all tensors, one
+tensor after the other, are permuted: stream element i is value p[i], p as in payload.py, over all of them.
+Weight j of a tensor is its scale times the value, with the sign, that coding/sharing.py says.
 """
 
 import struct
@@ -86,7 +87,9 @@ def encode_network(header: NetworkHeader, scales: bytes, message: bytes) -> byte
     return _FIXED.pack(MAGIC, VERSION, zlib.crc32(rest)) + rest
 
 
-def decode_network(data: bytes, tensors: tuple[TensorSpec, ...], where: str) -> tuple[NetworkHeader, bytes, bytes]:
+def decode_network(
+    data: bytes, tensors: tuple[TensorSpec, ...], where: str
+) -> tuple[NetworkHeader, bytes, bytes]:
     """Header, scales and message of a string, checked against a module and against its own length.
 
     Args:
@@ -105,16 +108,15 @@ def decode_network(data: bytes, tensors: tuple[TensorSpec, ...], where: str) -> 
     n_tensors, position = read_varint(data, position, "a number of tensors", (1, _MAX_TENSORS), where)
     if n_tensors != len(tensors):
         raise FormatError(
-            f"{where}: expected a stream of the module's {len(tensors)} coded tensors, found one of {n_tensors}; "
-            "load it into the module that it was made from"
+            f"{where}: expected a stream of the module's {len(tensors)} coded tensors, found one of "
+            f"{n_tensors}; load it into the module that it was made from"
         )
     found = []
     for tensor in tensors:
         kind, position = read_varint(data, position, f"{tensor.name}: a kind of sharing", (0, 2), where)
-        n_values = tensor.n_weights
+        n_values, what = tensor.n_weights, f"{tensor.name}: a number of values"
         if kind:
-            limits = (1, max(1, tensor.n_weights))
-            n_values, position = read_varint(data, position, f"{tensor.name}: a number of values", limits, where)
+            n_values, position = read_varint(data, position, what, (1, _MAX_VALUES), where)
         found.append(TensorSpec(tensor.name, tensor.dtype, tensor.shape, kind, n_values))
     return _body(data, position, numbers, tuple(found), where)
 
@@ -123,26 +125,46 @@ def _body(
     data: bytes, position: int, numbers: list[int], tensors: tuple[TensorSpec, ...], where: str
 ) -> tuple[NetworkHeader, bytes, bytes]:
     if position + _TRAILER.size > len(data):
-        raise TruncatedPayloadError(f"{where}: byte {position}: the header has no end; download the file again")
-    expected, digest = _TRAILER.unpack_from(data, position)
-    if expected != structure(tensors):
-        raise FormatError(
-            f"{where}: the module's coded tensors have other names, dtypes or shapes than those of the file; load "
-            "it into the module that it was made from"
+        raise TruncatedPayloadError(
+            f"{where}: byte {position}: expected {_TRAILER.size} more bytes of header, found "
+            f"{len(data) - position}; the file is truncated or damaged: download it again"
         )
+    expected, digest = _TRAILER.unpack_from(data, position)
+    _check_tensors(tensors, expected, where)
     try:
         header = NetworkHeader(Code(*numbers), tensors, digest)
     except OptionError as error:
         raise FormatError(f"{where}: expected a possible code, found {error}; the file is damaged") from None
     scales = position + _TRAILER.size
     message = scales + 2 * len(tensors)
-    length = message + header.code.message_bytes(header.n_values) if header.n_values <= _MAX_VALUES else -1
+    length = message + header.code.message_bytes(header.n_values)
     if length != len(data):
         raise TruncatedPayloadError(
-            f"{where}: the header announces {length} bytes, found {len(data)}; the file is truncated or damaged: "
-            "download it again"
+            f"{where}: the header announces {length} bytes, found {len(data)}; the file is truncated or "
+            "damaged: download it again"
         )
     return header, data[scales:message], data[message:]
+
+
+def _check_tensors(tensors: tuple[TensorSpec, ...], expected: int, where: str) -> None:
+    """The module first: sizes that do not fit another one are no damage."""
+    if expected != structure(tensors):
+        raise FormatError(
+            f"{where}: the module's coded tensors have other names, dtypes or shapes than those of the file; "
+            "load it into the module that it was made from"
+        )
+    for tensor in tensors:
+        if tensor.n_values > tensor.n_weights:
+            raise FormatError(
+                f"{where}: {tensor.name}: expected at most {tensor.n_weights} values for its weights, found "
+                f"{tensor.n_values}; the file is damaged: download it again"
+            )
+    total = sum(tensor.n_values for tensor in tensors)
+    if not 1 <= total <= _MAX_VALUES:
+        raise FormatError(
+            f"{where}: expected 1 to {_MAX_VALUES} values in all tensors, found {total}; a stream cannot "
+            "hold this module"
+        )
 
 
 def structure(tensors: tuple[TensorSpec, ...]) -> int:
@@ -151,31 +173,26 @@ def structure(tensors: tuple[TensorSpec, ...]) -> int:
     return zlib.crc32("".join(lines).encode())
 
 
-def is_network(data: bytes) -> bool:
-    """Whether bytes start like a network's stream of any version."""
-    return data[:4] == MAGIC
-
-
 def _check_start(data: bytes, where: str) -> None:
     if len(data) < _FIXED.size + _TRAILER.size:
         raise TruncatedPayloadError(
-            f"{where}: a network's stream has at least {_FIXED.size + _TRAILER.size} bytes, found {len(data)}; the "
-            "file is truncated: download it again"
+            f"{where}: a network's stream has at least {_FIXED.size + _TRAILER.size} bytes, found "
+            f"{len(data)}; the file is truncated: download it again"
         )
     magic, version, crc = _FIXED.unpack_from(data)
     if magic != MAGIC or version < VERSION:
         raise FormatError(
-            f"{where}: byte 0: expected {MAGIC!r} and format version {VERSION}, found {magic!r} and {version}; the "
-            "file is damaged or was not written by miracle-hub"
+            f"{where}: byte 0: expected {MAGIC!r} and format version {VERSION}, found {magic!r} and "
+            f"{version}; the file is damaged or was not written by miracle-hub"
         )
     if version > VERSION:
         raise UnsupportedVersionError(
-            f"{where}: this miracle-hub reads version {VERSION} of networks' streams, found {version}; upgrade: "
-            "pip install -U miracle-hub"
+            f"{where}: this miracle-hub reads version {VERSION} of networks' streams, found {version}; "
+            "upgrade: pip install -U miracle-hub"
         )
     found = zlib.crc32(data[_FIXED.size :])
     if found != crc:
         raise ChecksumError(
-            f"{where}: bytes {_FIXED.size} to {len(data)}: expected CRC-32 {crc:08x}, found {found:08x}; the file is "
-            "truncated or damaged: download it again"
+            f"{where}: bytes {_FIXED.size} to {len(data)}: expected CRC-32 {crc:08x}, found {found:08x}; the "
+            "file is truncated or damaged: download it again"
         )

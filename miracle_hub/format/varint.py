@@ -42,6 +42,6 @@ def read_varint(data: bytes, start: int, what: str, limits: tuple[int, int], whe
 
 def _error(expected: str, found: object, position: int, where: str) -> FormatError:
     return FormatError(
-        f"{where}: byte {position} of the payload header: expected {expected}, found {found}; the file is damaged "
-        "or was not written by miracle-hub"
+        f"{where}: byte {position} of the payload header: expected {expected}, found {found}; the file is "
+        "damaged or was not written by miracle-hub"
     )

@@ -63,7 +63,8 @@ def _from_keywords(options: dict[str, Any]) -> VariationalConfig:
     known = set(VariationalConfig.__dataclass_fields__)
     if unknown := sorted(set(options) - known):
         raise OptionError(
-            f"make_variational: expected options among {', '.join(sorted(known))}, found {unknown[0]!r}; check the spelling"
+            f"make_variational: expected options among {', '.join(sorted(known))}, found {unknown[0]!r}; "
+            "check the spelling"
         )
     return VariationalConfig(**options)
 
@@ -80,7 +81,7 @@ def save(model: nn.Module, path: str | Path) -> int:
     """
     variational, path = variational_of(model), Path(path)
     messages = [message_of(stream) for stream in _streams(variational)]
-    dense = convert.mean(model)
+    dense = convert.posterior_mean(model)
     coded = {member.name for stream in _streams(variational) for member in stream.members}
     entries = _coded_entries(variational, messages)
     plain = {name: t for name, t in _stored(dense).items() if name not in coded}
@@ -88,7 +89,9 @@ def save(model: nn.Module, path: str | Path) -> int:
     again = read_state(path, dense)
     for name, tensor in _stored(dense).items():
         if not torch.equal(again[name].cpu(), tensor.cpu()):
-            raise ChecksumError(f"{path}: {name}: what was written does not decode to the model's weights; report this")
+            raise ChecksumError(
+                f"{path}: {name}: what was written does not decode to the model's weights; report this"
+            )
     return path.stat().st_size
 
 
@@ -115,21 +118,26 @@ def read_state(path: Path, model: nn.Module) -> dict[str, Tensor]:
     expected = _stored(model)
     state: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        is_coded = tensor.dtype == torch.uint8 and tensor.ndim == 1 and is_payload(tensor[:4].numpy().tobytes())
+        is_coded = (
+            tensor.dtype == torch.uint8 and tensor.ndim == 1 and is_payload(tensor[:4].numpy().tobytes())
+        )
         state[name] = decode_payload(tensor, name, rounded=True, backend="cpu")[0] if is_coded else tensor
     if stream is not None:
-        missing = [spec_of(name, t) for name, t in expected.items() if name not in state and t.is_floating_point()]
+        missing = [
+            spec_of(name, t) for name, t in expected.items() if name not in state and t.is_floating_point()
+        ]
         state |= decode_stream_entry(stream, tuple(missing), str(path))
     if set(state) != set(expected):
         raise FormatError(
             f"{path}: expected the tensors of {type(model).__name__}, found one that differs in "
-            f"{', '.join(sorted(set(state) ^ set(expected))[:4])}; load it into the module that it was made from"
+            f"{', '.join(sorted(set(state) ^ set(expected))[:4])}; load it into the module that it was made "
+            "from"
         )
     for name, tensor in expected.items():
         if state[name].shape != tensor.shape:
             raise FormatError(
-                f"{path}: {name}: expected shape {tuple(tensor.shape)}, found {tuple(state[name].shape)}; load it into "
-                "the module that it was made from"
+                f"{path}: {name}: expected shape {tuple(tensor.shape)}, found {tuple(state[name].shape)}; "
+                "load it into the module that it was made from"
             )
     return state
 
@@ -156,16 +164,17 @@ def compress_model(
     variational = variational_of(model)
     if variational.config.streams != "tensor":
         raise OptionError(
-            "streams: expected 'tensor' for a repository, found 'network'; use save and load, or MiracleHubMixin"
+            "streams: expected 'tensor' for a repository, found 'network'; use save and load, or "
+            "MiracleHubMixin"
         )
     messages = [message_of(stream) for stream in _streams(variational)]
     payloads = _coded_entries(variational, messages)
     with tempfile.TemporaryDirectory() as folder:
-        dense: Any = convert.mean(model)
+        dense: Any = convert.posterior_mean(model)
         dense.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        base = getattr(model.config, "_name_or_path", None) or None  # pyright: ignore[reportAttributeAccessIssue]
+        base = getattr(dense.config, "_name_or_path", None) or None
         base = None if base is None or Path(base).exists() else base
         return compress_folder(
             Path(folder), Path(out), payloads=payloads, size=size, bits_per_weight=bits_per_weight,
@@ -181,11 +190,18 @@ def _coded_entries(variational: Variational, messages: list[Tensor]) -> Mapping[
         assert stream.fixed_scales is not None
         scales = stream.fixed_scales.cpu()
         if variational.config.streams == "network":
-            specs = [spec_of(m.name, torch.empty(m.shape, dtype=m.dtype, device="meta"), m.sharing) for m in stream.members]
-            entries[STREAM] = encode_stream_entry(NetworkHeader(stream.code, tuple(specs)), scales, message)[0]
+            specs = [
+                spec_of(m.name, torch.empty(m.shape, dtype=m.dtype, device="meta"), m.sharing)
+                for m in stream.members
+            ]
+            entries[STREAM] = encode_stream_entry(NetworkHeader(stream.code, tuple(specs)), scales, message)[
+                0
+            ]
         else:
             member = stream.members[0]
-            entries[member.name] = payload_of_stream(member.shape, member.dtype, stream.code, scales[0], message)
+            entries[member.name] = payload_of_stream(
+                member.shape, member.dtype, stream.code, scales[0], message
+            )
     return entries
 
 

@@ -47,8 +47,8 @@ class CodingOptions:
             raise OptionError(f"order: expected one of {ORDERS}, found {self.order!r}; choose one of them")
         if self.groups < 1 or self.refit_steps < 0 or not self.learning_rate > 0:
             raise OptionError(
-                "groups, refit_steps, learning_rate: expected at least one group, no negative number of steps "
-                f"and a positive rate, found {self.groups}, {self.refit_steps} and {self.learning_rate}"
+                "groups, refit_steps, learning_rate: expected at least one group, no negative number of "
+                f"steps and a positive rate, found {self.groups}, {self.refit_steps} and {self.learning_rate}"
             )
 
 
@@ -80,13 +80,15 @@ def code_model(
 
     Raises:
         TrainingError: the loss or a gradient is not finite; nothing is changed by that step.
-        OptionError: the checkpoint is that of a run with other options.
+        OptionError: the checkpoint is that of another model, or of a run with other options.
+        FormatError: the checkpoint is damaged.
+        OutputWriteError: the checkpoint or the journal cannot be written.
 
     Source: Havasi et al. 2019, algorithm 2.
     """
+    was_training = model.training
     coder = _Coder(model, loss, options or CodingOptions(), journal or Journal())
-    if checkpoint is not None:
-        coder.resume(checkpoint)
+    coder.start(checkpoint)
     with tqdm(total=coder.n_values, unit="values", unit_scale=True, desc="code", disable=not progress) as bar:
         while not coder.is_done():
             bar.update(coder.n_coded() - bar.n)
@@ -94,6 +96,7 @@ def code_model(
             coder.refit(bar)
         bar.update(coder.n_coded() - bar.n)
     coder.journal.finish()
+    model.train(was_training)
     return coder.journal
 
 
@@ -105,21 +108,28 @@ class _Coder:
     ) -> None:
         self.model, self.loss, self.options, self.journal = model, loss, options, journal
         self.variational: Variational = variational_of(model)
-        self.streams: list[Stream] = list(self.variational.streams)  # pyright: ignore[reportAttributeAccessIssue]
-        for stream in self.streams:
-            stream.begin_coding()
+        self.streams = list(self.variational.streams)
         self.n_values = sum(stream.n_values for stream in self.streams)
         self.selection = self.variational.config.selection
         self.generator = torch.Generator().manual_seed(self.variational.config.seed)
         self.group, self.step, self.last_loss = 0, 0, math.nan
         self.checkpoint: Checkpoint | None = None
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(parameters, lr=options.learning_rate)
+        # Modules that were frozen, as batch norms may be, while the model is trained.
+        self.frozen = [module for module in model.modules() if model.training and not module.training]
 
-    def resume(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint, if there is one."""
+    def start(self, checkpoint: Checkpoint | None) -> None:
+        """Begin, or go on from a checkpoint, if there is one; or from a model that is coded in part."""
         self.checkpoint = checkpoint
-        checkpoint.load(self)
+        saved = None if checkpoint is None else checkpoint.read(self)
+        for stream in self.streams:
+            stream.begin_coding()
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(parameters, lr=self.options.learning_rate)
+        if saved is not None:
+            saved.restore(self)
+        else:
+            share_left = 1 - self.n_coded() / self.n_values
+            self.group = math.floor(self.options.groups * (1 - math.sqrt(share_left)))
 
     def n_coded(self) -> int:
         return sum(int(_flags(stream).sum()) for stream in self.streams)
@@ -145,6 +155,8 @@ class _Coder:
         """Fit what is not coded to what is."""
         steps = 0 if self.loss is None or self.is_done() else self.options.refit_steps
         self.model.train()
+        for module in self.frozen:
+            module.train(False)
         while self.step < steps:
             self._refit_step()
             self.step += 1
@@ -156,17 +168,35 @@ class _Coder:
             self.checkpoint.save_if_due(self, now=self.is_done())
 
     def _refit_step(self) -> None:
+        """One step of the optimizer, or none at all."""
+        own = {id(buffer) for buffer in self.variational.buffers()}
+        buffers = [(b, b.clone()) for b in self.model.buffers() if id(b) not in own]
+        draw_number = self.variational.draw_number.clone()
+        try:
+            self._optimize((self.group - 1) * self.options.refit_steps + self.step)
+        except TrainingError:
+            # A batch norm, for one, has taken the bad batch into its averages.
+            for buffer, before in buffers:
+                buffer.copy_(before)
+            self.variational.draw_number.copy_(draw_number)
+            self.optimizer.zero_grad()
+            if self.checkpoint is not None:
+                self.checkpoint.save(self)
+            raise
+
+    def _optimize(self, number: int) -> None:
         assert self.loss is not None
-        number = (self.group - 1) * self.options.refit_steps + self.step
+        where = f"refit step {number} after group {self.group}"
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.learning_rate * max(0.1, 1 - self.group / self.options.groups)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         loss = self.loss(number)
         total = loss + self.variational.penalty()
-        check_finite(total, f"refit step {number} after group {self.group}")
+        check_finite(total, where)
         total.backward()
-        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        check_finite(torch.stack([g.sum() for g in gradients]).sum(), f"the gradient of refit step {number}")
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        sums = [p.grad.sum(dtype=torch.float32).cpu() for p in parameters if p.grad is not None]
+        check_finite(torch.stack(sums).sum(), where, "gradient")
         self.optimizer.step()
         self.variational.anneal()
         self.last_loss = float(loss.detach())
@@ -177,9 +207,9 @@ class _Coder:
         wanted = math.ceil(self.n_values - self.n_coded() - share_left * self.n_values)
         runs: list[Run] = []
         for stream, steps in self._uncoded():
-            take = max(1, wanted // self.streams[stream].code.step_weights)
-            runs.append(Run(stream, steps[:take].sort().values))
-            wanted -= len(runs[-1].steps) * self.streams[stream].code.step_weights
+            width = self.streams[stream].code.step_weights
+            runs.append(Run(stream, steps[: max(1, -(-wanted // width))].sort().values))
+            wanted -= len(runs[-1].steps) * width
             if wanted <= 0:
                 break
         return runs
@@ -207,29 +237,34 @@ class _Coder:
 
     def _code_run(self, run: Run) -> tuple[float, float]:
         """Encode and fix; returns KL and log importance weight of what was coded, in nats."""
-        stream, cost = self.streams[run.stream], self.streams[run.stream].cost()
-        width, n = stream.code.step_weights, len(run.steps)
-        searched, entry = run.steps, None
-        if stream.code.overlap_bits:
-            first, ahead = int(run.steps[0]), _LOOK_AHEAD_WINDOWS * stream.code.window_bits // stream.code.step_bits
-            stop = min(first + n + ahead, stream.code.steps(stream.n_values))
-            searched = torch.arange(first, stop)
-            states = stream.states
-            assert states is not None
-            entry = int(states[first - 1]) & ((1 << stream.code.overlap_bits) - 1) if first else None
+        stream = self.streams[run.stream]
+        cost, n, width = stream.cost(), len(run.steps), stream.code.step_weights
+        searched, entry = self._search(stream, run.steps)
         values = (searched[:, None] * width + torch.arange(width)).flatten()
         values = values[values < stream.n_values]
-        part = Cost(*(_at(x, values) for x in (cost.quadratic, cost.linear)))
+        part = Cost(*(x[values].contiguous() for x in (cost.quadratic, cost.linear)))
         found = encode_states(part, stream.code, self.selection, self.generator, entry)
         z = decode_stream(pack_states(found, stream.code), stream.code, len(values))[: n * width]
         return self._fix(run, torch.from_numpy(found[:n]), torch.as_tensor(z), values[: n * width])
 
+    def _search(self, stream: Stream, steps: Tensor) -> tuple[Tensor, int | None]:
+        """Steps to search for the best windows of some, and the bits that the first of them begins with."""
+        code, first = stream.code, int(steps[0])
+        if not code.overlap_bits:
+            return steps, None
+        ahead = _LOOK_AHEAD_WINDOWS * code.window_bits // code.step_bits
+        searched = torch.arange(first, min(first + len(steps) + ahead, code.steps(stream.n_values)))
+        if not first:
+            return searched, None
+        assert stream.states is not None
+        return searched, int(stream.states[first - 1]) & ((1 << code.overlap_bits) - 1)
+
     @torch.no_grad()
     def _fix(self, run: Run, states: Tensor, z: Tensor, values: Tensor) -> tuple[float, float]:
         stream = self.streams[run.stream]
-        mean, variance = (x.cpu()[values] for x in stream.posterior.moments(stream.value_log_scales()))
-        log_weight = 0.5 * (z.square() - (z - mean).square() / variance - variance.log()).double().sum()
-        kl = 0.5 * (mean.square() + variance - 1 - variance.log()).double().sum()
+        mean, variance = (x[values].double() for x in stream.moments())
+        log_weight = 0.5 * (z.square() - (z - mean).square() / variance - variance.log()).sum()
+        kl = 0.5 * (mean.square() + variance - 1 - variance.log()).sum()
         assert stream.coded is not None and stream.is_coded is not None and stream.states is not None
         at = values.to(stream.coded.device)
         stream.coded[at], stream.is_coded[at] = z.to(stream.coded.device), True
@@ -245,12 +280,13 @@ def message_of(stream: Stream) -> Tensor:
     """
     if stream.states is None or not bool(_flags(stream).all()):
         raise OptionError(
-            f"{stream.members[0].name}: expected a coded stream, found one that is not; call code_model(model, …) first"
+            f"{stream.members[0].name}: expected a coded stream, found one that is not; call "
+            "code_model(model, …) first"
         )
     return pack_states(stream.states.cpu().long().numpy(), stream.code)
 
 
-def check_finite(value: Tensor, where: str) -> None:
+def check_finite(value: Tensor, where: str, what: str = "loss") -> None:
     """Raise unless a loss is finite.
 
     Raises:
@@ -258,14 +294,9 @@ def check_finite(value: Tensor, where: str) -> None:
     """
     if not math.isfinite(found := float(value.detach())):
         raise TrainingError(
-            f"{where}: expected a finite loss, found {found}; the model is as it was after the step before: lower "
-            "the learning rate, or look at the batch"
+            f"{where}: expected a finite {what}, found {found}; the model is as it was after the step "
+            "before: lower the learning rate, or look at the batch"
         )
-
-
-
-def _at(values: Tensor, at: Tensor) -> Tensor:
-    return (values.expand(int(at.max()) + 1) if values.numel() == 1 else values)[at].contiguous()
 
 
 def _flags(stream: Stream) -> Tensor:

@@ -11,7 +11,7 @@ PARAMETRIZATIONS = ("mean-kl", "mean-var")
 STREAMS = ("tensor", "network")
 CODES = ("sliding", "block")
 SELECTIONS = ("best", "sample")
-# Rates are fractions of this many steps at most: k/V with small k, because windows of L bits remember L/k steps.
+# Rates are fractions k/V with k of this at most, because windows of L bits remember L/k steps.
 _MAX_STEP_BITS = 4
 _MAX_BLOCK_WEIGHTS = 1024  # of the draws' kernels
 
@@ -27,14 +27,14 @@ class VariationalConfig:
             of modules or parameters, or a list of names or ends of names. None means "all" for a network's
             stream and "all-matrices" for streams of tensors.
         exclude_modules: a regular expression or a list, of modules that stay as they are.
-        modules_to_save: a regular expression or a list, of modules that stay as they are, are trained, and are
-            stored as they are.
+        modules_to_save: a regular expression or a list, of modules that stay as they are, are trained, and
+            are stored as they are.
         parametrization: "mean-kl" (the KL is fixed by construction) or "mean-var" (annealed, as published).
         streams: "tensor", one message per tensor, for hub models; "network", one for all, for small networks.
         code: "sliding" (a trellis of overlapping windows) or "block" (MIRACLE as published).
         window_bits: L, also the bits of a block of the block code.
         kl_block_weights: weights that share a KL budget; for the block code it is its own V.
-        sharing: factors by which weights share values, by (end of) parameter name.
+        sharing: factors by which weights share values, by (end of) parameter name; for a network's stream.
         sharing_kind: "hash" or "tile".
         selection: "best" or "sample".
         seed: of candidates, permutation, hash and noise.
@@ -77,12 +77,23 @@ class VariationalConfig:
                 f"kl_block_weights: expected an integer from 1 to {_MAX_BLOCK_WEIGHTS}, found "
                 f"{self.kl_block_weights!r}; 64 to 256 are good values"
             )
-        for name, factor in self.sharing.items():
-            if not factor >= 1:
-                raise OptionError(f"sharing: expected a factor of 1 or more for {name!r}, found {factor!r}")
+        self._check_sharing()
         if not (self.beta > 0 and self.beta_rate > 0):
             raise OptionError(
                 f"beta, beta_rate: expected positive numbers, found {self.beta!r} and {self.beta_rate!r}"
+            )
+
+    def _check_sharing(self) -> None:
+        for name, factor in self.sharing.items():
+            if not isinstance(factor, int | float) or not factor >= 1:
+                raise OptionError(
+                    f"sharing: expected a factor of 1 or more for {name!r}, found {factor!r}; leave out what "
+                    "is not shared"
+                )
+        if self.sharing and self.streams != "network":
+            raise OptionError(
+                "sharing: the file of a tensor cannot say which weights share a value; pass "
+                "streams='network', or do not share"
             )
 
     def _check_budget(self) -> None:
@@ -98,9 +109,14 @@ class VariationalConfig:
                 f"window_bits: expected 1 to {MAX_WINDOW_BITS} bits per block or window, found "
                 f"{self.window_bits!r}; choose another value (12 to 20 are usual)"
             )
-        budget = self.bits_per_weight if self.bits is None else self.bits
-        if not isinstance(budget, int | float) or not 0 < budget < 2**40:
-            raise BudgetError(f"budget: expected a positive number of bits, found {budget!r}; pass more")
+        if self.bits is not None and (not isinstance(self.bits, int) or self.bits < 1):
+            raise BudgetError(f"bits: expected a positive whole number, found {self.bits!r}; pass more")
+        rate = 1.0 if self.bits_per_weight is None else self.bits_per_weight
+        if not isinstance(rate, int | float) or not 0 < rate <= MAX_WINDOW_BITS:
+            raise BudgetError(
+                f"bits_per_weight: expected more than 0 and at most {MAX_WINDOW_BITS}, found {rate!r}; "
+                "choose another value (0.1 to 4 are usual)"
+            )
 
     def code_for(self, n_values: int, where: str) -> Code:
         """The code of a stream, whose message never exceeds the budget.
@@ -108,17 +124,19 @@ class VariationalConfig:
         Raises:
             BudgetError: the budget allows no message.
         """
-        if self.bits is not None:
-            budget = self.bits
-        else:
-            budget = int(self.bits_per_weight * n_values)  # pyright: ignore[reportOptionalOperand]
+        budget = int((self.bits_per_weight or 0) * n_values) if self.bits is None else self.bits
+        if budget > MAX_WINDOW_BITS * n_values:
+            raise BudgetError(
+                f"{where}: {budget} bits for {n_values} values are more than {MAX_WINDOW_BITS} bits for "
+                "each; lower the budget"
+            )
         choose = _block_code if self.code == "block" else _sliding_code
         code = choose(n_values, budget, self.window_bits, self.seed)
         if code is None:
             raise BudgetError(
-                f"{where}: {budget} bits for {n_values} values are less than one {self.code} code of windows of "
-                f"{self.window_bits} bits and at most {MAX_STEP_WEIGHTS} values per step can use; raise the "
-                "budget, share weights, or choose shorter windows"
+                f"{where}: {budget} bits for {n_values} values are less than a {self.code} code with windows "
+                f"of {self.window_bits} bits and at most {MAX_STEP_WEIGHTS} values per step can use; raise "
+                "the budget, share weights, or choose shorter windows"
             )
         return code
 

@@ -1,6 +1,7 @@
-"""A module ⇄ its variational twin, by torch's parametrizations: classes, names and forward stay as they are."""
+"""A module ⇄ its variational twin, by torch's parametrizations: classes, names and forward stay."""
 
 import copy
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +18,19 @@ from miracle_hub.training.variational import ATTRIBUTE, Variational, variational
 class Drawn(nn.Module):
     """The parametrization: a tensor of the draw in use."""
 
-    def __init__(self, variational: Variational, stream: int, member: int) -> None:
+    def __init__(
+        self, variational: Variational, stream: int, member: int, is_first: bool, siblings: tuple[str, ...]
+    ) -> None:
+        """
+        Args:
+            siblings: parameters of the module before, in their order, which is that of files too.
+        """
         super().__init__()
         # The first of them is where the model holds the module; to the others a tuple hides it.
-        if (stream, member) == (0, 0):
+        if is_first:
             self.variational = variational
         self.holder = (variational,)
-        self.stream, self.member = stream, member
+        self.stream, self.member, self.siblings = stream, member, siblings
 
     def forward(self, original: Tensor) -> Tensor:
         return self.holder[0].weight(self.stream, self.member)
@@ -44,11 +51,13 @@ def make_variational(model: nn.Module, config: VariationalConfig) -> nn.Module:
 
     Source: Havasi et al. 2019, section 3.3, with the parametrizations of `posterior`.
     """
-    if hasattr(model, ATTRIBUTE):
-        raise OptionError(
-            f"model: expected one without posteriors, found the attribute {ATTRIBUTE!r} on {type(model).__name__}; "
-            "call remove_variational(model) first"
-        )
+    for name, module in model.named_modules():
+        if isinstance(module, Variational):
+            where = name.partition("parametrizations.")[0].rstrip(".") or type(model).__name__
+            raise OptionError(
+                f"model: expected one without posteriors, found those of {where}; call "
+                "remove_variational(model) first"
+            )
     targets = find_targets(model, config)
     factors = _sharing_factors(targets, config)
     groups = [targets] if config.streams == "network" else [[target] for target in targets]
@@ -57,10 +66,12 @@ def make_variational(model: nn.Module, config: VariationalConfig) -> nn.Module:
         sharings = [_sharing(target, factors[target.name], config) for target in group]
         streams.append(_stream(group, sharings, config, len(streams)))
     variational = Variational(streams, config)
+    is_first = True
     for s, group in enumerate(groups):
         for m, target in enumerate(group):
             for module, name in target.owners:
-                _attach(module, name, Drawn(variational, s, m))
+                _attach(module, name, Drawn(variational, s, m, is_first, tuple(module._parameters)))
+                is_first = False
     setattr(model, ATTRIBUTE, (variational.train(model.training),))
     model.register_forward_pre_hook(_begin_pass)
     return model
@@ -73,67 +84,109 @@ def remove_variational(model: nn.Module) -> nn.Module:
     Raises:
         OptionError: the model is not variational.
     """
-    variational = variational_of(model).eval()
-    dense: dict[tuple[int, int], nn.Parameter] = {}
-    for module in list(model.modules()):
-        for name in list(getattr(module, "parametrizations", {})):
-            drawn = module.parametrizations[name][0]  # pyright: ignore[reportIndexIssue]
-            if isinstance(drawn, Drawn):
-                key = (drawn.stream, drawn.member)
-                if key not in dense:
-                    dense[key] = nn.Parameter(variational.weight(*key).detach().clone())
-                _detach(module, name, dense[key])
-    delattr(model, ATTRIBUTE)
-    for key in [k for k, hook in model._forward_pre_hooks.items() if hook is _begin_pass]:
-        del model._forward_pre_hooks[key]
-    return model
+    return _make_dense(model, {})
 
 
-def mean(model: nn.Module) -> nn.Module:
-    """A dense copy of a variational model, at the posterior's means."""
-    return remove_variational(copy.deepcopy(model))
+def posterior_mean(model: nn.Module) -> nn.Module:
+    """A dense copy of a variational model, at the posterior's means.
+
+    Raises:
+        OptionError: the model is not variational.
+    """
+    return _make_dense(copy.deepcopy(model), {})
 
 
-def sample(model: nn.Module, n: int) -> list[nn.Module]:
-    """Dense copies at `n` draws of the posterior: an ensemble whose spread is the model's uncertainty."""
-    variational_of(model)
-    copies = []
+def posterior_samples(model: nn.Module, n: int) -> list[nn.Module]:
+    """Dense copies at `n` draws of the posterior: an ensemble whose spread is the model's uncertainty.
+
+    Raises:
+        OptionError: the model is not variational.
+    """
+    variational, copies = variational_of(model), []
     for _ in range(n):
-        variational = variational_of(model)
         variational.draw_number.add_(1)
-        twin = copy.deepcopy(model)
-        drawn = variational_of(twin)
         with torch.no_grad():
-            values = {i: stream.draw(drawn.seed()) for i, stream in enumerate(drawn.streams)}
-        drawn.eval().kept = values
-        drawn.eval = lambda: drawn  # pyright: ignore[reportAttributeAccessIssue]
-        copies.append(remove_variational(twin))
+            values = {i: stream.draw(variational.seed()) for i, stream in enumerate(variational.streams)}
+        copies.append(_make_dense(copy.deepcopy(model), values))
     return copies
 
 
+def _make_dense(model: nn.Module, values: dict[int, Tensor]) -> nn.Module:
+    """Replace posteriors by parameters, in place: given values of streams, or else their means."""
+    variational = variational_of(model).eval()
+    variational.kept = values
+    dense: dict[tuple[int, int], nn.Parameter] = {}
+    for module in list(model.modules()):
+        for name, drawn in _drawn(module):
+            key = (drawn.stream, drawn.member)
+            if key not in dense:
+                dense[key] = nn.Parameter(variational.weight(*key).detach().clone())
+            _detach(module, name, dense[key], drawn.siblings)
+    for module in model.modules():
+        if hasattr(module, ATTRIBUTE):
+            delattr(module, ATTRIBUTE)
+        for key in [k for k, hook in module._forward_pre_hooks.items() if hook is _begin_pass]:
+            del module._forward_pre_hooks[key]
+    return model
+
+
+def _drawn(module: nn.Module) -> list[tuple[str, Drawn]]:
+    """Attributes of a module that are variational."""
+    held: Any = getattr(module, "parametrizations", {})
+    return [(name, chain[0]) for name, chain in held.items() if isinstance(chain[0], Drawn)]
+
+
 def _begin_pass(model: nn.Module, arguments: tuple) -> None:
-    getattr(model, ATTRIBUTE)[0].begin_pass()
+    variational: Variational = getattr(model, ATTRIBUTE)[0]
+    if variational.training != model.training:  # a module that holds it was frozen, as embeddings may be
+        variational.train(model.training)
+    variational.begin_pass()
 
 
 def _attach(module: nn.Module, name: str, drawn: Drawn) -> None:
     """Parametrize one attribute, and drop the parameter that it replaces."""
     parametrize.register_parametrization(module, name, nn.Identity(), unsafe=True)
-    holder = module.parametrizations[name]  # pyright: ignore[reportIndexIssue]
+    holder: Any = getattr(module, "parametrizations")[name]  # noqa: B009
     holder[0] = drawn
     original = holder.original
     del holder.original
     holder.register_buffer("original", original.detach().new_empty(0), persistent=False)
+    if isinstance(module, nn.RNNBase):
+        _forget_flat_weights(module)
+        setattr(type(module), "__deepcopy__", _copy_rnn)  # noqa: B010
 
 
-def _detach(module: nn.Module, name: str, weight: nn.Parameter) -> None:
+def _detach(module: nn.Module, name: str, weight: nn.Parameter, siblings: tuple[str, ...]) -> None:
     # torch removes the property from the class, which copies of the module share.
     own = {key: value for key, value in vars(type(module)).items() if key not in ("__dict__", "__weakref__")}
-    module.__class__ = type(type(module).__name__, type(module).__bases__, own)
-    holder = module.parametrizations[name]  # pyright: ignore[reportIndexIssue]
+    module.__class__ = cast("type[nn.Module]", type(type(module).__name__, type(module).__bases__, own))
+    holder: Any = getattr(module, "parametrizations")[name]  # noqa: B009
     del holder.original
     holder.register_parameter("original", weight)
     holder[0] = nn.Identity()
     parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+    for sibling in siblings:
+        if sibling in module._parameters:
+            module._parameters[sibling] = module._parameters.pop(sibling)
+    if isinstance(module, nn.RNNBase):
+        _forget_flat_weights(module)
+
+
+def _forget_flat_weights(module: nn.RNNBase) -> None:
+    """Drop the list that a recurrent module has of its weights; it makes another one when it runs.
+
+    Drawn weights belong to the graph of a forward pass, which cannot be copied.
+    """
+    module._flat_weights = [None] * len(module._flat_weights_names)
+
+
+def _copy_rnn(module: nn.RNNBase, memo: dict[int, Any]) -> nn.RNNBase:
+    """`copy.deepcopy` of a recurrent module with drawn weights."""
+    _forget_flat_weights(module)
+    twin = module.__new__(type(module))
+    memo[id(module)] = twin
+    twin.__dict__ = copy.deepcopy(module.__dict__, memo)
+    return twin
 
 
 def _stream(group: list[Target], sharings: list[Sharing], config: VariationalConfig, number: int) -> Stream:

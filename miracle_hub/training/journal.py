@@ -1,10 +1,13 @@
-"""What coding reports as it goes: rows in a CSV file, all of it as JSON, and a plot."""
+"""What coding reports as it goes: rows in a CSV and a JSON file, and a plot."""
 
 import csv
 import json
 import math
+import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+
+from miracle_hub.errors import OutputWriteError
 
 
 @dataclass(frozen=True)
@@ -31,22 +34,32 @@ class Row:
 
 @dataclass
 class Journal:
-    """Rows of a coding run; with a folder also `coding.csv`, `coding.json` and `coding.png` there."""
+    """Rows of a coding run; with a folder also `coding.csv`, `coding.json` and `coding.png` there.
 
-    folder: Path | None = None
+    Attributes:
+        plot_every_seconds: at least so long between two plots; the last rows are always plotted.
+    """
+
+    folder: str | Path | None = None
     rows: list[Row] = field(default_factory=list)
+    plot_every_seconds: float = 60.0
+    plotted_at: float = field(default_factory=time.monotonic, repr=False)
 
     def add(self, row: Row) -> None:
+        """
+        Raises:
+            OutputWriteError: the files cannot be written.
+        """
         self.rows.append(row)
-        if self.folder is not None:
-            self._write_csv()
+        self._write(time.monotonic() - self.plotted_at >= self.plot_every_seconds)
 
     def finish(self) -> None:
-        """Write the JSON file and the plot, if there is a folder."""
-        if self.folder is not None:
-            rows = [{k: _json_number(v) for k, v in asdict(row).items()} for row in self.rows]
-            (self.folder / "coding.json").write_text(json.dumps(rows, indent=1) + "\n")
-            self.plot(self.folder / "coding.png")
+        """Write all files, if there is a folder.
+
+        Raises:
+            OutputWriteError: they cannot be written.
+        """
+        self._write(True)
 
     def plot(self, path: Path) -> None:
         """KL and log weight gap per group, and loss and validation over coding, as a PNG.
@@ -70,14 +83,23 @@ class Journal:
             axes.legend()
         figure.savefig(path, dpi=110)
 
-    def _write_csv(self) -> None:
-        assert self.folder is not None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "coding.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow([f.name for f in fields(Row)])
-            writer.writerows([list(asdict(row).values()) for row in self.rows])
-
-
-def _json_number(value: float) -> float | None:
-    return None if isinstance(value, float) and math.isnan(value) else value
+    def _write(self, with_plot: bool) -> None:
+        if self.folder is None:
+            return
+        folder = Path(self.folder)
+        rows = [asdict(row) for row in self.rows]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / "coding.csv").open("w", newline="") as file:
+                writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+                writer.writeheader()
+                writer.writerows(rows)
+            plain = [{k: v if math.isfinite(v) else None for k, v in row.items()} for row in rows]
+            (folder / "coding.json").write_text(json.dumps(plain, indent=1) + "\n")
+            if with_plot and self.rows:
+                self.plot(folder / "coding.png")
+                self.plotted_at = time.monotonic()
+        except OSError as error:
+            raise OutputWriteError(
+                f"{folder}: the journal could not be written ({error}); choose another folder, or make room"
+            ) from error

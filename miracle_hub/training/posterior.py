@@ -9,10 +9,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from miracle_hub.coding.block_kl import block_kl_nats
 from miracle_hub.coding.draw import draw_mean_kl, draw_mean_var, mean_kl_moments
 
-# A step of Adam moves a mean by about rate · lr · ρ: at 20 as far as it moves a dense weight, for scales ρ near
-# 0.05 (LeNet-5 and MiniLM: 0.05 to 0.07). Shares of the KL and log ρ move with it: on LeNet-5, 6,000
+# A step of Adam moves a mean by about rate · lr · ρ: at 20 as far as it moves a dense weight, for scales ρ
+# near 0.05 (LeNet-5 and MiniLM: 0.05 to 0.07). Shares of the KL and log ρ move with it: on LeNet-5, 6,000
 # steps at one thirtieth of this rate had twice the loss (benchmarks/lenet.py --rate).
 RATE = 20.0
 _INITIAL_LOG_STD = -10.0  # of the public code of Havasi et al. 2019
@@ -40,7 +41,9 @@ class MeanKL(nn.Module):
         variance = 1 - share
         mean = (weights / scales).double() * share
         kappa = (0.5 * (mean.square() + variance - 1 - math.log(variance))).clamp(min=_LEAST_KAPPA)
-        kappa = kappa * (self.block_kl_nats / self._by_block(kappa).repeat_interleave(block_weights)[: kappa.numel()])
+        kappa = kappa * (
+            self.block_kl_nats / self._by_block(kappa).repeat_interleave(block_weights)[: kappa.numel()]
+        )
         tanh = (mean / (2 * kappa).sqrt()).clamp(-0.99, 0.99)
         self.tau = nn.Parameter((tanh.atanh() / RATE).float())
         self.alpha = nn.Parameter((kappa.log() / RATE).float())
@@ -87,10 +90,7 @@ class MeanVar(nn.Module):
 
     def kl_nats(self, log_scales: Tensor) -> Tensor:
         """KL of every block, `[blocks]`, with gradients."""
-        u = 2 * (self.log_std - log_scales)
-        m = self.mean * (-log_scales).exp()
-        each = 0.5 * (m.square() + torch.expm1(u) - u)
-        return nn.functional.pad(each, (0, -each.numel() % self.block_weights)).view(-1, self.block_weights).sum(1)
+        return block_kl_nats(self.mean, self.log_std, log_scales, self.block_weights)
 
 
 POSTERIORS = {"mean-kl": MeanKL, "mean-var": MeanVar}

@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
-import os
 import time
+import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from miracle_hub.errors import OptionError, OutputWriteError
+from miracle_hub.errors import FormatError, OptionError, OutputWriteError
 from miracle_hub.training.journal import Row
+from miracle_hub.training.stream import CODING_BUFFERS
 
 if TYPE_CHECKING:
     from miracle_hub.training.coder import _Coder
@@ -41,59 +43,109 @@ class Checkpoint:
         Raises:
             OutputWriteError: it could not be written; the last one is still there.
         """
-        tensors = {f"model.{k}": v for k, v in coder.model.state_dict().items() if isinstance(v, Tensor)}
+        tensors = {f"model.{name}": tensor for name, tensor in _model_state(coder).items()}
         for i, state in coder.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
-        tensors["rng.torch"], tensors["rng.encoder"] = torch.get_rng_state(), coder.generator.get_state()
+        tensors |= {f"rng.{name}": state for name, state in _random_states(coder).items()}
         tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
         rows = [dataclasses.asdict(row) for row in coder.journal.rows]
         position = {"group": coder.group, "step": coder.step, "last_loss": coder.last_loss, "rows": rows}
         metadata = {"options": _options(coder), "position": json.dumps(position)}
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        # Not another name for every process: a killed one would leave its own behind.
+        partial = self.path.with_name(f".{self.path.name}.partial")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, partial, metadata)
+            save_file(tensors, partial, {**metadata, "crc": _crc(tensors, metadata)})
             partial.replace(self.path)
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
             raise OutputWriteError(
-                f"{self.path}: the checkpoint could not be written ({error}); the one before is still there: make room "
-                "and run again"
+                f"{self.path}: the checkpoint could not be written ({error}); the one before is still there: "
+                "make room and run again"
             ) from error
 
-    def load(self, coder: "_Coder") -> None:
-        """Put a run where the checkpoint was written, if there is one.
+    def read(self, coder: "_Coder") -> "Saved | None":
+        """What was saved, if anything was, checked to be of this run; nothing is changed.
 
         Raises:
+            FormatError: the file is damaged, or none of ours.
             OptionError: it is that of another model, or of a run with other options.
         """
         if not self.path.exists():
-            return
-        tensors, metadata = self._read()
-        expected = _options(coder)
-        if metadata.get("options") != expected:
+            return None
+        tensors, metadata = self._contents()
+        if metadata["options"] != (expected := _options(coder)):
             raise OptionError(
-                f"{self.path}: expected the checkpoint of a run with {expected}, found {metadata.get('options')}; "
-                "use the options of that run, or another file"
+                f"{self.path}: expected the checkpoint of a run with {expected}, found one with "
+                f"{metadata['options']}; use the options of that run, or another file"
             )
-        position = json.loads(metadata["position"])
-        model = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-        _check_names(self.path, set(model), {k for k, v in coder.model.state_dict().items() if isinstance(v, Tensor)})
-        coder.model.load_state_dict(model)
-        coder.optimizer.load_state_dict(_optimizer_state(tensors, coder.optimizer.state_dict()))
-        torch.set_rng_state(tensors["rng.torch"])
-        coder.generator.set_state(tensors["rng.encoder"])
-        coder.group, coder.step, coder.last_loss = position["group"], position["step"], position["last_loss"]
-        coder.journal.rows = [Row(**row) for row in position["rows"]]
+        saved = Saved(tensors, json.loads(metadata["position"]))
+        found, wanted = _signature(saved.part("model")), _signature(_model_state(coder))
+        if different := sorted(name for name, _ in found ^ wanted):
+            raise OptionError(
+                f"{self.path}: expected the checkpoint of this model, found one that differs in "
+                f"{', '.join(dict.fromkeys(different[:4]))}; use the model of that run, or another file"
+            )
+        return saved
 
-    def _read(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def _contents(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         try:
             with safe_open(self.path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                metadata = file.metadata() or {}
         except (OSError, SafetensorError) as error:
-            raise OptionError(
-                f"{self.path}: expected a checkpoint of a coding run, found {error}; delete the file to start anew"
+            raise FormatError(
+                f"{self.path}: expected the checkpoint of a coding run, found a file that cannot be read "
+                f"({error}); delete it to start anew"
             ) from error
+        crc = metadata.pop("crc", None)
+        if crc != _crc(tensors, metadata):
+            raise FormatError(
+                f"{self.path}: expected the checkpoint of a coding run with CRC-32 {crc}, found "
+                f"{_crc(tensors, metadata)}; the file is damaged or not ours: delete it to start anew"
+            )
+        return tensors, metadata
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The contents of a checkpoint."""
+
+    tensors: dict[str, Tensor]
+    position: dict[str, Any]
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        start = f"{prefix}."
+        return {k.removeprefix(start): t for k, t in self.tensors.items() if k.startswith(start)}
+
+    def restore(self, coder: "_Coder") -> None:
+        """Put a run, whose streams are being coded, where it was."""
+        coder.model.load_state_dict(self.part("model"))
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in self.part("optimizer").items():
+            number, key = name.split(".", 1)
+            state.setdefault(int(number), {})[key] = tensor
+        groups = coder.optimizer.state_dict()["param_groups"]
+        coder.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        random = self.part("rng")
+        torch.set_rng_state(random["torch"])
+        coder.generator.set_state(random["encoder"])
+        if "cuda" in random:
+            torch.cuda.set_rng_state(random["cuda"])
+        coder.group, coder.step = self.position["group"], self.position["step"]
+        coder.last_loss = self.position["last_loss"]
+        coder.journal.rows = [Row(**row) for row in self.position["rows"]]
+
+
+def _model_state(coder: "_Coder") -> dict[str, Tensor]:
+    return {name: t for name, t in coder.model.state_dict().items() if isinstance(t, Tensor)}
+
+
+def _random_states(coder: "_Coder") -> dict[str, Tensor]:
+    states = {"torch": torch.get_rng_state(), "encoder": coder.generator.get_state()}
+    if next(coder.model.parameters()).is_cuda:
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
 
 
 def _options(coder: "_Coder") -> str:
@@ -103,18 +155,16 @@ def _options(coder: "_Coder") -> str:
     return json.dumps({"config": config, "coding": dataclasses.asdict(coder.options), "tensors": members})
 
 
-def _check_names(path: Path, found: set[str], expected: set[str]) -> None:
-    if different := sorted(found ^ expected):
-        raise OptionError(
-            f"{path}: expected the checkpoint of this model, found one that differs in {', '.join(different[:4])}; "
-            "use the model of that run, or another file"
-        )
+def _signature(state: dict[str, Tensor]) -> set[tuple[str, str]]:
+    """Names, shapes and dtypes; without what there is only once coding has begun."""
+    kept = {name: t for name, t in state.items() if name.rpartition(".")[2] not in CODING_BUFFERS}
+    return {(name, f"{tuple(t.shape)} {t.dtype}") for name, t in kept.items()}
 
 
-def _optimizer_state(tensors: dict[str, Tensor], current: dict[str, Any]) -> dict[str, Any]:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, number, key = name.split(".", 2)
-            state.setdefault(int(number), {})[key] = tensor
-    return {"state": state, "param_groups": current["param_groups"]}
+def _crc(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """CRC-32 of everything in a checkpoint, since safetensors files have none."""
+    crc = zlib.crc32(json.dumps(sorted(metadata.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode(), crc)
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
+    return f"{crc:08x}"

@@ -1,8 +1,9 @@
 """A stream: the tensors that share a message, their posterior, their scales, and what of them is coded."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,24 @@ class Member:
     sharing: Sharing
 
 
+_LEAST_VARIANCE = 1e-12  # keeps costs of a posterior that is nearly a point finite
+CODING_BUFFERS = ("coded", "is_coded", "states", "fixed_scales")
+
+
 class Stream(nn.Module):
-    """Tensors that share a message. One tensor without sharing is in its own order; else values are permuted."""
+    """Tensors that share a message. One tensor without sharing is in its own order; else values are permuted.
+
+    Buffers: `coded` and `states`, candidates and windows chosen so far, and `is_coded`, where, all in stream
+    order; `fixed_scales`, the scales as the file holds them; None before coding. `order` and `owner`: of
+    every stream element, which value it stands for, counted member after member, and of which member.
+    """
+
+    coded: Tensor | None
+    is_coded: Tensor | None
+    states: Tensor | None
+    fixed_scales: Tensor | None
+    order: Tensor
+    owner: Tensor
 
     def __init__(
         self,
@@ -41,16 +58,15 @@ class Stream(nn.Module):
         self.members, self.code, self.number = tuple(members), code, number
         block_weights = kl_block_weights if code.overlap_bits else code.step_weights
         block_kl_nats = block_weights * code.bits_per_weight * math.log(2)
-        # Of coding: candidates and windows chosen so far, and the scales as the file holds them.
-        self.coded: Tensor | None
-        self.is_coded: Tensor | None
-        self.states: Tensor | None
-        self.fixed_scales: Tensor | None
-        for name in ("coded", "is_coded", "states", "fixed_scales"):
+        for name in CODING_BUFFERS:
             self.register_buffer(name, None)
         self.is_permuted = len(members) > 1 or members[0].sharing.kind != "none"
         self._place_members()
-        values = [_shared_values(w, m.sharing, code.seed, i) for i, (m, w) in enumerate(zip(members, weights, strict=True))]
+        self.to(weights[0].device)
+        values = [
+            _shared_values(w, m.sharing, code.seed, i)
+            for i, (m, w) in enumerate(zip(members, weights, strict=True))
+        ]
         scale = torch.stack([_initial_scale(v, block_kl_nats / block_weights) for v in values])
         in_order = torch.cat(values)[self.order] if self.is_permuted else values[0]
         self.log_scales = nn.Parameter(scale.log() / RATE)
@@ -66,7 +82,6 @@ class Stream(nn.Module):
         order = permutation(self.n_values, self.code)
         place_of = torch.empty_like(order).index_copy_(0, order, torch.arange(self.n_values))
         owner = torch.arange(len(self.members)).repeat_interleave(sizes)
-        # order[i] is the value, counted member after member, that stream element i stands for.
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("owner", owner[order], persistent=False)
         first = 0
@@ -99,12 +114,22 @@ class Stream(nn.Module):
             self.is_coded = torch.zeros_like(self.coded, dtype=torch.bool)
             self.states = torch.zeros(self.code.steps(self.n_values), dtype=torch.int32)
 
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any, **keywords: Any
+    ) -> None:
+        """What is coded comes with a state, into a stream that was not coded too."""
+        if f"{prefix}coded" in state_dict:
+            self.begin_coding()
+        super()._load_from_state_dict(state_dict, prefix, *arguments, **keywords)
+
     def draw(self, seed: Tensor) -> Tensor:
         """Values in stream order: a draw of the posterior, or what is coded."""
         if not self.is_permuted:
             return self._with_coded(self.posterior.draw(self.value_log_scales()[0], seed, self.number))
         values = self.posterior.draw(self.log_scales.new_zeros(()), seed, self.number)
-        return self._with_coded(values * self.by_value(self.scales()) if self.posterior.standardized else values)
+        return self._with_coded(
+            values * self.by_value(self.scales()) if self.posterior.standardized else values
+        )
 
     def mean(self) -> Tensor:
         """The posterior's mean, or what is coded, in stream order; without gradients."""
@@ -128,11 +153,14 @@ class Stream(nn.Module):
         """KL of every block, `[blocks]`."""
         return self.posterior.kl_nats(self.value_log_scales())
 
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance of every value, `[n]` in stream order, in units of the prior, on the CPU."""
+        mean, variance = self.posterior.moments(self.value_log_scales())
+        return mean.cpu(), variance.cpu().clamp(min=_LEAST_VARIANCE)
+
     def cost(self) -> Cost:
         """What encoders minimize, of every value in stream order."""
-        mean, variance = (x.cpu() for x in self.posterior.moments(self.value_log_scales()))
-        one = torch.ones(1)
-        return importance_cost(Posterior(mean, variance.clamp(min=1e-12)), Prior(torch.zeros(1), one))
+        return importance_cost(Posterior(*self.moments()), Prior(torch.zeros(1), torch.ones(1)))
 
 
 def _shared_values(weights: Tensor, sharing: Sharing, seed: int, number: int) -> Tensor:

@@ -3,15 +3,18 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from miracle_hub.errors import OptionError
 from miracle_hub.training.config import VariationalConfig
 
 KEYWORDS = ("all", "all-matrices", "all-linear")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,11 @@ def find_targets(model: nn.Module, config: VariationalConfig) -> list[Target]:
         and not any(_matches(target.name, names) for names in kept)
     ]
     if not targets:
-        modules = [name for name, module in model.named_modules() if list(module.parameters(recurse=False))]
+        modules = dict.fromkeys(name.rpartition(".")[0] or name for name, _ in model.named_parameters())
         raise OptionError(
             f"target_modules: expected modules with weights to code, found none for {wanted!r} (excluded: "
-            f"{kept}) in {type(model).__name__}; it has {', '.join(modules[:12]) or 'no parameters'}"
+            f"{kept}) in {type(model).__name__}; choose one of {', '.join(KEYWORDS)}, or of its modules with "
+            f"parameters: {', '.join(list(modules)[:12]) or 'it has none'}"
         )
     for target in targets:
         _check(target)
@@ -63,7 +67,7 @@ def _parameters(model: nn.Module) -> Iterator[Target]:
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     names: dict[int, tuple[str, nn.Parameter]] = {}
     for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
+        for name, parameter in _own_parameters(prefix, module):
             if parameter.is_floating_point():
                 owners.setdefault(id(parameter), []).append((module, name))
                 names.setdefault(id(parameter), (f"{prefix}.{name}".lstrip("."), parameter))
@@ -71,18 +75,30 @@ def _parameters(model: nn.Module) -> Iterator[Target]:
         yield Target(name, parameter, tuple(owners[key]))
 
 
+def _own_parameters(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters by the names that their module uses, also where torch put them aside to parametrize."""
+    if "parametrizations" in prefix.split("."):
+        return
+    yield from module.named_parameters(recurse=False, remove_duplicate=False)
+    parametrized: Any = getattr(module, "parametrizations", {})
+    for name, aside in parametrized.items():
+        for parameter in aside.parameters(recurse=False):
+            yield name, parameter
+
+
 def _is_wanted(target: Target, wanted: str | list[str], model: nn.Module, streams: str) -> bool:
     if wanted == "all":
         return True
+    is_matrix = is_lazy(target.parameter) or target.parameter.ndim >= 2
     if wanted == "all-matrices":
-        return target.parameter.ndim >= 2
+        return is_matrix
     if wanted == "all-linear":
         head = _output_layer(model)
         is_linear = any(_is_linear(module) and name == "weight" for module, name in target.owners)
         return is_linear and not any(module is head for module, _ in target.owners)
     # Vectors of a hub model are stored plainly unless they are named or all is asked for.
     return _matches(target.name, wanted) and (
-        streams == "network" or target.parameter.ndim >= 2 or _names(target.name, wanted)
+        streams == "network" or is_matrix or _names(target.name, wanted)
     )
 
 
@@ -92,8 +108,8 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _output_layer(model: nn.Module) -> nn.Module | None:
     """What PEFT's "all-linear" leaves out: the head of a language model."""
-    get = getattr(model, "get_output_embeddings", None)
-    return get() if callable(get) else None
+    get: Any = getattr(model, "get_output_embeddings", None)
+    return None if get is None else get()
 
 
 def _matches(name: str, wanted: str | list[str]) -> bool:
@@ -114,7 +130,7 @@ def _names(name: str, wanted: str | list[str]) -> bool:
 
 def _check(target: Target) -> None:
     for module, name in target.owners:
-        if parametrize.is_parametrized(module, name):
+        if is_parametrized(module, name):
             raise OptionError(
                 f"{target.name}: expected a plain parameter, found one that is parametrized already; remove "
                 "that first, or exclude the module"
@@ -124,8 +140,21 @@ def _check(target: Target) -> None:
                 f"{target.name}: expected dense gradients, found sparse=True; make the embedding dense, or "
                 "exclude the module"
             )
-    if target.parameter.numel() == 0 or not bool(torch.isfinite(target.parameter).all()):
+    parameter = target.parameter
+    if is_lazy(parameter) or parameter.is_meta:
         raise OptionError(
-            f"{target.name}: expected finite weights, found {target.parameter.numel()} of which some are NaN or "
-            "infinite, or none; repair the model first"
+            f"{target.name}: expected weights to start from, found none; run the model once, or load its "
+            "weights"
+        )
+    if parameter.dtype not in DTYPES:
+        raise OptionError(
+            f"{target.name}: expected one of {', '.join(map(str, DTYPES))}, found {parameter.dtype}; exclude "
+            "the module, or cast it"
+        )
+    if parameter.numel() == 0:
+        raise OptionError(f"{target.name}: expected weights, found none; exclude the module")
+    if n_bad := int((~torch.isfinite(parameter)).sum()):
+        raise OptionError(
+            f"{target.name}: expected finite weights, found {n_bad} of {parameter.numel()} that are NaN or "
+            "infinite; repair the model first"
         )

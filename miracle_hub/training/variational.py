@@ -1,5 +1,10 @@
 """The part of a variational model that holds its streams and says which draw of them is in use."""
 
+import math
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 
@@ -14,58 +19,97 @@ class Variational(nn.Module):
     """Streams of a model, the number of the draw, and β per block.
 
     While training, every forward pass of the model has a draw of its own; a weight that is used twice in it,
-    or computed again for gradient checkpointing, is the same weight, because noise is a function of the draw's
-    number. In evaluation the weights are the posterior's means, without gradients.
+    or computed again for gradient checkpointing, is the same weight, because noise is a function of the
+    number of the draw. (So, with gradient checkpointing, `backward` comes before the next forward pass.) In
+    evaluation the weights are the posterior's means, without gradients.
     """
 
-    def __init__(self, streams: list[Stream], config: VariationalConfig) -> None:
+    def __init__(self, streams: Sequence[Stream], config: VariationalConfig) -> None:
         super().__init__()
         self.config = config
-        self.streams = nn.ModuleList(streams)
+        self.streams = cast(Sequence[Stream], nn.ModuleList(streams))
         # On the CPU wherever the model is: a kernel's launch must not wait for the device to read it.
         self.draw_number = torch.zeros((), dtype=torch.int64)
-        self.kept: dict[int, Tensor] = {}
-        self.log_betas: list[Tensor] = []
+        self.forget()
         if config.parametrization == "mean-var":
-            start = torch.tensor(config.beta).log()
+            # Counts are exact; a logarithm in float32 would lose a hundredth of every published move.
             for i, stream in enumerate(streams):
-                self.register_buffer(f"log_beta_{i}", start.expand(stream.kl_nats().numel()).clone())
+                moves = torch.zeros_like(stream.kl_nats(), dtype=torch.int64)
+                self.register_buffer(f"beta_moves_{i}", moves)
+
+    def forget(self) -> None:
+        """Drop the values of streams that are in use."""
+        self.kept: dict[int, Tensor] = {}
+        self.used_without_grad: set[tuple[int, int]] = set()
+        self.kept_versions: list[int] = []
 
     def begin_pass(self) -> None:
         """Called before every forward pass of the model."""
-        self.kept = {}
         if self.training:
+            self.forget()
             self.draw_number.add_(1)
             # Streams of several tensors are drawn once for all; the others where they are used, so that
             # their weights live no longer than the layer needs them.
             self.kept = {i: s.draw(self.seed()) for i, s in enumerate(self.streams) if len(s.members) > 1}
+        else:
+            self._forget_if_written()
+
+    def _forget_if_written(self) -> None:
+        """Means, which take time, are kept until a parameter or buffer of theirs is written to."""
+        if torch.compiler.is_compiling():
+            return self.forget()
+        versions = [tensor._version for tensor in chain(self.parameters(), self.buffers())]
+        if versions != self.kept_versions:
+            self.forget()
+            self.kept_versions = versions
 
     def seed(self) -> Tensor:
         """Of the noise: another one for every draw, and for every process of a distributed run."""
-        return self.draw_number + ((self.config.seed % 2**16) * 2**47 + _rank() * 2**40)
+        return self.draw_number + ((self.config.seed % 2**16) * 2**47 + (_rank() % 2**7) * 2**40)
 
     def weight(self, stream: int, member: int) -> Tensor:
         """The weights of a tensor in the draw, or their mean."""
-        own: Stream = self.streams[stream]  # pyright: ignore[reportAssignmentType]
-        if stream not in self.kept:
-            values = own.draw(self.seed()) if self.training else own.mean()
-            if self.training:
-                return own.weight(values, member)
-            self.kept[stream] = values
-        return own.weight(self.kept[stream], member)
+        own = self.streams[stream]
+        values = self.kept.get(stream)
+        if not self.training and values is None:
+            self._forget_if_written()
+            with torch.inference_mode(False):  # they may be kept for a pass that has gradients
+                values = self.kept[stream] = own.mean()
+        elif values is None or self._needs_own_graph(values, stream, member):
+            values = own.draw(self.seed())
+        return own.weight(values, member)
+
+    def _needs_own_graph(self, values: Tensor, stream: int, member: int) -> bool:
+        """Whether the graph that values belong to is of no use.
+
+        Reentrant checkpointing runs a layer without gradients, and again with them in a backward pass of its
+        own, which frees all that it went through: the values of a stream would serve for one layer only.
+        """
+        if torch.is_grad_enabled():
+            return (stream, member) in self.used_without_grad
+        if self.training and values.requires_grad:
+            self.used_without_grad.add((stream, member))
+        return False
 
     def train(self, mode: bool = True) -> "Variational":
-        self.kept = {}
+        self.forget()
         return super().train(mode)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Variational":
+        self.forget()
+        return super()._apply(fn, recurse)
+
+    def beta(self, stream: int) -> Tensor:
+        """β of every block, `[blocks]`: multiplied or divided by 1 + beta_rate at every move."""
+        moves = getattr(self, f"beta_moves_{stream}")
+        return self.config.beta * (moves * math.log1p(self.config.beta_rate)).exp()
 
     def penalty(self) -> Tensor:
         """Σ β·KL over the blocks that are not coded, in nats; 0 for Mean-KL, whose KL is fixed."""
-        terms = [
-            (self._log_beta(i).exp() * _uncoded(stream) * stream.kl_nats()).sum()
-            for i, stream in enumerate(self.streams)
-            if self.config.parametrization == "mean-var"
-        ]
-        return torch.stack(terms).sum() if terms else next(self.parameters()).new_zeros(())
+        if self.config.parametrization != "mean-var":
+            return next(self.parameters()).new_zeros(())
+        terms = [(self.beta(i) * _uncoded(s) * s.kl_nats()).sum() for i, s in enumerate(self.streams)]
+        return torch.stack(terms).sum()
 
     @torch.no_grad()
     def anneal(self) -> None:
@@ -75,27 +119,23 @@ class Variational(nn.Module):
         """
         if self.config.parametrization != "mean-var":
             return
-        step = torch.log1p(torch.tensor(self.config.beta_rate))
         for i, stream in enumerate(self.streams):
             above = stream.kl_nats() > stream.posterior.block_kl_nats
-            self._log_beta(i).add_(torch.where(above, step, -step))
+            getattr(self, f"beta_moves_{i}").add_(torch.where(above, 1, -1))
 
     @torch.no_grad()
     def kl_bits(self) -> float:
         """KL of everything that is not coded, in bits."""
-        nats = sum(float((_uncoded(s) * s.kl_nats()).sum()) for s in self.streams)
-        return nats / float(torch.tensor(2.0).log())
-
-    def _log_beta(self, stream: int) -> Tensor:
-        return getattr(self, f"log_beta_{stream}")
+        return sum(float((_uncoded(s) * s.kl_nats()).sum()) for s in self.streams) / math.log(2)
 
     def get_extra_state(self) -> Tensor:
         return self.draw_number
 
     def set_extra_state(self, state: Tensor) -> None:
+        self.forget()
         self.draw_number = state.detach().cpu().clone()
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         # Draws belong to the graph of a forward pass, which cannot be copied.
         return {**self.__dict__, "kept": {}}
 
@@ -113,6 +153,24 @@ def variational_of(model: nn.Module) -> Variational:
         f"model: expected a variational model, found {type(model).__name__} without posteriors; call "
         "make_variational(model, …) first"
     )
+
+
+def kl_penalty(model: nn.Module) -> Tensor:
+    """Σ β·KL in nats, to add to the loss; 0 for Mean-KL.
+
+    Raises:
+        OptionError: the model is not variational.
+    """
+    return variational_of(model).penalty()
+
+
+def anneal(model: nn.Module) -> None:
+    """Move β after a step of the optimizer; nothing to do for Mean-KL.
+
+    Raises:
+        OptionError: the model is not variational.
+    """
+    variational_of(model).anneal()
 
 
 def _uncoded(stream: Stream) -> Tensor:

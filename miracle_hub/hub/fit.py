@@ -1,0 +1,170 @@
+"""`miracle fit`: fine-tune a hub model on a data set within a budget of bits, and write the repository."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    DataCollatorWithPadding,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from miracle_hub.codec.compress import Report
+from miracle_hub.codec.folder import refuse_existing
+from miracle_hub.errors import DataError, OptionError
+from miracle_hub.hub.data import Split, read_split
+from miracle_hub.hub.quantizer import MiracleConfig
+from miracle_hub.hub.trainer import MiracleTrainer
+from miracle_hub.hub.variational import make_variational
+from miracle_hub.training.coder import CodingOptions
+
+TASKS = ("text-classification", "causal-lm")
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What a fit did.
+
+    Attributes:
+        fitted: the evaluation's figures at the posterior's means, before coding.
+        coded: the same of what was written.
+    """
+
+    report: Report
+    fitted: dict[str, float]
+    coded: dict[str, float]
+
+
+def fit(
+    source: str | Path,
+    out: str | Path,
+    data: str | Path,
+    *,
+    task: str = "text-classification",
+    config: MiracleConfig | None = None,
+    text_columns: list[str] | None = None,
+    label_column: str = "label",
+    epochs: float = 1.0,
+    steps: int = -1,
+    batch_size: int = 32,
+    learning_rate: float = 1e-4,
+    max_length: int = 128,
+    coding: CodingOptions | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> FitReport:
+    """Make a hub model variational, fine-tune it, code it with refits, and write `out`.
+
+    What an interrupted fit goes on from, and coding.csv, coding.json and coding.png, are in the folder `out`
+    with "-fit" appended.
+
+    Args:
+        source: a folder or a Hub id of a dense model with its tokenizer.
+        data: a file (csv, tsv, json, jsonl, parquet, txt), a folder of `datasets`, or a Hub id.
+        config: options of `make_variational`; by default one bit per weight of every matrix.
+        text_columns: one or two columns of text; by default the columns of strings.
+        label_column: of a classification: whole numbers from 0 on, or names of classes.
+        steps: of the optimizer; above 0 they count instead of epochs.
+        resume: go on where an interrupted fit of the same arguments was.
+
+    Raises:
+        DataError: the data lack a column, a label or any row.
+        OptionError, BudgetError: an option is out of range.
+        TrainingError: a loss is not finite.
+        OutputExistsError: `out` exists.
+    """
+    if task not in TASKS:
+        raise OptionError(f"task: expected one of {TASKS}, found {task!r}; choose one of them")
+    refuse_existing(Path(out), overwrite)
+    tokenizer: Any = AutoTokenizer.from_pretrained(source)
+    splits = read_split(data, task, text_columns, label_column, seed)
+    prepare = _classification if task == TASKS[0] else _language_model
+    model, collator, encode = prepare(source, tokenizer, splits, max_length)
+    make_variational(model, config or MiracleConfig(bits_per_weight=1.0))
+    folder = Path(f"{out}-fit")
+    trainer = MiracleTrainer(
+        model=model,
+        args=_arguments(folder, epochs, steps, batch_size, learning_rate, seed, progress),
+        train_dataset=encode(splits.train),
+        eval_dataset=encode(splits.evaluation),
+        data_collator=collator,
+        processing_class=tokenizer,
+        compute_metrics=_accuracy if task == TASKS[0] else None,
+    )
+    checkpoint = folder / "coding.safetensors"
+    if not resume:
+        checkpoint.unlink(missing_ok=True)
+    if not checkpoint.exists():
+        last = get_last_checkpoint(str(folder)) if resume and folder.exists() else None
+        trainer.train(resume_from_checkpoint=last)
+    fitted = _figures(trainer)
+    report = trainer.compress(
+        out, options=coding, checkpoint=checkpoint, log_folder=folder, overwrite=overwrite
+    )
+    return FitReport(report, fitted, _figures(trainer))
+
+
+def _classification(source: Any, tokenizer: Any, splits: Split, max_length: int) -> tuple[Any, Any, Callable]:
+    names = splits.class_names
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=len(names), **labels)
+
+    def encode(rows: Any) -> Any:
+        def one(batch: dict[str, list]) -> Any:
+            texts = [batch[column] for column in splits.text_columns]
+            return {**tokenizer(*texts, truncation=True, max_length=max_length), "labels": batch["labels"]}
+
+        return rows.map(one, batched=True, remove_columns=rows.column_names)
+
+    return model, DataCollatorWithPadding(tokenizer), encode
+
+
+def _language_model(source: Any, tokenizer: Any, splits: Split, max_length: int) -> tuple[Any, Any, Callable]:
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
+
+    def one(batch: dict[str, list]) -> dict[str, list]:
+        """Texts one after the other, cut into windows."""
+        tokens = [t for text in batch[splits.text_columns[0]] for t in tokenizer(text)["input_ids"]]
+        starts = range(0, max(1, len(tokens) - max_length + 1), max_length)
+        return {"input_ids": [tokens[start : start + max_length] for start in starts if tokens]}
+
+    def encode(rows: Any) -> Any:
+        windows = rows.map(one, batched=True, remove_columns=rows.column_names)
+        if not len(windows):
+            raise DataError("data: expected texts with at least one token, found none; look at the file")
+        return windows
+
+    model = AutoModelForCausalLM.from_pretrained(source)
+    return model, DataCollatorForLanguageModeling(tokenizer, mlm=False), encode
+
+
+def _arguments(
+    folder: Path, epochs: float, steps: int, batch: int, rate: float, seed: int, progress: bool
+) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder), num_train_epochs=epochs, max_steps=steps, per_device_train_batch_size=batch,
+        per_device_eval_batch_size=4 * batch, learning_rate=rate, warmup_steps=0.06, seed=seed,
+        logging_steps=50, save_steps=200, save_total_limit=1, report_to=[], disable_tqdm=not progress,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )  # fmt: skip
+
+
+def _accuracy(predictions: Any) -> dict[str, float]:
+    return {"accuracy": float((predictions.predictions.argmax(-1) == predictions.label_ids).mean())}
+
+
+def _figures(trainer: MiracleTrainer) -> dict[str, float]:
+    found = trainer.evaluate()
+    return {
+        name.removeprefix("eval_"): found[name] for name in ("eval_loss", "eval_accuracy") if name in found
+    }

@@ -1,0 +1,142 @@
+"""The Hugging Face Trainer for variational models: KL in the loss, its annealing, and coding at the end."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from miracle_hub.codec.compress import Report
+from miracle_hub.errors import OptionError
+from miracle_hub.hub.variational import compress_model
+from miracle_hub.training.coder import CodingOptions, check_finite, code_model
+from miracle_hub.training.journal import Journal
+from miracle_hub.training.resume import Checkpoint
+from miracle_hub.training.variational import Variational, variational_of
+
+
+class AnnealingCallback(TrainerCallback):
+    """Moves β of every block after each step of the optimizer; nothing to do for Mean-KL."""
+
+    def on_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        variational_of(model).anneal()
+
+
+class MiracleTrainer(Trainer):
+    """A Trainer whose loss has the weighted KL of a variational model, and that can code it.
+
+    Mean-KL models need it for `compress` only: their KL is fixed, so that the plain Trainer fits them too.
+    The learning rate is that of a dense fine-tuning; posteriors are never decayed.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """
+        Raises:
+            OptionError: the model is not variational.
+        """
+        super().__init__(*args, **kwargs)
+        self.add_callback(AnnealingCallback())
+        variational_of(self._plain_model())
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The Trainer's loss plus Σ β·KL.
+
+        Raises:
+            TrainingError: the loss is not finite; the model is as the last step left it.
+        """
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training:
+            check_finite(loss, f"step {self.state.global_step}")
+            loss = loss + self.variational.penalty() * self._share_of_step(num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _share_of_step(self, num_items_in_batch: Any) -> float:
+        """So that a step's micro-batches add up to one penalty, whoever divides the loss by their number."""
+        is_scaled = (
+            self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        ) or self.compute_loss_func
+        return 1 / self.current_gradient_accumulation_steps if is_scaled else 1.0
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The Trainer's logs with the KL of what is not coded, in bits."""
+        super().log({**logs, "kl_bits": self.variational.kl_bits()}, *args, **kwargs)
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """Parameters to decay: none of a posterior, whose own prior pulls it."""
+        own = {id(parameter) for parameter in self.variational.parameters()}
+        posterior = {name for name, parameter in model.named_parameters() if id(parameter) in own}
+        return [name for name in super().get_decay_parameter_names(model) if name not in posterior]
+
+    def compress(
+        self,
+        out: str | Path,
+        *,
+        options: CodingOptions | None = None,
+        size: str | int | None = None,
+        bits_per_weight: float | None = None,
+        validate: bool = False,
+        checkpoint: str | Path | None = None,
+        log_folder: str | Path | None = None,
+        overwrite: bool = False,
+    ) -> Report:
+        """Code the model, refitting what is left on the training data, and write `out`.
+
+        Args:
+            options: of coding; by default the Trainer's learning rate is that of the refits.
+            size, bits_per_weight: of the whole files, met by coding the other tensors without training; None
+                means that they stay plain.
+            validate: evaluate after every group; the loss goes to the journal.
+            checkpoint: a file to go on from if this is interrupted; it is removed at the end.
+            log_folder: where coding.csv, coding.json and coding.png go.
+
+        Raises:
+            TrainingError: a loss is not finite.
+            OutputExistsError, OutputWriteError: `out` exists, or cannot be written.
+        """
+        model = self._plain_model()
+        options = options or CodingOptions(learning_rate=self.args.learning_rate)
+        code_model(
+            model,
+            self._loss_of_batch if self.train_dataset is not None else None,
+            options=options,
+            validate=(lambda: self.evaluate()["eval_loss"]) if validate else None,
+            journal=Journal(Path(log_folder) if log_folder is not None else None),
+            checkpoint=Checkpoint(checkpoint) if checkpoint is not None else None,
+            progress=not self.args.disable_tqdm,
+        )
+        report = compress_model(
+            model, out, size=size, bits_per_weight=bits_per_weight, tokenizer=self.processing_class,
+            overwrite=overwrite, progress=not self.args.disable_tqdm,
+        )  # fmt: skip
+        if checkpoint is not None:
+            Path(checkpoint).unlink(missing_ok=True)
+        return report
+
+    @property
+    def variational(self) -> Variational:
+        return variational_of(self._plain_model())
+
+    def _plain_model(self) -> Any:
+        return self.accelerator.unwrap_model(self.model)
+
+    def _loss_of_batch(self, number: int) -> Tensor:
+        """The loss of the refits' batch of that number: the same whenever it is asked for."""
+        data: Any = self.train_dataset
+        if not hasattr(data, "__len__"):
+            raise OptionError(
+                "train_dataset: expected one with a length for refits, found an iterable one; pass "
+                "CodingOptions(refit_steps=0) or a map-style data set"
+            )
+        generator = torch.Generator().manual_seed(self.args.seed * 2**32 + number)
+        rows = torch.randint(len(data), (self.args.train_batch_size,), generator=generator).tolist()
+        collate = self._get_collator_with_removed_columns(self.data_collator)
+        inputs = self._prepare_inputs(collate([data[row] for row in rows]))
+        model = self._plain_model()
+        with self.compute_loss_context_manager():
+            loss: Any = super().compute_loss(model, inputs)
+        return loss

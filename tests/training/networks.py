@@ -1,0 +1,87 @@
+"""Networks that are fitted in a moment, and what their weights are, worked out apart from the package."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from miracle_hub.coding.cpu import decode_stream
+from miracle_hub.training.coder import message_of
+from miracle_hub.training.config import VariationalConfig
+from miracle_hub.training.convert import make_variational
+from miracle_hub.training.stream import Stream
+from miracle_hub.training.variational import Variational, variational_of
+
+IMAGES = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(20) % 5
+# Every tensor of ConvNet has 4 values at least, whose message at 3 bits each has room for a window.
+SMALL: dict[str, Any] = {"bits_per_weight": 3.0, "window_bits": 6, "kl_block_weights": 32}
+
+
+class ConvNet(nn.Module):
+    """473 weights, a batch norm, whose buffers are not coded, and dropout, which draws random numbers."""
+
+    def __init__(self, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+        self.hidden, self.head = nn.Linear(36, 10), nn.Linear(10, 5)
+        self.dropout = dropout
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.max_pool2d(self.norm(self.conv(images)), 2).flatten(1)
+        return self.head(F.dropout(torch.tanh(self.hidden(x)), self.dropout, self.training))
+
+
+def conv_net(seed: int = 0, dropout: float = 0.1) -> ConvNet:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return ConvNet(dropout)
+
+
+def variational_net(seed: int = 0, dropout: float = 0.1, **options: Any) -> nn.Module:
+    """A converted ConvNet at 3 bits per value unless `options` say otherwise."""
+    defaults = {**SMALL, "target_modules": "all"}
+    if "bits" in options:
+        del defaults["bits_per_weight"]
+    return make_variational(conv_net(seed, dropout), VariationalConfig(**{**defaults, **options}))
+
+
+def loss_of(model: nn.Module) -> Callable[[int], Tensor]:
+    """Cross entropy of the i-th batch."""
+
+    def loss(number: int) -> Tensor:
+        at = torch.arange(4 * number, 4 * number + 8) % len(IMAGES)
+        return F.cross_entropy(model(IMAGES[at]), LABELS[at])
+
+    return loss
+
+
+def part_of(model: nn.Module) -> Variational:
+    return variational_of(model)
+
+
+def streams_of(model: nn.Module) -> list[Stream]:
+    return list(variational_of(model).streams)
+
+
+def decoded(stream: Stream) -> list[Tensor]:
+    """The float32 weights of every member of a coded stream, from its message and scales alone."""
+    z = torch.as_tensor(decode_stream(message_of(stream), stream.code, stream.n_values))
+    assert stream.fixed_scales is not None
+    if not stream.is_permuted:
+        return [(z * stream.fixed_scales).view(stream.members[0].shape)]
+    values = torch.empty_like(z).index_copy_(0, stream.order, z)
+    sizes = [member.sharing.n_values for member in stream.members]
+    found = []
+    for i, (member, own) in enumerate(zip(stream.members, values.split(sizes), strict=True)):
+        places, signs = member.sharing.places(stream.code.seed, i)
+        found.append((own[places] * signs * stream.fixed_scales[i]).view(member.shape))
+    return found
+
+
+def assert_same_state(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
