@@ -144,6 +144,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--window-bits", type=int, default=14)
     p.add_argument("--kl-block", type=int, default=128)
     p.add_argument("--conv2", type=float, default=2.0)
+    p.add_argument("--fc2", type=float, default=1.0)
     p.add_argument("--fc1", type=float, default=64.2)
     p.add_argument("--steps", type=int, default=30_000)
     p.add_argument("--batch", type=int, default=32)
@@ -177,7 +178,7 @@ def config_of(a: argparse.Namespace) -> dict[str, Any]:
     return dict(
         bits=a.bits, streams="network", parametrization=a.parametrization, code=a.code,
         window_bits=a.window_bits, kl_block_weights=a.kl_block, beta_rate=a.beta_rate, seed=a.seed,
-        sharing={"conv2.weight": a.conv2, "fc1.weight": a.fc1}, sharing_kind=a.sharing,
+        sharing={"conv2.weight": a.conv2, "fc1.weight": a.fc1, "fc2.weight": a.fc2}, sharing_kind=a.sharing,
     )  # fmt: skip
 
 

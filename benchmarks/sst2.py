@@ -1,4 +1,4 @@
-"""all-MiniLM-L6-v2 with a head on SST-2: one bit per coded weight against the dense fine-tuning of equal steps.
+"""all-MiniLM-L6-v2 with a head on SST-2: one bit per coded weight against a dense fine-tuning of equal steps.
 
     python benchmarks/sst2.py [--steps 1500 --bits-per-weight 1.0 --seed 0]
 
@@ -11,7 +11,6 @@ import json
 import shutil
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import torch

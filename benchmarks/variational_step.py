@@ -1,4 +1,4 @@
-"""A variational training step against a deterministic one: all-MiniLM-L6-v2 with a head, 32 × 64 tokens, Adam.
+"""A variational training step against a deterministic one: all-MiniLM-L6-v2, 32 × 64 tokens, Adam.
 
 Every kind runs in processes of its own, in turns; times are medians of steps, memory is the largest resident
 size of the process less what it had before the model was read.

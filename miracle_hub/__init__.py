@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from miracle_hub.hub.api import decompress as decompress
     from miracle_hub.hub.api import inspect as inspect
     from miracle_hub.hub.api import load_state_dict as load_state_dict
+    from miracle_hub.hub.fit import FitReport as FitReport
+    from miracle_hub.hub.fit import fit as fit
     from miracle_hub.hub.mixin import MiracleHubMixin as MiracleHubMixin
     from miracle_hub.hub.quantizer import MiracleConfig as MiracleConfig
     from miracle_hub.hub.trainer import MiracleTrainer as MiracleTrainer
@@ -35,6 +37,7 @@ __all__ = [
     "Checkpoint",
     "Code",
     "CodingOptions",
+    "FitReport",
     "Inspection",
     "Journal",
     "MiracleConfig",
@@ -47,6 +50,7 @@ __all__ = [
     "compress",
     "compress_model",
     "decompress",
+    "fit",
     "inspect",
     "kl_penalty",
     "load",
@@ -64,6 +68,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Checkpoint": "miracle_hub.training.resume",
     "CodingOptions": "miracle_hub.training.coder",
+    "FitReport": "miracle_hub.hub.fit",
     "Inspection": "miracle_hub.codec.inspection",
     "Journal": "miracle_hub.training.journal",
     "MiracleConfig": "miracle_hub.hub.quantizer",
@@ -76,6 +81,7 @@ _HOMES = {
     "compress": "miracle_hub.hub.api",
     "compress_model": "miracle_hub.hub.variational",
     "decompress": "miracle_hub.hub.api",
+    "fit": "miracle_hub.hub.fit",
     "inspect": "miracle_hub.hub.api",
     "kl_penalty": "miracle_hub.training.variational",
     "load": "miracle_hub.hub.variational",

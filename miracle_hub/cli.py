@@ -36,6 +36,9 @@ Rotation = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the shared candidates.")]
 Backend = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu or triton.")]
+Data = Annotated[str, typer.Option(help="csv, tsv, json, jsonl, parquet, txt; a folder; a Hub id.")]
+Task = Annotated[str, typer.Option(help="text-classification or causal-lm.")]
+Targets = Annotated[str, typer.Option(help="all-matrices, all-linear, all, or a regular expression.")]
 Excluded = Annotated[list[str] | None, typer.Option(help="Leave tensors plain whose names contain this.")]
 
 
@@ -107,21 +110,17 @@ def decompress(
 def fit(
     source: Source,
     out: Out,
-    data: Annotated[str, typer.Option(help="csv, tsv, json, jsonl, parquet, txt; a folder; a Hub id.")],
-    task: Annotated[str, typer.Option(help="text-classification or causal-lm.")] = "text-classification",
+    data: Data,
+    task: Task = "text-classification",
     bits_per_weight: Annotated[float, typer.Option(help="Message bits per coded weight.")] = 1.0,
-    target_modules: Annotated[
-        str, typer.Option(help="all-matrices, all-linear, all, or a regex.")
-    ] = "all-matrices",
+    target_modules: Targets = "all-matrices",
     parametrization: Annotated[str, typer.Option(help="mean-kl or mean-var.")] = "mean-kl",
-    text_column: Annotated[
-        list[str] | None, typer.Option(help="One or two; else the columns of strings.")
-    ] = None,
-    label_column: Annotated[str, typer.Option(help="Classes: numbers or names.")] = "label",
+    text_columns: Annotated[list[str] | None, typer.Option(help="One or two; else those of strings.")] = None,
+    label_column: Annotated[str, typer.Option(help="Of classes: numbers or names.")] = "label",
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
     steps: Annotated[int, typer.Option(help="Steps of the optimizer, instead of epochs.")] = -1,
-    batch_size: int = 32,
-    learning_rate: float = 1e-4,
+    batch_size: Annotated[int, typer.Option(help="Rows of a step.")] = 32,
+    learning_rate: Annotated[float, typer.Option(help="That of a dense fine-tuning.")] = 1e-4,
     max_length: Annotated[int, typer.Option(help="Tokens of a text, or of a window.")] = 128,
     groups: Annotated[int, typer.Option(help="Groups that are coded one after the other.")] = 40,
     refit_steps: Annotated[int, typer.Option(help="Steps after every group.")] = 10,
@@ -131,25 +130,15 @@ def fit(
     progress: Progress = True,
 ) -> None:
     """Fine-tune SOURCE on a data set within a budget of bits, and write OUT, which from_pretrained loads."""
-    from miracle_hub.hub.fit import fit as run
-
-    config = miracle_hub.MiracleConfig(
-        bits_per_weight=bits_per_weight,
-        target_modules=target_modules,
-        parametrization=parametrization,
-        seed=seed,
-    )
-    found = run(
-        source, out, data, task=task, config=config, text_columns=text_column, label_column=label_column,
-        epochs=epochs, steps=steps, batch_size=batch_size, learning_rate=learning_rate, max_length=max_length,
-        coding=miracle_hub.CodingOptions(groups, refit_steps, learning_rate / 3), seed=seed, resume=resume,
-        overwrite=overwrite, progress=progress,
+    found = miracle_hub.fit(
+        source, out, data=data, task=task, bits_per_weight=bits_per_weight, target_modules=target_modules,
+        parametrization=parametrization, text_columns=text_columns, label_column=label_column, epochs=epochs,
+        steps=steps, batch_size=batch_size, learning_rate=learning_rate, max_length=max_length, groups=groups,
+        refit_steps=refit_steps, seed=seed, resume=resume, overwrite=overwrite, progress=progress,
     )  # fmt: skip
-    typer.echo(
-        f"{out}: {found.report.compressed_bytes:,} bytes, {found.report.bits_per_weight:.4f} bits per weight; "
-        f"before coding {_figures(found.fitted)}; \n as written {_figures(found.coded)}\n"
-        f"digest {found.report.digest}"
-    )
+    size = f"{found.report.compressed_bytes:,} bytes, {found.report.bits_per_weight:.4f} bits per weight"
+    typer.echo(f"{out}: {size}\nbefore coding {_figures(found.fitted)}; as written {_figures(found.coded)}")
+    typer.echo(f"digest {found.report.digest}")
 
 
 def _figures(figures: dict[str, float]) -> str:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import miracle_hub
 from miracle_hub import cli
 
-VERBS = ("compress", "decompress", "inspect")
+VERBS = ("compress", "decompress", "fit", "inspect")
 Run = Callable[..., tuple[int, str, str]]
 
 

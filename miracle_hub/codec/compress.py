@@ -206,8 +206,8 @@ def _plan(
             plans[tensor.name] = mark_narrowed(plan_tensor(tensor, rotation, excluded))
     if missing := sorted(set(payloads) - set(plans)):
         raise SourceError(
-            f"payloads: expected those of tensors of the source, found one of {missing[0]!r}, which it has not; "
-            f"it has {', '.join(sorted(plans)[:4])}, …"
+            f"payloads: expected those of tensors of the source, found one of {missing[0]!r}, which it has "
+            f"not; it has {', '.join(sorted(plans)[:4])}, …"
         )
     return plans
 

@@ -105,7 +105,8 @@ def _back_on_cpu(
     chunks, sums = _chunks(mean.numel(), block_weights), {}
 
     def work(at: slice) -> None:
-        sums[at.start] = _backward(*arrays, at.start, at.stop, block_weights, by_mean, by_std, by_scale)
+        arguments: tuple = (*arrays, at.start, at.stop, block_weights, by_mean, by_std, by_scale)
+        sums[at.start] = _backward(*arguments)
 
     in_threads(work, [(at,) for at in chunks])
     if log_scales.numel() == 1:

@@ -53,8 +53,9 @@ def read_split(
     return Split(train, evaluation, texts, names)
 
 
-def _load(data: str | Path) -> dict[str, Any]:
-    """
+def _load(data: str | Path) -> Any:
+    """Splits by name.
+
     Raises:
         DataError: the library is missing, or it cannot read the data.
     """
@@ -91,8 +92,8 @@ def _text_columns(
     chosen = wanted if wanted is not None else strings[: 1 if task == "causal-lm" else 2]
     if not chosen or len(chosen) > 2 or any(name not in rows.column_names for name in chosen):
         raise DataError(
-            f"{data}: expected one or two columns of text, found {chosen} among {rows.column_names}; "
-            "name them with --text-column"
+            f"{data}: expected one or two columns of text, found {chosen} in {rows.column_names}; "
+            "name them with --text-columns"
         )
     return tuple(chosen)
 
@@ -100,8 +101,8 @@ def _text_columns(
 def _class_names(rows: Any, data: str | Path, label_column: str) -> tuple[str, ...]:
     if label_column not in rows.column_names:
         raise DataError(
-            f"{data}: expected labels in a column {label_column!r}, found {rows.column_names}; name the column "
-            "with --label-column, or take --task causal-lm"
+            f"{data}: expected labels in a column {label_column!r}, found {rows.column_names}; name the "
+            "column with --label-column, or take --task causal-lm"
         )
     feature = rows.features[label_column]
     if hasattr(feature, "names"):

@@ -13,6 +13,7 @@ from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorWithPadding,
     TrainingArguments,
+    set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -33,6 +34,7 @@ class FitReport:
     """What a fit did.
 
     Attributes:
+        report: of the repository.
         fitted: the evaluation's figures at the posterior's means, before coding.
         coded: the same of what was written.
     """
@@ -45,10 +47,12 @@ class FitReport:
 def fit(
     source: str | Path,
     out: str | Path,
-    data: str | Path,
     *,
+    data: str | Path,
     task: str = "text-classification",
-    config: MiracleConfig | None = None,
+    bits_per_weight: float = 1.0,
+    target_modules: str = "all-matrices",
+    parametrization: str = "mean-kl",
     text_columns: list[str] | None = None,
     label_column: str = "label",
     epochs: float = 1.0,
@@ -56,7 +60,8 @@ def fit(
     batch_size: int = 32,
     learning_rate: float = 1e-4,
     max_length: int = 128,
-    coding: CodingOptions | None = None,
+    groups: int = 40,
+    refit_steps: int = 10,
     seed: int = 0,
     resume: bool = False,
     overwrite: bool = False,
@@ -70,10 +75,15 @@ def fit(
     Args:
         source: a folder or a Hub id of a dense model with its tokenizer.
         data: a file (csv, tsv, json, jsonl, parquet, txt), a folder of `datasets`, or a Hub id.
-        config: options of `make_variational`; by default one bit per weight of every matrix.
+        task: "text-classification" or "causal-lm".
+        bits_per_weight, target_modules, parametrization: see `training.config.VariationalConfig`.
         text_columns: one or two columns of text; by default the columns of strings.
         label_column: of a classification: whole numbers from 0 on, or names of classes.
+        epochs: passes over the data.
         steps: of the optimizer; above 0 they count instead of epochs.
+        learning_rate: of the fit; refits have a third of it.
+        max_length: tokens of a text, or of a language model's window.
+        groups, refit_steps: see `training.coder.CodingOptions`.
         resume: go on where an interrupted fit of the same arguments was.
 
     Raises:
@@ -82,35 +92,55 @@ def fit(
         TrainingError: a loss is not finite.
         OutputExistsError: `out` exists.
     """
+    _check(task, Path(out), overwrite)
+    splits, folder = read_split(data, task, text_columns, label_column, seed), Path(f"{out}-fit")
+    options: dict[str, Any] = dict(target_modules=target_modules, parametrization=parametrization, seed=seed)
+    config = MiracleConfig(bits_per_weight=bits_per_weight, **options)
+    arguments = _arguments(folder, epochs, steps, batch_size, learning_rate, seed, progress)
+    trainer = _trainer(source, splits, arguments, config, max_length)
+    checkpoint = folder / "coding.safetensors"
+    fitted = _train(trainer, folder, checkpoint, resume)
+    coding = CodingOptions(groups, refit_steps, learning_rate / 3)
+    report = trainer.compress(
+        out, options=coding, checkpoint=checkpoint, log_folder=folder, overwrite=overwrite
+    )
+    return FitReport(report, fitted, _figures(trainer))
+
+
+def _check(task: str, out: Path, overwrite: bool) -> None:
+    """Refuse before any work what can only fail after it."""
     if task not in TASKS:
         raise OptionError(f"task: expected one of {TASKS}, found {task!r}; choose one of them")
-    refuse_existing(Path(out), overwrite)
-    tokenizer: Any = AutoTokenizer.from_pretrained(source)
-    splits = read_split(data, task, text_columns, label_column, seed)
-    prepare = _classification if task == TASKS[0] else _language_model
-    model, collator, encode = prepare(source, tokenizer, splits, max_length)
-    make_variational(model, config or MiracleConfig(bits_per_weight=1.0))
-    folder = Path(f"{out}-fit")
-    trainer = MiracleTrainer(
-        model=model,
-        args=_arguments(folder, epochs, steps, batch_size, learning_rate, seed, progress),
-        train_dataset=encode(splits.train),
-        eval_dataset=encode(splits.evaluation),
-        data_collator=collator,
-        processing_class=tokenizer,
-        compute_metrics=_accuracy if task == TASKS[0] else None,
-    )
-    checkpoint = folder / "coding.safetensors"
+    refuse_existing(out, overwrite)
+
+
+def _train(trainer: MiracleTrainer, folder: Path, checkpoint: Path, resume: bool) -> dict[str, float]:
+    """Train, or go on training, unless coding has begun; the evaluation's figures."""
     if not resume:
         checkpoint.unlink(missing_ok=True)
     if not checkpoint.exists():
         last = get_last_checkpoint(str(folder)) if resume and folder.exists() else None
         trainer.train(resume_from_checkpoint=last)
-    fitted = _figures(trainer)
-    report = trainer.compress(
-        out, options=coding, checkpoint=checkpoint, log_folder=folder, overwrite=overwrite
+    return _figures(trainer)
+
+
+def _trainer(
+    source: Any, splits: Split, arguments: TrainingArguments, config: MiracleConfig, max_length: int
+) -> MiracleTrainer:
+    """The trainer of a model made variational; classes mean classification, else language modeling."""
+    set_seed(arguments.seed)  # a new head starts at random
+    tokenizer: Any = AutoTokenizer.from_pretrained(source)
+    prepare = _classification if splits.class_names else _language_model
+    model, collator, encode = prepare(source, tokenizer, splits, max_length)
+    return MiracleTrainer(
+        model=make_variational(model, config),
+        args=arguments,
+        train_dataset=encode(splits.train),
+        eval_dataset=encode(splits.evaluation),
+        data_collator=collator,
+        processing_class=tokenizer,
+        compute_metrics=_accuracy if splits.class_names else None,
     )
-    return FitReport(report, fitted, _figures(trainer))
 
 
 def _classification(source: Any, tokenizer: Any, splits: Split, max_length: int) -> tuple[Any, Any, Callable]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from miracle_hub.codec.compress import Report
+from miracle_hub.codec.folder import refuse_existing
 from miracle_hub.errors import OptionError
 from miracle_hub.hub.variational import compress_model
 from miracle_hub.training.coder import CodingOptions, check_finite, code_model
@@ -98,6 +99,7 @@ class MiracleTrainer(Trainer):
             TrainingError: a loss is not finite.
             OutputExistsError, OutputWriteError: `out` exists, or cannot be written.
         """
+        refuse_existing(Path(out), overwrite)
         model = self._plain_model()
         options = options or CodingOptions(learning_rate=self.args.learning_rate)
         code_model(

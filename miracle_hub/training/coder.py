@@ -171,14 +171,14 @@ class _Coder:
         """One step of the optimizer, or none at all."""
         own = {id(buffer) for buffer in self.variational.buffers()}
         buffers = [(b, b.clone()) for b in self.model.buffers() if id(b) not in own]
-        draw_number = self.variational.draw_number.clone()
+        draw_number = self.variational.draw_number
         try:
             self._optimize((self.group - 1) * self.options.refit_steps + self.step)
         except TrainingError:
             # A batch norm, for one, has taken the bad batch into its averages.
             for buffer, before in buffers:
                 buffer.copy_(before)
-            self.variational.draw_number.copy_(draw_number)
+            self.variational.draw_number = draw_number
             self.optimizer.zero_grad()
             if self.checkpoint is not None:
                 self.checkpoint.save(self)
@@ -218,7 +218,7 @@ class _Coder:
         """Streams in the order of coding, each with its steps in the order of coding."""
         order = torch.randperm(len(self.streams), generator=torch.Generator().manual_seed(0)).tolist()
         if self.options.order == "largest-kl":
-            order = sorted(order, key=lambda i: -float(self.streams[i].kl_nats().sum()))
+            order = sorted(order, key=lambda i: -float(self.streams[i].kl_nats().detach().sum()))
         started = [i for i in order if 0 < int(_flags(self.streams[i]).sum()) < self.streams[i].n_values]
         for i in [*started, *(i for i in order if not bool(_flags(self.streams[i]).any()))]:
             yield i, self._uncoded_steps(i)

@@ -104,7 +104,7 @@ def posterior_samples(model: nn.Module, n: int) -> list[nn.Module]:
     """
     variational, copies = variational_of(model), []
     for _ in range(n):
-        variational.draw_number.add_(1)
+        variational.next_draw()
         with torch.no_grad():
             values = {i: stream.draw(variational.seed()) for i, stream in enumerate(variational.streams)}
         copies.append(_make_dense(copy.deepcopy(model), values))

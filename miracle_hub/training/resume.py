@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import time
 import zlib
 from dataclasses import dataclass
@@ -51,18 +52,20 @@ class Checkpoint:
         rows = [dataclasses.asdict(row) for row in coder.journal.rows]
         position = {"group": coder.group, "step": coder.step, "last_loss": coder.last_loss, "rows": rows}
         metadata = {"options": _options(coder), "position": json.dumps(position)}
-        # Not another name for every process: a killed one would leave its own behind.
+        # A folder, for safetensors writes to another name first: what a killed process leaves is found again.
         partial = self.path.with_name(f".{self.path.name}.partial")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, partial, {**metadata, "crc": _crc(tensors, metadata)})
-            partial.replace(self.path)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            save_file(tensors, partial / "state", {**metadata, "crc": _crc(tensors, metadata)})
+            (partial / "state").replace(self.path)
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
             raise OutputWriteError(
                 f"{self.path}: the checkpoint could not be written ({error}); the one before is still there: "
                 "make room and run again"
             ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
     def read(self, coder: "_Coder") -> "Saved | None":
         """What was saved, if anything was, checked to be of this run; nothing is changed.

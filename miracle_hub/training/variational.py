@@ -47,12 +47,16 @@ class Variational(nn.Module):
         """Called before every forward pass of the model."""
         if self.training:
             self.forget()
-            self.draw_number.add_(1)
+            self.next_draw()
             # Streams of several tensors are drawn once for all; the others where they are used, so that
             # their weights live no longer than the layer needs them.
             self.kept = {i: s.draw(self.seed()) for i, s in enumerate(self.streams) if len(s.members) > 1}
         else:
             self._forget_if_written()
+
+    def next_draw(self) -> None:
+        # Not in place: a compiled backward pass would read the number of the next draw, and draw other noise.
+        self.draw_number = self.draw_number + 1
 
     def _forget_if_written(self) -> None:
         """Means, which take time, are kept until a parameter or buffer of theirs is written to."""

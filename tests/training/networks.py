@@ -40,12 +40,10 @@ def conv_net(seed: int = 0, dropout: float = 0.1) -> ConvNet:
         return ConvNet(dropout)
 
 
-def variational_net(seed: int = 0, dropout: float = 0.1, **options: Any) -> nn.Module:
+def variational_net(weights_seed: int = 0, dropout: float = 0.1, **options: Any) -> nn.Module:
     """A converted ConvNet at 3 bits per value unless `options` say otherwise."""
-    defaults = {**SMALL, "target_modules": "all"}
-    if "bits" in options:
-        del defaults["bits_per_weight"]
-    return make_variational(conv_net(seed, dropout), VariationalConfig(**{**defaults, **options}))
+    config = VariationalConfig(**{**SMALL, "target_modules": "all", **options})
+    return make_variational(conv_net(weights_seed, dropout), config)
 
 
 def loss_of(model: nn.Module) -> Callable[[int], Tensor]:

@@ -150,13 +150,20 @@ def test_autocast_multiplies_in_bfloat16_and_parameters_keep_float32(streams: st
     assert all(grad.isfinite().all() and grad.any() for grad in found.values())
 
 
-@pytest.mark.parametrize(("streams", "parametrization"), [*zip(STREAMS, PARAMETRIZATIONS, strict=True)])
-def test_torch_compile_makes_one_graph_for_all_steps_with_the_eager_gradients(
-    streams: str, parametrization: str
+# dynamo looks at .grad of the draw, which is no leaf; it hides the warning, but not from pytest.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize(
+    ("streams", "parametrization", "is_hook_compiled"),
+    [("tensor", "mean-kl", True), ("network", "mean-var", True), ("network", "mean-kl", False)],
+)
+def test_torch_compile_compiles_once_for_all_steps_and_has_the_eager_gradients(
+    streams: str, parametrization: str, is_hook_compiled: bool
 ) -> None:
     torch._dynamo.reset()
     model = variational_net(streams=streams, parametrization=parametrization, dropout=0.0)
-    eager, counter = copy.deepcopy(model), CompileCounterWithBackend("aot_eager")
+    if is_hook_compiled:  # torch.compile leaves the hooks of a user's outermost module alone
+        model = nn.Sequential(model)
+    eager, counter, frames = copy.deepcopy(model), CompileCounterWithBackend("aot_eager"), []
     compiled: Any = torch.compile(model, fullgraph=True, backend=counter)
     optimizers = [torch.optim.SGD(each.parameters(), 1e-3) for each in (model, eager)]
     for step in range(3):
@@ -166,58 +173,64 @@ def test_torch_compile_makes_one_graph_for_all_steps_with_the_eager_gradients(
         assert_close(gradients(model), gradients(eager))
         for optimizer in optimizers:
             optimizer.step()
-        assert counter.frame_count == 1 and int(part_of(model).draw_number) == step + 1
-    with torch.no_grad():
-        for _ in range(2):
+        frames.append(counter.frame_count)
+        assert int(part_of(model).draw_number) == step + 1
+    assert frames[0] == frames[2] > 0
+    for _ in range(3):
+        with torch.no_grad():
             torch.testing.assert_close(compiled.eval()(IMAGES), eager.eval()(IMAGES))
             next(model.parameters()).mul_(1.1)
             next(eager.parameters()).mul_(1.1)
-    assert counter.frame_count == 2
+        frames.append(counter.frame_count)
+    assert frames[3] == frames[5]
 
 
 WORKER = """
-import json, sys
+import json, os, sys
 import torch
 import torch.distributed as distributed
 from torch.nn.parallel import DistributedDataParallel
-sys.path.insert(0, sys.argv[3])
+sys.path.insert(0, sys.argv[1])
 from tests.training.networks import loss_of, part_of, variational_net
 torch.set_num_threads(1)
-rank, parametrization = int(sys.argv[1]), "mean-var"
-distributed.init_process_group("gloo", f"file://{sys.argv[2]}", rank=rank, world_size=2)
-model = variational_net(streams="network", parametrization=parametrization, dropout=0.0)
-wrapped = DistributedDataParallel(model)
-for step in range(2):
-    wrapped.zero_grad()
-    (loss_of(wrapped)(step) + part_of(model).penalty()).backward()
-    total = [p.grad.clone() for p in model.parameters()]
-alone = variational_net(streams="network", parametrization=parametrization, dropout=0.0)
+def make():
+    return variational_net(streams="network", parametrization="mean-var", dropout=0.0)
+def step(model, number):
+    model.zero_grad()
+    (loss_of(model)(number) + part_of(model).penalty()).backward()
+    return {name.removeprefix("module."): p.grad.clone() for name, p in model.named_parameters()}
+meeting, rank = sys.argv[2], 0 if os.fork() else 1
+distributed.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=2)
+shared = DistributedDataParallel(make())
+step(shared, 0)
+found = step(shared, 1)
+alone = make()
 part_of(alone).draw_number.fill_(1)
-(loss_of(alone)(1) + part_of(alone).penalty()).backward()
-own = [p.grad.clone() for p in alone.parameters()]
-mean = [g.clone() for g in own]
-for g in mean:
-    distributed.all_reduce(g)
-error = max(float((a - b / 2).norm() / a.norm()) for a, b in zip(total, mean))
-print(json.dumps({"error": error, "own": own[0][:4].tolist()}))
+own, errors, spread = step(alone, 1), {}, {}
+for name, grad in own.items():
+    mean = grad / 2
+    distributed.all_reduce(mean)
+    errors[name] = float((found[name] - mean).norm() / mean.norm())
+    spread[name] = float((grad - mean).norm() / mean.norm())
 distributed.destroy_process_group()
+if rank:
+    os._exit(0)
+assert os.wait()[1] == 0
+print(json.dumps([errors, spread]))
 """
 
 
 def test_distributed_processes_draw_different_noise_and_share_gradients(tmp_path: Path) -> None:
     root = str(Path(__file__).parents[2])
-    command = [sys.executable, "-c", WORKER]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "meet"), root], stdout=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    first, second = (json.loads(output.splitlines()[-1]) for output in outputs)
-    assert max(first["error"], second["error"]) < 1e-5
-    assert first["own"] != second["own"]
+    done = subprocess.run(
+        [sys.executable, "-c", WORKER, root, str(tmp_path / "meeting")],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    errors, spread = json.loads(done.stdout.splitlines()[-1])
+    assert len(errors) == 3 and max(errors.values()) < 1e-5
+    (by_noise,) = [difference for name, difference in spread.items() if name.endswith("log_std")]
+    assert by_noise > 0.1
 
 
 def test_a_frozen_part_of_the_model_does_not_stop_the_noise() -> None:
@@ -240,7 +253,7 @@ def test_means_are_worked_out_again_only_after_something_changed(
         first = model(IMAGES).clone()
     n_streams = len(streams_of(model))
     assert len(calls) == n_streams and torch.equal(model(IMAGES), first) and len(calls) == n_streams
-    other = variational_net(seed=1, streams=streams).eval()
+    other = variational_net(weights_seed=1, streams=streams).eval()
     for change in (
         lambda: model.load_state_dict(other.state_dict()),
         lambda: torch.optim.SGD(model.parameters(), 0.1).step(lambda: fill_gradients(model)),
@@ -274,7 +287,7 @@ def test_a_state_dict_holds_everything(is_coded: bool) -> None:
             stream.begin_coding()
             assert stream.coded is not None and stream.is_coded is not None
             stream.coded[3:9], stream.is_coded[3:9] = 1.5, True
-    fresh = variational_net(seed=1, parametrization="mean-var", streams="network", dropout=0.0)
+    fresh = variational_net(weights_seed=1, parametrization="mean-var", streams="network", dropout=0.0)
     state = copy.deepcopy(model.state_dict())
     assert not fresh.load_state_dict(state).missing_keys
     # The next draws, the penalty and the means are those of the model that was saved.
@@ -319,21 +332,21 @@ def test_the_penalty_is_the_weighted_kl_of_blocks_that_are_not_coded_and_so_is_i
     posterior: Any = stream.posterior
     part.get_buffer("beta_moves_0").copy_(torch.arange(stream.kl_nats().numel()))
     kept = stream.is_coded = torch.zeros(stream.n_values, dtype=torch.bool)
-    kept[4:10] = True  # blocks 2, 3 and 4 of two values
+    kept[6:15] = True  # blocks 2, 3 and 4 of three values
     mean, log_std, log_scales = (
         x.detach().double().requires_grad_() for x in (posterior.mean, posterior.log_std, stream.log_scales)
     )
     scale = (20.0 * log_scales).exp()[stream.owner]
     q, p = torch.distributions.Normal(mean, log_std.exp()), torch.distributions.Normal(0.0, scale)
-    kl = nn.functional.pad(torch.distributions.kl_divergence(q, p), (0, 1)).view(-1, 2).sum(1)
+    kl = nn.functional.pad(torch.distributions.kl_divergence(q, p), (0, 1)).view(-1, 3).sum(1)
     beta = 0.1 * (1 + 5e-5) ** torch.arange(len(kl)).double()
     left = torch.ones(len(kl))
     left[2:5] = 0
     expected = (beta * left * kl).sum()
     expected.backward()
     kl_penalty(model).backward()
-    assert float(kl_penalty(model)) == pytest.approx(float(expected), rel=1e-5)
-    assert part.kl_bits() == pytest.approx(float((left * kl).sum()) / math.log(2), rel=1e-5)
+    assert kl_penalty(model).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert part.kl_bits() == pytest.approx((left * kl).sum().item() / math.log(2), rel=1e-5)
     for found, wanted in (
         (posterior.mean, mean),
         (posterior.log_std, log_std),
@@ -341,7 +354,7 @@ def test_the_penalty_is_the_weighted_kl_of_blocks_that_are_not_coded_and_so_is_i
     ):
         assert found.grad is not None
         torch.testing.assert_close(found.grad.double(), wanted.grad, rtol=1e-4, atol=1e-6)
-    assert not posterior.mean.grad[4:10].any() and posterior.mean.grad[10:].any()
+    assert not posterior.mean.grad[6:15].any() and posterior.mean.grad[15:].any()
 
 
 def test_mean_kl_has_nothing_to_add_to_the_loss_and_nothing_to_anneal() -> None:

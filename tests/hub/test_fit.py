@@ -1,0 +1,170 @@
+"""`fit`: from a data set on disk to a repository, resumed, and refused where the data lack something."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+import miracle_hub
+from miracle_hub.errors import DataError, OptionError, OutputExistsError
+
+pytest.importorskip("datasets", reason="fit needs the package datasets: pip install '.[fit]'")
+WORDS = ["good", "bad", "film", "a", "the", "very", "movie", "is", "awful", "nice"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT with its tokenizer."""
+    folder = tmp_path_factory.mktemp("bert")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    BertModel(BertConfig(vocab_size=len(vocabulary), max_position_embeddings=64, **sizes)).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def sentences(n: int) -> list[tuple[str, int]]:
+    """Sentences that are positive where "good" or "nice" is in them."""
+    rng = random.Random(0)
+    drawn = [rng.choices(WORDS, k=5) for _ in range(n)]
+    return [(" ".join(words), int("good" in words or "nice" in words)) for words in drawn]
+
+
+@pytest.fixture(scope="module")
+def tsv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "train.tsv"
+    path.write_text("sentence\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in sentences(300)))
+    return path
+
+
+def test_a_classifier_learns_within_its_budget_and_loads_plainly(
+    source: Path, tsv: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = dict(epochs=8, learning_rate=4e-3, groups=4, refit_steps=4, progress=False)
+    found = miracle_hub.fit(source, tmp_path / "out", data=tsv, bits_per_weight=2.0, **options)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert found.coded["accuracy"] >= 0.9 and model.config.num_labels == 2
+    assert found.report.compressed_bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
+    rows = json.loads((tmp_path / "out-fit" / "coding.json").read_text())
+    assert rows[-1]["coded_values"] == sum(p.numel() for p in model.parameters() if p.ndim > 1)
+    assert not (tmp_path / "out-fit" / "coding.safetensors").exists()
+
+
+def test_a_language_model_is_fitted_to_text(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "llama"
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(LlamaConfig(vocab_size=20, pad_token_id=0, **sizes)).save_pretrained(folder)
+    BertTokenizer.from_pretrained(source).save_pretrained(folder)
+    (tmp_path / "text.txt").write_text("\n".join(text for text, _ in sentences(200)))
+    options: dict[str, Any] = dict(steps=30, learning_rate=1e-2, max_length=16, groups=3, refit_steps=2)
+    found = miracle_hub.fit(
+        folder, tmp_path / "out", data=tmp_path / "text.txt", task="causal-lm", progress=False, **options
+    )
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert found.coded["loss"] < 2.8  # 20 tokens at random are 3.0 nats
+
+
+SCRIPT = """
+import sys
+import miracle_hub
+source, out, data, resume = sys.argv[1:]
+options = dict(steps=2, groups=4, refit_steps=5, progress=False, resume=resume == "True")
+miracle_hub.training.resume.Checkpoint.__init__.__defaults__ = (0.0,)
+print(miracle_hub.fit(source, out, data=data, **options).report.digest)
+"""
+
+
+def start(source: Path, out: Path, data: Path, resume: bool) -> subprocess.Popen[str]:
+    arguments = [sys.executable, "-c", "import miracle_hub.training.resume\n" + SCRIPT]
+    return subprocess.Popen(
+        [*arguments, str(source), str(out), str(data), str(resume)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_fit_that_is_killed_while_coding_goes_on_to_the_same_file(
+    source: Path, tsv: Path, tmp_path: Path
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    reference = start(source, whole, tsv, False)
+    killed = start(source, stopped, tsv, False)
+    checkpoint = tmp_path / "stopped-fit" / "coding.safetensors"
+    while not checkpoint.exists() and killed.poll() is None:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    _, complaint = killed.communicate()
+    assert checkpoint.exists() and not stopped.exists(), complaint
+    digest, complaint = reference.communicate()
+    assert reference.returncode == 0, complaint
+    again, complaint = start(source, stopped, tsv, True).communicate()
+    assert again.splitlines()[-1] == digest.splitlines()[-1], complaint
+    assert (stopped / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def refused(source: Path, tmp_path: Path, text: str, name: str = "d.csv", **options: Any) -> str:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError) as error:
+        miracle_hub.fit(source, tmp_path / "out", data=tmp_path / name, progress=False, **options)
+    assert not (tmp_path / "out").exists()
+    return str(error.value)
+
+
+def test_data_without_labels_are_refused_with_the_columns_they_have(source: Path, tmp_path: Path) -> None:
+    message = refused(source, tmp_path, "text\na film\nthe movie\nbad\n")
+    assert (
+        "expected labels in a column 'label', found ['text']; name the column with --label-column" in message
+    )
+
+
+def test_a_row_without_its_label_is_refused(source: Path, tmp_path: Path) -> None:
+    message = refused(source, tmp_path, "text,label\na film,good\nthe movie,\nbad,bad\n")
+    assert "column 'label': expected a class for every row" in message
+
+
+def test_data_of_one_class_are_refused(source: Path, tmp_path: Path) -> None:
+    message = refused(source, tmp_path, "text,label\n" + "a film,1\n" * 3)
+    assert "of two classes or more" in message
+
+
+def test_a_column_that_is_not_there_is_refused(source: Path, tmp_path: Path) -> None:
+    message = refused(source, tmp_path, "text,label\na,0\nb,1\nc,0\n", text_columns=["sentence"])
+    assert "found ['sentence'] in ['text', 'label']; name them with --text-columns" in message
+
+
+def test_an_empty_file_and_a_missing_one_are_refused(source: Path, tmp_path: Path) -> None:
+    assert "expected a file (.csv" in refused(source, tmp_path, "")
+    assert "at least two rows, found 1" in refused(source, tmp_path, "text,label\na,0\n")
+    with pytest.raises(DataError, match="expected a file"):
+        miracle_hub.fit(source, tmp_path / "out", data=tmp_path / "none.csv")
+
+
+def test_an_unknown_task_and_an_existing_output_are_refused_before_any_work(
+    source: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(OptionError, match="task: expected one of"):
+        miracle_hub.fit(source, tmp_path / "out", data="none", task="regression")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OutputExistsError):
+        miracle_hub.fit(source, tmp_path / "out", data="none")
