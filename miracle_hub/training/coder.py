@@ -202,13 +202,15 @@ class _Coder:
         self.last_loss = float(loss.detach())
 
     def _next_runs(self) -> list[Run]:
-        """The next group."""
+        """The next group: whole blocks, for the rest of one would have the KL of what is coded too."""
         share_left = max(0.0, 1 - (self.group + 1) / self.options.groups) ** 2
         wanted = math.ceil(self.n_values - self.n_coded() - share_left * self.n_values)
         runs: list[Run] = []
         for stream, steps in self._uncoded():
-            width = self.streams[stream].code.step_weights
-            runs.append(Run(stream, steps[: max(1, -(-wanted // width))].sort().values))
+            own = self.streams[stream]
+            block, width = own.posterior.block_weights, own.code.step_weights
+            n_steps = max(1, -(-wanted // block)) * (block // width)
+            runs.append(Run(stream, steps[:n_steps].sort().values))
             wanted -= len(runs[-1].steps) * width
             if wanted <= 0:
                 break

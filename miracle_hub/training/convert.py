@@ -23,7 +23,7 @@ class Drawn(nn.Module):
     ) -> None:
         """
         Args:
-            siblings: parameters of the module before, in their order, which is that of files too.
+            siblings: all parameters of the module before, in their order, which is that of files too.
         """
         super().__init__()
         # The first of them is where the model holds the module; to the others a tuple hides it.
@@ -66,11 +66,12 @@ def make_variational(model: nn.Module, config: VariationalConfig) -> nn.Module:
         sharings = [_sharing(target, factors[target.name], config) for target in group]
         streams.append(_stream(group, sharings, config, len(streams)))
     variational = Variational(streams, config)
+    siblings = {id(module): tuple(module._parameters) for t in targets for module, _ in t.owners}
     is_first = True
     for s, group in enumerate(groups):
         for m, target in enumerate(group):
             for module, name in target.owners:
-                _attach(module, name, Drawn(variational, s, m, is_first, tuple(module._parameters)))
+                _attach(module, name, Drawn(variational, s, m, is_first, siblings[id(module)]))
                 is_first = False
     setattr(model, ATTRIBUTE, (variational.train(model.training),))
     model.register_forward_pre_hook(_begin_pass)

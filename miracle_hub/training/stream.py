@@ -26,6 +26,7 @@ class Member:
     sharing: Sharing
 
 
+_MAX_BLOCK = 1024  # of the draws' kernels
 _LEAST_VARIANCE = 1e-12  # keeps costs of a posterior that is nearly a point finite
 CODING_BUFFERS = ("coded", "is_coded", "states", "fixed_scales")
 
@@ -56,7 +57,7 @@ class Stream(nn.Module):
     ) -> None:
         super().__init__()
         self.members, self.code, self.number = tuple(members), code, number
-        block_weights = kl_block_weights if code.overlap_bits else code.step_weights
+        block_weights = _block_weights(code, sum(m.sharing.n_values for m in members), kl_block_weights)
         block_kl_nats = block_weights * code.bits_per_weight * math.log(2)
         for name in CODING_BUFFERS:
             self.register_buffer(name, None)
@@ -161,6 +162,22 @@ class Stream(nn.Module):
     def cost(self) -> Cost:
         """What encoders minimize, of every value in stream order."""
         return importance_cost(Posterior(*self.moments()), Prior(torch.zeros(1), torch.ones(1)))
+
+
+def _block_weights(code: Code, n_values: int, wanted: int) -> int:
+    """Values that share a KL budget: those of a step of the block code; else about as many as wanted.
+
+    A block is whole steps, so that coding never ends inside one, where what is coded would have a share of
+    the rest's budget. Of the lengths near the wanted one that is taken which nearly fills the last block,
+    whose budget is the same however short it is.
+    """
+    if not code.overlap_bits:
+        return code.step_weights
+    n_steps, most = code.steps(n_values), _MAX_BLOCK // code.step_weights
+    middle = min(max(1, round(wanted / code.step_weights)), n_steps)
+    lengths = range(max(1, middle * 3 // 4), max(1, min(middle * 5 // 4, most)) + 1)
+    length = min(lengths, key=lambda steps: (-n_steps % steps, abs(steps - middle)))
+    return length * code.step_weights
 
 
 def _shared_values(weights: Tensor, sharing: Sharing, seed: int, number: int) -> Tensor:

@@ -86,7 +86,7 @@ def test_a_saved_network_loads_with_the_weights_that_evaluation_had(
     assert list(found) == list(expected)
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
-    assert float(found["norm.running_mean"].abs().sum()) > 0 and int(found["norm.num_batches_tracked"]) == 4
+    assert float(found["norm.running_mean"].abs().sum()) > 0 and int(found["norm.num_batches_tracked"]) > 0
     assert torch.equal(fresh.eval()(IMAGES), model(IMAGES))
     # The model goes on as it was, and saving it again gives the same file.
     before = (tmp_path / "net.safetensors").read_bytes()

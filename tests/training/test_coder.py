@@ -112,9 +112,35 @@ def test_shared_weights_are_coded_too(kind: str) -> None:
 def test_one_group_and_more_groups_than_values(groups: int, streams: str, kind: str) -> None:
     model = variational_net(streams=streams, code=kind)
     journal = code(model, groups=groups, refit_steps=1 if groups == 1 else 0)
-    n_steps = sum(stream.code.steps(stream.n_values) for stream in streams_of(model))
-    assert len(journal.rows) == (1 if groups == 1 else n_steps)
+    n_blocks = sum(stream.kl_nats().numel() for stream in streams_of(model))
+    assert len(journal.rows) == (1 if groups == 1 else n_blocks)
     assert_weights_are_the_messages(model)
+
+
+def test_no_group_ends_inside_a_block_whose_rest_would_get_the_budget_of_what_is_coded() -> None:
+    model = variational_net(streams="network", kl_block_weights=32)
+    (stream,) = streams_of(model)
+    seen = set()
+
+    def validate() -> float:
+        assert stream.is_coded is not None
+        blocks = stream.is_coded.split(stream.posterior.block_weights)
+        seen.update(len(set(block.tolist())) for block in blocks)
+        return 0.0
+
+    options = CodingOptions(groups=6, refit_steps=1)
+    journal = code_model(model, loss_of(model), options=options, validate=validate, progress=False)
+    assert len(journal.rows) > 3 and seen == {1}
+
+
+@pytest.mark.parametrize("n_values", [5, 97, 1118, 12_406])
+def test_the_last_block_of_a_sliding_stream_is_nearly_full(n_values: int) -> None:
+    model = nn.Linear(n_values, 1, bias=False)
+    make_variational(model, VariationalConfig(bits_per_weight=2.0, window_bits=4, kl_block_weights=64))
+    (stream,) = streams_of(model)
+    n_steps = stream.posterior.block_weights // stream.code.step_weights
+    assert n_steps * stream.code.step_weights == stream.posterior.block_weights <= 80
+    assert -stream.code.steps(n_values) % n_steps <= 0.1 * n_steps
 
 
 @pytest.mark.parametrize("kind", ["sliding", "block"])
@@ -201,8 +227,26 @@ def test_the_posteriors_of_largest_kl_are_taken_first() -> None:
         assert kl[blocks].min() >= kl[~blocks].max()
 
 
+def test_the_streams_of_largest_kl_are_taken_first() -> None:
+    model, taken = variational_net(parametrization="mean-var"), []
+    kl = [float(stream.kl_nats().detach().sum()) for stream in streams_of(model)]
+
+    def validate() -> float:
+        taken.append([bool(where.any()) for _, where, _ in snapshot(model)])
+        return 0.0
+
+    options = CodingOptions(groups=8, order="largest-kl")
+    code_model(model, options=options, validate=validate, progress=False)
+    begun = [sum(flags) for flags in taken]
+    assert begun == sorted(begun) and begun[0] < 3 and begun[-1] == 8
+    for flags in taken[:-1]:
+        assert min(k for k, flag in zip(kl, flags, strict=True) if flag) >= max(
+            (k for k, flag in zip(kl, flags, strict=True) if not flag), default=0
+        )
+
+
 def test_a_model_that_was_coded_in_part_goes_on_where_it_was() -> None:
-    model, calls = variational_net(streams="network"), []
+    model, calls = variational_net(streams="network", code="block"), []
 
     def stop_in_group_three(number: int) -> Tensor:
         calls.append(number)

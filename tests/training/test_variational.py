@@ -73,6 +73,8 @@ def test_a_forward_pass_has_one_draw_of_every_tensor_and_the_next_pass_another(s
     for _ in range(2):
         seen.append([])
         model(X)
+        # A tensor with a stream of its own is there only as long as its layer needs it.
+        assert len(part_of(model).kept) == (streams == "network")
     for first, second, third, again, last in seen:
         assert torch.equal(first, third) and torch.equal(first, last) and torch.equal(second, again)
     assert not torch.equal(seen[0][0], seen[1][0])
@@ -264,8 +266,14 @@ def test_means_are_worked_out_again_only_after_something_changed(
         after = model(IMAGES)
         assert not torch.equal(after, before)
         assert torch.equal(after, model.train().eval()(IMAGES))
-    # What was kept under inference_mode serves a pass with gradients too.
-    loss_of(model)(0)
+
+
+def test_means_that_were_worked_out_under_inference_mode_serve_a_pass_with_gradients() -> None:
+    model = variational_net(modules_to_save="conv").eval()
+    with torch.inference_mode():
+        model(IMAGES)
+    loss_of(model)(0).backward()
+    assert model.get_parameter("conv.weight").grad is not None
 
 
 def fill_gradients(model: nn.Module) -> float:
@@ -287,9 +295,14 @@ def test_a_state_dict_holds_everything(is_coded: bool) -> None:
             stream.begin_coding()
             assert stream.coded is not None and stream.is_coded is not None
             stream.coded[3:9], stream.is_coded[3:9] = 1.5, True
-    fresh = variational_net(weights_seed=1, parametrization="mean-var", streams="network", dropout=0.0)
+    fresh: Any = variational_net(weights_seed=1, parametrization="mean-var", streams="network", dropout=0.0)
+    fresh.eval()(IMAGES)
     state = copy.deepcopy(model.state_dict())
     assert not fresh.load_state_dict(state).missing_keys
+    means: Any = model.eval().get_submodule("head")
+    assert torch.equal(fresh.head.weight, means.weight)
+    for each in (fresh, model):
+        each.train()
     # The next draws, the penalty and the means are those of the model that was saved.
     assert torch.equal(fresh(IMAGES), model(IMAGES)) and torch.equal(kl_penalty(fresh), kl_penalty(model))
     assert torch.equal(fresh.eval()(IMAGES), model.eval()(IMAGES))
@@ -364,6 +377,7 @@ def test_mean_kl_has_nothing_to_add_to_the_loss_and_nothing_to_anneal() -> None:
     anneal(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     (stream,) = streams_of(model)
-    n_blocks = -(-stream.n_values // 32)
-    assert part_of(model).kl_bits() == pytest.approx(32 * n_blocks * stream.code.bits_per_weight)
+    width = stream.posterior.block_weights
+    n_blocks = -(-stream.n_values // width)
+    assert part_of(model).kl_bits() == pytest.approx(width * n_blocks * stream.code.bits_per_weight)
     assert conv_net().state_dict().keys() != model.state_dict().keys()
