@@ -54,19 +54,19 @@ def steps_done():
         found = json.loads(file.metadata()["position"])
         return (found["group"] - 1) * options.refit_steps + (found["step"] or options.refit_steps)
 
-run("warm")  # compiled loops are loaded: what follows takes as long as its own work
-start = time.monotonic()
 run("whole")
-seconds, kills, moments = time.monotonic() - start, [], random.Random(int(sys.argv[3]))
-while len(kills) < 6:
+kills, moments = [], random.Random(0)
+while steps_done() < 24:
+    target = steps_done() + moments.randint(1, 8)
     child = os.fork()
     if child == 0:
         run("killed")
         os._exit(0)
-    time.sleep(moments.uniform(0.1, 0.4) * seconds)
+    while steps_done() < target and not os.waitpid(child, os.WNOHANG)[0]:
+        time.sleep(0.001)
+    time.sleep(moments.uniform(0, 0.02))  # to any place in a step, or in the writing of its state
     os.kill(child, signal.SIGKILL)
-    if os.WIFEXITED(os.waitpid(child, 0)[1]):
-        break
+    os.waitpid(child, 0)
     kills.append(steps_done())
 run("killed")
 print(json.dumps([kills, sorted(path.name for path in folder.iterdir())]))
@@ -76,17 +76,15 @@ print(json.dumps([kills, sorted(path.name for path in folder.iterdir())]))
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_file(tmp_path: Path) -> None:
     root = str(Path(__file__).parents[2])
     done = subprocess.run(
-        [sys.executable, "-c", WORKER, root, str(tmp_path), "0"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", WORKER, root, str(tmp_path)], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     kills, files = json.loads(done.stdout.splitlines()[-1])
     # It was killed in the middle, at several places, and each time it was further.
-    assert kills == sorted(kills) and len({*kills} - {0, 7 * 6}) >= 2, kills
+    assert len(kills) > 2 and kills == sorted(set(kills)), kills
     assert (tmp_path / "killed.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
     # What a killed process left half-written is gone.
-    assert files == [
-        f"{name}.{end}" for name in ("killed", "warm", "whole") for end in ("safetensors", "state")
-    ]
+    assert files == [f"{name}.{end}" for name in ("killed", "whole") for end in ("safetensors", "state")]
 
 
 def run(
