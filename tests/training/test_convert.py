@@ -247,3 +247,11 @@ def test_shared_weights_take_few_values_in_the_way_that_is_named(kind: str) -> N
         assert 0.4 < float((weight > 0).float().mean()) < 0.6
     model.train()(X[..., :1].expand(3, 7, 64)).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_frozen_tensor_is_coded_and_stays_frozen() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[0].weight.requires_grad_(False)
+    make_variational(model, VariationalConfig(bits_per_weight=2.0))
+    learned = [[p.requires_grad for p in stream.parameters()] for stream in streams_of(model)]
+    assert learned == [[False] * 3, [True] * 3]
