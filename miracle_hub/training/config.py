@@ -21,7 +21,7 @@ class VariationalConfig:
     """Options of `make_variational`; exactly one of `bits_per_weight` and `bits` is the budget.
 
     Attributes:
-        bits_per_weight: message bits per value that is coded.
+        bits_per_weight: message bits per value that is coded (of a sliding code, the rate of a long message).
         bits: message bits of a whole network, if `streams` is "network".
         target_modules: "all", "all-matrices", "all-linear", a regular expression that must match whole names
             of modules or parameters, or a list of names or ends of names. None means "all" for a network's
@@ -119,7 +119,8 @@ class VariationalConfig:
             )
 
     def code_for(self, n_values: int, where: str) -> Code:
-        """The code of a stream, whose message never exceeds the budget.
+        """The code of a stream. Its message never exceeds `bits`, nor its rate `bits_per_weight`; to that
+        the first window of a sliding code adds its L - k bits.
 
         Raises:
             BudgetError: the budget allows no message.
@@ -130,8 +131,10 @@ class VariationalConfig:
                 f"{where}: {budget} bits for {n_values} values are more than {MAX_WINDOW_BITS} bits for "
                 "each; lower the budget"
             )
-        choose = _block_code if self.code == "block" else _sliding_code
-        code = choose(n_values, budget, self.window_bits, self.seed)
+        if self.code == "block":
+            code = _block_code(n_values, budget, self.window_bits, self.seed)
+        else:
+            code = _sliding_code(n_values, self.bits, self.bits_per_weight, self.window_bits, self.seed)
         if code is None:
             raise BudgetError(
                 f"{where}: {budget} bits for {n_values} values are less than a {self.code} code with windows "
@@ -149,7 +152,9 @@ def _block_code(n_values: int, budget: int, window_bits: int, seed: int) -> Code
     return Code(window_bits, window_bits, step_weights, seed)
 
 
-def _sliding_code(n_values: int, budget: int, window_bits: int, seed: int) -> Code | None:
+def _sliding_code(
+    n_values: int, bits: int | None, bits_per_weight: float | None, window_bits: int, seed: int
+) -> Code | None:
     """The highest rate k/V within the budget; of equal rates, the smallest step."""
     rates = {
         Fraction(k, weights)
@@ -159,6 +164,7 @@ def _sliding_code(n_values: int, budget: int, window_bits: int, seed: int) -> Co
     rates |= {Fraction(k) for k in range(1, min(8, window_bits) + 1)}
     for rate in sorted(rates, reverse=True):
         code = Code(window_bits, rate.numerator, rate.denominator, seed)
-        if code.message_bits(n_values) <= budget:
+        fits = code.message_bits(n_values) <= bits if bits is not None else rate <= (bits_per_weight or 0)
+        if fits:
             return code
     return None

@@ -19,24 +19,38 @@ def test_blocks_of_the_papers_lenet_are_the_papers(bits: int, blocks: int, weigh
     assert code.message_bits(24_830) == bits
 
 
+def sliding_codes(window_bits: int) -> list[Code]:
+    """Every code that a sliding stream may get."""
+    steps = range(1, min(4, window_bits) + 1)
+    codes = [Code(window_bits, k, v, 7) for k in steps for v in range(1, 257) if math.gcd(k, v) == 1]
+    return codes + [Code(window_bits, k, 1, 7) for k in range(1, min(8, window_bits) + 1)]
+
+
 @pytest.mark.parametrize("n_values", [1, 17, 1000, 24_830])
 @pytest.mark.parametrize("rate", [0.05, 0.5, 1.0, 2.7, 6.0])
 @pytest.mark.parametrize("window_bits", [3, 14])
-def test_a_sliding_code_has_the_highest_rate_within_the_budget(
+def test_a_sliding_code_has_the_highest_rate_whose_message_is_within_the_bits(
     n_values: int, rate: float, window_bits: int
 ) -> None:
-    config = VariationalConfig(bits_per_weight=rate, window_bits=window_bits, seed=7)
-    steps = range(1, min(4, window_bits) + 1)
-    codes = [Code(window_bits, k, v, 7) for k in steps for v in range(1, 257) if math.gcd(k, v) == 1]
-    codes += [Code(window_bits, k, 1, 7) for k in range(1, min(8, window_bits) + 1)]
-    fitting = [code for code in codes if code.message_bits(n_values) <= int(rate * n_values)]
+    bits = max(1, int(rate * n_values))
+    config = VariationalConfig(bits=bits, streams="network", window_bits=window_bits, seed=7)
+    fitting = [code for code in sliding_codes(window_bits) if code.message_bits(n_values) <= bits]
     if not fitting:
-        with pytest.raises(BudgetError, match=f"^w: {int(rate * n_values)} bits for {n_values} values are"):
+        with pytest.raises(BudgetError, match=f"^w: {bits} bits for {n_values} values are"):
             config.code_for(n_values, "w")
         return
     found = config.code_for(n_values, "w")
     assert found in fitting
     assert found.bits_per_weight == max(code.bits_per_weight for code in fitting)
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.5, 1.0, 2.7, 6.0])
+@pytest.mark.parametrize("window_bits", [3, 14])
+def test_bits_per_weight_are_the_rate_of_a_long_message(rate: float, window_bits: int) -> None:
+    """Else the L - k bits of the first window would cost a whole step of the ladder, 1 → 4/5."""
+    config = VariationalConfig(bits_per_weight=rate, window_bits=window_bits, seed=7)
+    rates = [code.bits_per_weight for code in sliding_codes(window_bits) if code.bits_per_weight <= rate]
+    assert config.code_for(1000, "w").bits_per_weight == max(rates)
 
 
 @pytest.mark.parametrize("n_values", [1, 17, 1000])
@@ -172,7 +186,7 @@ def test_a_budget_that_values_cannot_use_is_refused() -> None:
     ):
         config.code_for(41, "3 tensors")
     with pytest.raises(BudgetError) as raised:
-        VariationalConfig(bits_per_weight=1.0).code_for(13, "head.bias")
+        VariationalConfig(bits=13, streams="network").code_for(13, "head.bias")
     assert str(raised.value) == (
         "head.bias: 13 bits for 13 values are less than a sliding code with windows of 14 bits and at most "
         "256 values per step can use; raise the budget, share weights, or choose shorter windows"
