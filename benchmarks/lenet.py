@@ -79,7 +79,7 @@ class Run:
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))
         self.train, self.held = order[:-VALIDATION], order[-VALIDATION:]
         self.x, self.y = x, y
-        self.model = LeNet5().to(memory_format=torch.channels_last)
+        self.model = LeNet5().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.curve: list[dict] = []
         self.seconds: dict[str, float] = {}
 
@@ -195,7 +195,7 @@ def one(a: argparse.Namespace) -> None:
     path = RESULTS / "lenet" / f"{name}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     n_bytes = miracle_hub.save(run.model, path)
-    loaded = miracle_hub.load(path, LeNet5()).to(memory_format=torch.channels_last)
+    loaded = miracle_hub.load(path, LeNet5()).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     x, y = mnist("t10k")
     found = {
         "test_error": error(loaded, x, y),
