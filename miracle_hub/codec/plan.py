@@ -21,6 +21,7 @@ _NARROWING_ERROR = 2.0**-22
 _FILL_ROUNDS = 24
 # Far inside the range of scales, so that rows and squares stay inside theirs.
 LARGEST_RMS = 2.0**40
+EXCLUDED = "excluded by modules_to_not_convert"
 OUT_OF_RANGE = "root mean square outside 2^-40 … 2^40"
 
 
@@ -65,7 +66,7 @@ def reason_plain(name: str, dtype: str, shape: tuple[int, ...], excluded: list[s
     if n_weights == 0:
         return "empty"
     if any(part in name for part in excluded):
-        return "excluded by modules_to_not_convert"
+        return EXCLUDED
     if len(shape) < 2 and n_weights < _SMALLEST_CODED_VECTOR:
         return f"a vector of fewer than {_SMALLEST_CODED_VECTOR} weights"
     if n_weights < _SMALLEST_CODED:
@@ -187,7 +188,8 @@ def mark_narrowed(plan: TensorPlan) -> TensorPlan:
     """
     source = plan.source
     is_affine = source.name.endswith((".weight", ".bias")) and len(source.shape) == 1 and source.n_weights
-    if not plan.reason or plan.payload is not None or source.dtype != "F32" or not is_affine:
+    is_exact = plan.payload is not None or plan.reason == EXCLUDED
+    if not plan.reason or is_exact or source.dtype != "F32" or not is_affine:
         return plan
     values = source.load().double()
     error = (values.half().double() - values).square().sum()

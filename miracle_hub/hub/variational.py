@@ -25,7 +25,7 @@ from miracle_hub.hub.card import write_card
 from miracle_hub.training import convert
 from miracle_hub.training.coder import message_of
 from miracle_hub.training.config import VariationalConfig
-from miracle_hub.training.stream import Stream
+from miracle_hub.training.targets import matches_any
 from miracle_hub.training.variational import Variational, variational_of
 
 if TYPE_CHECKING:
@@ -80,9 +80,9 @@ def save(model: nn.Module, path: str | Path) -> int:
         OutputWriteError: the file cannot be written.
     """
     variational, path = variational_of(model), Path(path)
-    messages = [message_of(stream) for stream in _streams(variational)]
+    messages = [message_of(stream) for stream in variational.streams]
     dense = convert.posterior_mean(model)
-    coded = {member.name for stream in _streams(variational) for member in stream.members}
+    coded = {member.name for stream in variational.streams for member in stream.members}
     entries = _coded_entries(variational, messages)
     plain = {name: t for name, t in _stored(dense).items() if name not in coded}
     write_network(path, entries, plain)
@@ -167,18 +167,20 @@ def compress_model(
             "streams: expected 'tensor' for a repository, found 'network'; use save and load, or "
             "MiracleHubMixin"
         )
-    messages = [message_of(stream) for stream in _streams(variational)]
+    messages = [message_of(stream) for stream in variational.streams]
     payloads = _coded_entries(variational, messages)
     with tempfile.TemporaryDirectory() as folder:
         dense: Any = convert.posterior_mean(model)
         dense.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        kept = variational.config.modules_to_save
         base = getattr(dense.config, "_name_or_path", None) or None
         base = None if base is None or Path(base).exists() else base
         return compress_folder(
             Path(folder), Path(out), payloads=payloads, size=size, bits_per_weight=bits_per_weight,
-            modules_to_not_convert=_names(variational.config.modules_to_save), overwrite=overwrite,
+            modules_to_not_convert=[name for name in _stored(dense) if matches_any(name, kept)],
+            overwrite=overwrite,
             card=lambda target, report: write_card(target, report, Path(folder), base), progress=progress,
         )  # fmt: skip
 
@@ -186,7 +188,7 @@ def compress_model(
 def _coded_entries(variational: Variational, messages: list[Tensor]) -> Mapping[str, bytes]:
     """What a file holds of the streams: a payload per tensor, or one entry for all."""
     entries = {}
-    for stream, message in zip(_streams(variational), messages, strict=True):
+    for stream, message in zip(variational.streams, messages, strict=True):
         assert stream.fixed_scales is not None
         scales = stream.fixed_scales.cpu()
         if variational.config.streams == "network":
@@ -205,16 +207,8 @@ def _coded_entries(variational: Variational, messages: list[Tensor]) -> Mapping[
     return entries
 
 
-def _streams(variational: Variational) -> list[Stream]:
-    return list(variational.streams)  # pyright: ignore[reportReturnType]
-
-
 def _stored(model: nn.Module) -> dict[str, Tensor]:
     """Parameters, tied ones once, and the buffers that a state dict holds."""
     kept = set(model.state_dict(keep_vars=True))
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
     return {**dict(model.named_parameters()), **buffers}
-
-
-def _names(modules: str | list[str] | None) -> list[str] | None:
-    return [modules] if isinstance(modules, str) else modules

@@ -13,7 +13,7 @@ from miracle_hub.coding.block_kl import block_kl_nats
 from miracle_hub.coding.draw import draw_mean_kl, draw_mean_var, mean_kl_moments
 
 # A step of Adam moves a mean by about rate · lr · ρ: at 20 as far as it moves a dense weight, for scales ρ
-# near 0.05 (LeNet-5 and MiniLM: 0.05 to 0.07). Shares of the KL and log ρ move with it: on LeNet-5, 6,000
+# near 0.05 (LeNet-5 and MiniLM: 0.05 to 0.07). Shares of the KL and log ρ move with it: on LeNet-5, 4,000
 # steps at one thirtieth of this rate had twice the loss (benchmarks/lenet.py --lr 5e-5).
 RATE = 20.0
 _INITIAL_LOG_STD = -10.0  # of the public code of Havasi et al. 2019

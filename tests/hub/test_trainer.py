@@ -15,6 +15,7 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -53,7 +54,9 @@ def classifier(**options: Any) -> Any:
 
 
 def arguments(folder: Path, **options: Any) -> TrainingArguments:
-    given = dict(max_steps=4, per_device_train_batch_size=8, learning_rate=1e-3, report_to=[], use_cpu=True)
+    given: dict[str, Any] = dict(
+        max_steps=4, per_device_train_batch_size=8, learning_rate=1e-3, report_to=[], use_cpu=True
+    )
     given |= dict(save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False)
     return TrainingArguments(str(folder), **(given | options))
 
@@ -63,13 +66,15 @@ def test_two_micro_batches_make_the_same_gradient_as_one_batch_penalty_included(
     gradients = []
     for accumulated in (1, 2):
         model = classifier(parametrization="mean-var", beta=0.5)
-        options = dict(per_device_train_batch_size=8 // accumulated, gradient_accumulation_steps=accumulated)
+        options: dict[str, Any] = dict(
+            per_device_train_batch_size=8 // accumulated, gradient_accumulation_steps=accumulated
+        )
         trainer = MiracleTrainer(
             model=model, args=arguments(tmp_path, max_steps=1, **options), train_dataset=ROWS[:8]
         )
         found: dict[str, torch.Tensor] = {}
 
-        class Catch(trainer.callback_handler.callbacks[0].__class__.__mro__[-2]):  # TrainerCallback
+        class Catch(TrainerCallback):
             def on_pre_optimizer_step(
                 self, *a: Any, model: Any = None, found: dict = found, **k: Any
             ) -> None:
@@ -87,7 +92,7 @@ def test_two_micro_batches_make_the_same_gradient_as_one_batch_penalty_included(
 def test_beta_moves_once_per_step_of_the_optimizer(tmp_path: Path) -> None:
     model = classifier(parametrization="mean-var", beta_rate=0.01)
     before = variational_of(model).beta(0)
-    options = dict(per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=3)
+    options: dict[str, Any] = dict(per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=3)
     MiracleTrainer(model=model, args=arguments(tmp_path, **options), train_dataset=ROWS).train()
     moved = (variational_of(model).beta(0) / before).log().abs()
     assert torch.allclose(moved, torch.full_like(moved, 3 * math.log(1.01)))
@@ -117,7 +122,7 @@ def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path: P
     ends = []
     for stop in (False, True):
         folder = tmp_path / str(stop)
-        options = dict(max_steps=4, save_strategy="steps", save_steps=2)
+        options: dict[str, Any] = dict(max_steps=4, save_strategy="steps", save_steps=2)
         model = classifier()
         MiracleTrainer(model=model, args=arguments(folder, **options), train_dataset=ROWS).train()
         if stop:
@@ -169,7 +174,7 @@ def test_the_plain_trainer_fits_mean_kl_with_tied_weights(tmp_path: Path) -> Non
     config = GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=16)
     model: Any = make_variational(GPT2LMHeadModel(config), bits_per_weight=2.0)
     rows = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in ROWS]
-    options = dict(save_strategy="steps", save_steps=2)
+    options: dict[str, Any] = dict(save_strategy="steps", save_steps=2)
     Trainer(model=model, args=arguments(tmp_path / "t", **options), train_dataset=rows).train()
     trainer = MiracleTrainer(model=model, args=arguments(tmp_path / "t"), train_dataset=rows)
     trainer.compress(tmp_path / "out", options=CodingOptions(groups=2, refit_steps=1))
@@ -208,3 +213,15 @@ def test_an_output_that_exists_is_refused_before_anything_is_coded(tmp_path: Pat
     with pytest.raises(OutputExistsError):
         trainer.compress(tmp_path / "out")
     assert variational_of(model).streams[0].coded is None
+
+
+def test_modules_to_save_are_trained_and_stored_to_the_last_bit(tmp_path: Path) -> None:
+    """Other vectors may be stored in 16 bits; a regular expression selects modules, not parts of names."""
+    model = classifier(modules_to_save=r"classifier|.*LayerNorm")
+    trainer = MiracleTrainer(model=model, args=arguments(tmp_path / "t"), train_dataset=ROWS)
+    trainer.train()
+    trainer.compress(tmp_path / "out", options=CodingOptions(groups=1, refit_steps=0))
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").state_dict()
+    dense = posterior_mean(model).state_dict()
+    kept = [name for name in dense if "classifier" in name or "LayerNorm" in name]
+    assert len(kept) == 8 and all(torch.equal(loaded[name], dense[name]) for name in kept)
