@@ -1,10 +1,11 @@
 """LeNet-5 (Caffe) on MNIST within a budget of bits: fit, code with refits, save, load, test.
 
     python benchmarks/lenet.py --bits 12420 --seed 0
+    python benchmarks/lenet.py --fit-only --parametrization mean-var --steps 20000
     python benchmarks/lenet.py --report        # all runs so far → results/lenet.json
 
 The last 5,000 training images (of a fixed permutation) are for validation; the test images are read once, at
-the end. Every run is one file in results/lenet/.
+the end. Every run is one file in results/lenet/, every fit without coding one in results/lenet-fit/.
 """
 
 import argparse
@@ -56,6 +57,17 @@ def normalized(images: Tensor) -> Tensor:
     return (images.float() / 255 - 0.1307).contiguous(memory_format=torch.channels_last)
 
 
+def shifted(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    """Every image moved by up to `most` pixels in both directions; MNIST has a border of four empty ones."""
+    if not most:
+        return images
+    moves = torch.randint(-most, most + 1, (2, len(images), 1), generator=generator)
+    rows, columns = (torch.arange(28) + moves) % 28
+    return images[torch.arange(len(images))[:, None, None], :, rows[:, :, None], columns[:, None]].movedim(
+        3, 1
+    )
+
+
 @torch.no_grad()
 def error(model: nn.Module, x: Tensor, y: Tensor) -> float:
     """Percent of wrong answers, in float32."""
@@ -86,7 +98,7 @@ class Run:
     def batch(self, number: int, first: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed((self.a.seed * 2 + first) * 2**32 + number)
         at = self.train[torch.randint(len(self.train), (self.a.batch,), generator=generator)]
-        return normalized(self.x[at]), self.y[at]
+        return normalized(shifted(self.x[at], self.a.shift, generator)), self.y[at]
 
     def loss(self, number: int, first: int = 0) -> Tensor:
         x, y = self.batch(number, first)
@@ -159,6 +171,8 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--bfloat16", type=int, default=1)
     p.add_argument("--sharing", default="hash")
+    p.add_argument("--shift", type=int, default=0, help="pixels by which training images are moved, at most")
+    p.add_argument("--fit-only", action="store_true")
     p.add_argument("--name", default="")
     p.add_argument("--report", action="store_true")
     return p.parse_args()
@@ -188,10 +202,15 @@ def one(a: argparse.Namespace) -> None:
     miracle_hub.make_variational(run.model, **config_of(a))
     stream = variational_of(run.model).streams[0]
     print(stream.code, stream.n_values, stream.code.message_bits(stream.n_values), flush=True)
+    name = a.name or f"{a.parametrization}-{a.bits}-{a.seed}"
     run.fit()
+    if a.fit_only:
+        record(
+            f"lenet-fit/{name}-{a.steps}", {"curve": run.curve, "seconds": run.seconds, "options": vars(a)}
+        )
+        return
     before = run.curve[-1]["validation"]
     rows = run.code()
-    name = a.name or f"{a.parametrization}-{a.bits}-{a.seed}"
     path = RESULTS / "lenet" / f"{name}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     n_bytes = miracle_hub.save(run.model, path)
@@ -214,35 +233,47 @@ def one(a: argparse.Namespace) -> None:
     print(json.dumps({key: found[key] for key in list(found)[:8]}), flush=True)
 
 
-def report() -> None:
-    """Means and spreads over seeds of all runs in results/lenet/ → results/lenet.json."""
+def found_in(folder: str) -> list[dict[str, Any]]:
+    return [json.loads(p.read_text())["results"] for p in sorted((RESULTS / folder).glob("*.json"))]
+
+
+def coded() -> list[dict[str, Any]]:
+    """Means over seeds of all runs in results/lenet/."""
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for path in sorted((RESULTS / "lenet").glob("*.json")):
-        found = json.loads(path.read_text())["results"]
-        groups.setdefault((found["options"]["parametrization"], found["options"]["bits"]), []).append(found)
-    rows = []
-    for (parametrization, bits), runs in groups.items():
-        errors = [run["test_error"] for run in runs]
-        rows.append(
-            {
-                "parametrization": parametrization,
-                "bits": bits,
-                "seeds": [run["options"]["seed"] for run in runs],
-                "test_errors": errors,
-                "test_error": statistics.mean(errors),
-                "message_bits": max(run["message_bits"] for run in runs),
-                "file_bytes": max(run["file_bytes"] for run in runs),
-                "minutes": statistics.mean(sum(run["seconds"].values()) for run in runs) / 60,
-                "pruned": {s: statistics.mean(r["pruned"][s] for r in runs) for s in runs[0]["pruned"]},
-            }
-        )
-    record("lenet", rows)
+    for run in found_in("lenet"):
+        groups.setdefault((run["options"]["parametrization"], run["options"]["bits"]), []).append(run)
+    return [
+        {
+            "parametrization": parametrization,
+            "bits": bits,
+            "seeds": [run["options"]["seed"] for run in runs],
+            "test_errors": [run["test_error"] for run in runs],
+            "test_error": statistics.mean(run["test_error"] for run in runs),
+            "message_bits": max(run["message_bits"] for run in runs),
+            "file_bytes": max(run["file_bytes"] for run in runs),
+            "minutes": statistics.mean(sum(run["seconds"].values()) for run in runs) / 60,
+            "pruned": {s: statistics.mean(r["pruned"][s] for r in runs) for s in runs[0]["pruned"]},
+        }
+        for (parametrization, bits), runs in groups.items()
+    ]
+
+
+def fits() -> list[dict[str, Any]]:
+    """Where every fit in results/lenet-fit/ ended."""
+    return [
+        {
+            name: run["options"][name]
+            for name in ("parametrization", "bits", "steps", "lr", "beta_rate", "seed")
+        }
+        | run["curve"][-1]
+        for run in found_in("lenet-fit")
+    ]
 
 
 def main() -> None:
     a = arguments()
     torch.set_num_threads(a.threads)
-    report() if a.report else one(a)
+    record("lenet", {"coded": coded(), "fits": fits()}) if a.report else one(a)
 
 
 if __name__ == "__main__":

@@ -44,8 +44,8 @@ _COMMIT = commit()
 
 def record(name: str, results: Any) -> Path:
     """Write benchmarks/results/<name>.json and print where."""
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     content = {"benchmark": name, "commit": _COMMIT, "machine": machine(), "results": results}
     path.write_text(json.dumps(content, indent=2) + "\n")
     print(f"wrote {path.relative_to(ROOT)}")

@@ -8,13 +8,13 @@ training set, is for choosing settings; `test.tsv`, the official development set
 
 import argparse
 import json
-import shutil
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
-from record import DATA, RESULTS, record
+from record import DATA, record
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -55,63 +55,91 @@ def accuracy(model: nn.Module, data: list[dict[str, Any]], collator: Any) -> flo
     return 100 * right / len(data)
 
 
-def arguments(a: argparse.Namespace, folder: str, steps: int) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=folder, max_steps=steps, per_device_train_batch_size=32, learning_rate=a.lr, seed=a.seed,
-        warmup_steps=0.06, train_sampling_strategy="group_by_length", bf16=True, use_cpu=True, report_to=[],
-        save_strategy="no", logging_steps=100, disable_tqdm=True, dataloader_pin_memory=False,
-    )  # fmt: skip
+class Run:
+    """The data, and the two ways of fitting the model to it."""
+
+    def __init__(self, a: argparse.Namespace) -> None:
+        self.a = a
+        tokenizer: Any = AutoTokenizer.from_pretrained(source())
+        self.splits = {name: rows(name, tokenizer) for name in ("train", "dev", "test")}
+        self.collator = DataCollatorWithPadding(tokenizer)
+        self.tokenizer = tokenizer
+
+    def trainer(self, kind: Any, model: nn.Module, folder: str, steps: int, lr: float) -> Any:
+        """One of either kind, with the same batches."""
+        arguments = TrainingArguments(
+            output_dir=folder, max_steps=steps, per_device_train_batch_size=32, learning_rate=lr,
+            seed=self.a.seed, warmup_steps=0.06, train_sampling_strategy="group_by_length", bf16=True,
+            use_cpu=True, report_to=[], save_strategy="no", logging_steps=100, disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )  # fmt: skip
+        return kind(
+            model=model, args=arguments, train_dataset=self.splits["train"], data_collator=self.collator,
+            processing_class=self.tokenizer,
+        )  # fmt: skip
+
+    def accuracies(self, model: nn.Module) -> dict[str, float]:
+        return {split: accuracy(model, self.splits[split], self.collator) for split in ("dev", "test")}
+
+    def dense(self, model: nn.Module, folder: str) -> dict[str, Any]:
+        """As many steps as the other kind has, with those of its refits."""
+        a = self.a
+        steps = a.steps + (a.groups - 1) * a.refit
+        self.trainer(Trainer, model, folder, steps, a.dense_lr).train()
+        return {"steps": steps, **self.accuracies(model)}
+
+    def variational(self, model: nn.Module, folder: str) -> dict[str, Any]:
+        """Fit, code, write a repository, and test what plain from_pretrained loads from it."""
+        a, out = self.a, Path(folder) / "coded"
+        config = MiracleConfig(
+            bits_per_weight=a.bits_per_weight, kl_block_weights=a.kl_block, window_bits=a.window_bits,
+            seed=a.seed,
+        )  # fmt: skip
+        miracle_hub.make_variational(model, config)
+        trainer = self.trainer(MiracleTrainer, model, folder, a.steps, a.lr)
+        trainer.train()
+        before = accuracy(model, self.splits["dev"], self.collator)
+        print(json.dumps({"dev_before_coding": before}), flush=True)
+        options = CodingOptions(a.groups, a.refit, a.refit_lr)
+        report = trainer.compress(out, options=options, log_folder=folder)
+        return {
+            "dev_before_coding": before,
+            "file_bytes": report.compressed_bytes,
+            "bits_per_weight_whole_file": report.bits_per_weight,
+            **self.accuracies(AutoModelForSequenceClassification.from_pretrained(out)),
+        }
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--steps", type=int, default=1500)
     p.add_argument("--groups", type=int, default=30)
     p.add_argument("--refit", type=int, default=10)
-    p.add_argument("--lr", type=float, default=1e-4)
+    p.add_argument("--lr", type=float, default=2e-4)
+    p.add_argument("--refit-lr", type=float, default=1e-4)
+    p.add_argument("--dense-lr", type=float, default=1e-4)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--bits-per-weight", type=float, default=1.0)
+    p.add_argument("--window-bits", type=int, default=14)
     p.add_argument("--kl-block", type=int, default=128)
     p.add_argument("--kinds", default="dense,variational")
+    p.add_argument("--threads", type=int, default=2)
     p.add_argument("--name", default="sst2")
-    a = p.parse_args()
-    tokenizer: Any = AutoTokenizer.from_pretrained(source())
-    splits = {name: rows(name, tokenizer) for name in ("train", "dev", "test")}
-    collator = DataCollatorWithPadding(tokenizer)
-    found: dict[str, Any] = {"options": vars(a)}
+    return p.parse_args()
+
+
+def main() -> None:
+    a = arguments()
+    torch.set_num_threads(a.threads)
+    run, found = Run(a), {"options": vars(a)}
     for kind in a.kinds.split(","):
         torch.manual_seed(a.seed)
         model = AutoModelForSequenceClassification.from_pretrained(source(), num_labels=2)
-        folder, started = tempfile.mkdtemp(), time.monotonic()
-        data: Any = dict(train_dataset=splits["train"], data_collator=collator, processing_class=tokenizer)
-        if kind == "dense":
-            steps = a.steps + (a.groups - 1) * a.refit
-            Trainer(model=model, args=arguments(a, folder, steps), **data).train()
-            found[kind] = {"steps": steps}
-        else:
-            config = MiracleConfig(
-                bits_per_weight=a.bits_per_weight, kl_block_weights=a.kl_block, seed=a.seed
-            )
-            miracle_hub.make_variational(model, config)
-            trainer = MiracleTrainer(model=model, args=arguments(a, folder, a.steps), **data)
-            trainer.train()
-            before = {"dev_before_coding": accuracy(model, splits["dev"], collator)}
-            print(json.dumps(before), flush=True)
-            options = CodingOptions(a.groups, a.refit, a.lr / 3)
-            out = RESULTS.parent / "sst2-output"
-            shutil.rmtree(out, ignore_errors=True)
-            report = trainer.compress(out, options=options, log_folder=folder)
-            model = AutoModelForSequenceClassification.from_pretrained(out)
-            found[kind] = before | {
-                "file_bytes": report.compressed_bytes,
-                "bits_per_weight_whole_file": report.bits_per_weight,
-            }
-            shutil.rmtree(out)
-        found[kind]["dev"] = accuracy(model, splits["dev"], collator)
-        found[kind]["test"] = accuracy(model, splits["test"], collator)
+        started = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            found[kind] = getattr(run, kind)(model, folder)
         found[kind]["seconds"] = time.monotonic() - started
         print(json.dumps({kind: found[kind]}), flush=True)
-        shutil.rmtree(folder)
     record(a.name, found)
 
 
