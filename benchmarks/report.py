@@ -102,8 +102,7 @@ def fine_tuning() -> str:
     """The tables of networks fitted within a budget."""
     rows = load("lenet")["results"]["coded"]
     lines = [
-        "LeNet-5 (Caffe, 431,080 weights) on MNIST, means over three seeds; one core does it all; "
-        "training images moved by up to one pixel:",
+        "LeNet-5 (Caffe, 431,080 weights) on MNIST, means over three seeds; one core does it all:",
         "",
         "| message bits | whole file, bytes | error % | each seed | published % | minutes |",
         "|---|---|---|---|---|---|",
