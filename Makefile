@@ -1,10 +1,10 @@
-# make demo | test | bench | bench-fit | lint | kernel-build | setup. Everything runs in .venv, which `setup` makes.
+# make demo | test | fuzz | bench | bench-fit | lint | kernel-build | setup. Everything runs in .venv, which `setup` makes.
 
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test bench bench-fit lint kernel-build
+.PHONY: setup demo test fuzz bench bench-fit lint kernel-build
 
 setup: .venv/.ready
 
@@ -22,6 +22,12 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# The readers of files, with any bytes: stops at the first that raise no named error, hang or fill the memory.
+FUZZ_SECONDS ?= 600
+fuzz: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .[fuzz]
+	$(BIN)/python tests/fuzz/fuzz.py $(FUZZ_SECONDS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -7,12 +7,15 @@ from miracle_hub._autoload import activate as _activate
 from miracle_hub.config import Code as Code
 
 if TYPE_CHECKING:
+    from miracle_hub.codec.certificate import Certificate as Certificate
     from miracle_hub.codec.compress import Report as Report
     from miracle_hub.codec.inspection import Inspection as Inspection
     from miracle_hub.hub.api import compress as compress
     from miracle_hub.hub.api import decompress as decompress
     from miracle_hub.hub.api import inspect as inspect
     from miracle_hub.hub.api import load_state_dict as load_state_dict
+    from miracle_hub.hub.certify import certify as certify
+    from miracle_hub.hub.certify import certify_network as certify_network
     from miracle_hub.hub.fit import FitReport as FitReport
     from miracle_hub.hub.fit import fit as fit
     from miracle_hub.hub.mixin import MiracleHubMixin as MiracleHubMixin
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from miracle_hub.training.variational import kl_penalty as kl_penalty
 
 __all__ = [
+    "Certificate",
     "Checkpoint",
     "Code",
     "CodingOptions",
@@ -46,6 +50,8 @@ __all__ = [
     "Report",
     "VariationalConfig",
     "anneal",
+    "certify",
+    "certify_network",
     "code_model",
     "compress",
     "compress_model",
@@ -66,6 +72,7 @@ __version__ = "0.1.0"
 # Imported on first use: transformers imports this package for everybody who has it installed, and
 # numba alone takes half a second.
 _HOMES = {
+    "Certificate": "miracle_hub.codec.certificate",
     "Checkpoint": "miracle_hub.training.resume",
     "CodingOptions": "miracle_hub.training.coder",
     "FitReport": "miracle_hub.hub.fit",
@@ -77,6 +84,8 @@ _HOMES = {
     "Report": "miracle_hub.codec.compress",
     "VariationalConfig": "miracle_hub.training.config",
     "anneal": "miracle_hub.training.variational",
+    "certify": "miracle_hub.hub.certify",
+    "certify_network": "miracle_hub.hub.certify",
     "code_model": "miracle_hub.training.coder",
     "compress": "miracle_hub.hub.api",
     "compress_model": "miracle_hub.hub.variational",

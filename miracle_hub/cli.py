@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import miracle_hub
@@ -36,9 +37,12 @@ Rotation = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the shared candidates.")]
 Backend = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu or triton.")]
+Stages = Annotated[int | None, typer.Option(help="Read so many stages only.")]
 Data = Annotated[str, typer.Option(help="csv, tsv, json, jsonl, parquet, txt; a folder; a Hub id.")]
 Task = Annotated[str, typer.Option(help="text-classification or causal-lm.")]
 Targets = Annotated[str, typer.Option(help="all-matrices, all-linear, all, or a regular expression.")]
+TextColumns = Annotated[list[str] | None, typer.Option(help="One or two; else those of strings.")]
+LabelColumn = Annotated[str, typer.Option(help="Of classes: numbers or names.")]
 Excluded = Annotated[list[str] | None, typer.Option(help="Leave tensors plain whose names contain this.")]
 
 
@@ -53,6 +57,7 @@ def compress(
     seed: Seed = 0,
     modules_to_not_convert: Excluded = None,
     max_shard_size: ShardSize = DEFAULT_SHARD_SIZE,
+    stages: Annotated[int, typer.Option(help="Files that refine one another, 1 to 9.")] = 1,
     backend: Backend = "auto",
     revision: Revision = None,
     overwrite: Overwrite = False,
@@ -69,6 +74,7 @@ def compress(
         seed=seed,
         modules_to_not_convert=modules_to_not_convert,
         max_shard_size=max_shard_size,
+        stages=stages,
         backend=backend,
         revision=revision,
         overwrite=overwrite,
@@ -88,6 +94,7 @@ def decompress(
     source: Source,
     out: Out,
     max_shard_size: ShardSize = DEFAULT_SHARD_SIZE,
+    stages: Stages = None,
     backend: Backend = "auto",
     revision: Revision = None,
     overwrite: Overwrite = False,
@@ -98,6 +105,7 @@ def decompress(
         source,
         out,
         max_shard_size=max_shard_size,
+        stages=stages,
         backend=backend,
         revision=revision,
         overwrite=overwrite,
@@ -115,8 +123,8 @@ def fit(
     bits_per_weight: Annotated[float, typer.Option(help="Message bits per coded weight.")] = 1.0,
     target_modules: Targets = "all-matrices",
     parametrization: Annotated[str, typer.Option(help="mean-kl or mean-var.")] = "mean-kl",
-    text_columns: Annotated[list[str] | None, typer.Option(help="One or two; else those of strings.")] = None,
-    label_column: Annotated[str, typer.Option(help="Of classes: numbers or names.")] = "label",
+    text_columns: TextColumns = None,
+    label_column: LabelColumn = "label",
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
     steps: Annotated[int, typer.Option(help="Steps of the optimizer, instead of epochs.")] = -1,
     batch_size: Annotated[int, typer.Option(help="Rows of a step.")] = 32,
@@ -146,9 +154,9 @@ def _figures(figures: dict[str, float]) -> str:
 
 
 @app.command()
-def inspect(source: Source, revision: Revision = None) -> None:
+def inspect(source: Source, revision: Revision = None, stages: Stages = None) -> None:
     """Show every tensor's shape, code, rate, scale and error, and the totals."""
-    inspection = miracle_hub.inspect(source, revision=revision)
+    inspection = miracle_hub.inspect(source, revision=revision, stages=stages)
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)
@@ -158,6 +166,35 @@ def inspect(source: Source, revision: Revision = None) -> None:
         f"{inspection.bits_per_weight:.4f} bits per weight (whole file), "
         f"{inspection.payload_bits_per_weight:.4f} (payloads)\ndigest {inspection.digest}",
         highlight=False,
+    )
+
+
+@app.command()
+def certify(
+    source: Source,
+    data: Data,
+    fitted: Annotated[
+        bool,
+        typer.Option(
+            "--fitted/--held-out",
+            help="Whether SOURCE was fitted to these rows, or made or chosen with a view to them.",
+        ),
+    ],
+    split: Annotated[str | None, typer.Option(help="Of the data, where they have several.")] = None,
+    delta: Annotated[float, typer.Option(help="Chance that the bound is wrong.")] = 0.05,
+    text_columns: TextColumns = None,
+    label_column: LabelColumn = "label",
+    max_length: Annotated[int, typer.Option(help="Tokens of a text.")] = 128,
+    revision: Revision = None,
+    progress: Progress = True,
+) -> None:
+    """Bound the error of a compressed text classifier on further rows, by its errors on DATA and its size."""
+    certificate = miracle_hub.certify(
+        source, data=data, fitted=fitted, split=split, delta=delta, text_columns=text_columns,
+        label_column=label_column, max_length=max_length, revision=revision, progress=progress,
+    )  # fmt: skip
+    typer.echo(
+        f"{source}: {certificate.n_bytes:,} bytes, sha256 {certificate.sha256}\n{certificate.statement}"
     )
 
 
@@ -173,15 +210,20 @@ def _table(inspection: Inspection) -> Table:
 
 
 def _row(tensor: TensorReport) -> tuple[str, ...]:
-    shape = " × ".join(map(str, tensor.shape)) or "scalar"
+    name, shape = escape(_printable(tensor.name)), " × ".join(map(str, tensor.shape)) or "scalar"
     rate = f"{tensor.bits_per_weight:.3f}"
     if tensor.reason:
-        return tensor.name, shape, tensor.dtype, f"plain: {tensor.reason}", "", "", rate, ""
+        return name, shape, tensor.dtype, f"plain: {tensor.reason}", "", "", rate, ""
     codes = " + ".join(dict.fromkeys(f"{c.window_bits},{c.step_bits},{c.step_weights}" for c in tensor.codes))
     scale = f"{tensor.scale:.3g} per {'row' if tensor.row_scales else 'tensor'}"
     rotation = str(tensor.rotation) if tensor.rotation > 1 else "none"
     error = f"{tensor.relative_error:.5f}"
-    return tensor.name, shape, tensor.dtype, codes, rotation, scale, rate, error
+    return name, shape, tensor.dtype, codes, rotation, scale, rate, error
+
+
+def _printable(text: str) -> str:
+    """Without what would command the terminal: names are a stranger's."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def main() -> None:
@@ -189,5 +231,5 @@ def main() -> None:
     try:
         app()
     except MiracleError as error:
-        typer.echo(f"miracle: {error}", err=True)
+        typer.echo(f"miracle: {_printable(str(error))}", err=True)
         sys.exit(1)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from miracle_hub.errors import OptionError
 
 QUANT_METHOD = "miracle"
-FORMAT_VERSION = 1
+# Of a repository: 1 has one stage, 2 may have more.
+FORMAT_VERSION = 2
 MAX_WINDOW_BITS = 24
 # One byte of message can then stand for at most 2,048 weights, which bounds what a hostile
 # file of a given length can make a reader allocate.

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import miracle_hub
 from miracle_hub import cli
 
-VERBS = ("compress", "decompress", "fit", "inspect")
+VERBS = ("compress", "decompress", "fit", "inspect", "certify")
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -115,6 +115,7 @@ def test_the_command_line_writes_what_the_function_writes(run: Run, model: Path,
         (("decompress", "{empty}", "{out}"), "expected model.safetensors or"),
         (("decompress", "{model}", "{empty}"), "the output folder exists"),
         (("inspect", "{empty}"), "expected model.safetensors or"),
+        (("certify", "{model}", "--data", "d.tsv", "--fitted"), "expected a compressed repository"),
     ],
 )
 def test_an_error_is_one_line_on_standard_error_with_status_1(

@@ -14,6 +14,8 @@ from miracle_hub.errors import OptionError, SourceError
 from miracle_hub.format.container import Entry, encode_file_header, writing
 
 DEFAULT_SHARD_SIZE = "5GB"
+INDEX = "model.safetensors.index.json"
+_DEEPEST_CONFIG = 100
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -31,7 +33,7 @@ class OutputFile:
         return len(encode_file_header(self.entries, self.metadata)) + data
 
 
-def shard_entries(entries: list[Entry], max_shard_bytes: int) -> list[OutputFile]:
+def shard_entries(entries: list[Entry], max_shard_bytes: int, stem: str = "model") -> list[OutputFile]:
     """Files of at most `max_shard_bytes` of data each (one tensor may exceed it), named as on the Hub."""
     shards: list[list[Entry]] = [[]]
     filled = 0
@@ -41,18 +43,18 @@ def shard_entries(entries: list[Entry], max_shard_bytes: int) -> list[OutputFile
             filled = 0
         shards[-1].append(entry)
         filled += entry.n_bytes
-    names = ["model.safetensors"]
+    names = [f"{stem}.safetensors"]
     if len(shards) > 1:
-        names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        names = [f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     return [OutputFile(n, shard, {"format": "pt"}) for n, shard in zip(names, shards, strict=True)]
 
 
-def write_index(folder: Path, files: list[OutputFile]) -> None:
+def write_index(folder: Path, files: list[OutputFile], name: str = INDEX) -> None:
     """The index of a sharded repository, as transformers reads it."""
     total = sum(entry.n_bytes for file in files for entry in file.entries)
     weight_map = {entry.name: file.name for file in files for entry in file.entries}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    path = folder / "model.safetensors.index.json"
+    path = folder / name
     with writing(path):
         path.write_text(json.dumps(index, indent=2) + "\n")
 
@@ -66,14 +68,34 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.exists():
         return {}
+    if not path.is_file():
+        raise SourceError(f"{path}: expected a file, found something else; download it again")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{path}: expected JSON, found {error}; download it again") from None
     if not isinstance(config, dict):
         found = type(config).__name__
         raise SourceError(f"{path}: expected a JSON object, found a {found}; download it again")
+    if _is_nested_beyond(config, _DEEPEST_CONFIG):
+        raise SourceError(
+            f"{path}: expected at most {_DEEPEST_CONFIG} levels of JSON, found more; the file is hostile or "
+            "damaged"
+        )
     return config
+
+
+def _is_nested_beyond(value: object, levels: int) -> bool:
+    """Whether lists and objects of a JSON value are nested deeper; such a one may be impossible to write."""
+    layer = [value]
+    for _ in range(levels + 1):
+        inner = [
+            item.values() if isinstance(item, dict) else item
+            for item in layer
+            if isinstance(item, dict | list)
+        ]
+        layer = [item for items in inner for item in items]
+    return bool(layer)
 
 
 def read_quantization(folder: Path) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from miracle_hub.codec.artifact import (
     raw_bytes,
     read_config,
     read_quantization,
-    repository_digest,
     write_index,
 )
 from miracle_hub.codec.folder import output_folder, refuse_overlap
@@ -36,10 +35,21 @@ from miracle_hub.codec.plan import (
 )
 from miracle_hub.codec.rates import Choice, Sample, measure_options, sample_rows
 from miracle_hub.codec.source import companion_files, list_tensors, weight_files
+from miracle_hub.codec.stages import (
+    MAX_STAGES,
+    check_stages,
+    encode_refinement,
+    lay_out_stage,
+    refinement_code,
+    stage_digests,
+    stage_name,
+    stem_of,
+    write_indices,
+)
 from miracle_hub.codec.tensor import TORCH_DTYPES, encode_tensor
 from miracle_hub.coding.backend import Backend, choose
 from miracle_hub.coding.rotation import DEFAULT_WIDTH
-from miracle_hub.config import FORMAT_VERSION, MAX_WIDTH_LOG2, QUANT_METHOD
+from miracle_hub.config import FORMAT_VERSION, MAX_WIDTH_LOG2, QUANT_METHOD, Code
 from miracle_hub.errors import BudgetError, NonFiniteWeightError, OptionError, SourceError
 from miracle_hub.format.container import Entry, write_file, writing
 from miracle_hub.format.payload import decode_header, is_payload
@@ -80,34 +90,33 @@ def compress_folder(
     card: Callable[[Path, Report], None] | None = None,
     progress: bool = True,
     payloads: Mapping[str, bytes] | None = None,
+    stages: int = 1,
 ) -> Report:
     """Compress a folder written by `save_pretrained`; see `miracle_hub.compress`.
 
-    Args:
-        payloads: of tensors that are coded already. With them, no budget means that all others stay plain.
+    With `payloads`, of tensors that are coded already, no budget means that all others stay plain.
     """
     started, excluded = time.monotonic(), list(modules_to_not_convert or [])
     shard_bytes = parse_size(max_shard_size, "max_shard_size")
     width = DEFAULT_WIDTH if rotation is None else rotation
-    _check_options(bits_per_weight, size, window_bits, width, bool(payloads))
+    _check_options(bits_per_weight, size, window_bits, width, bool(payloads), stages)
     chosen, weights = choose(backend), _source_files(source, out)
     with output_folder(out, overwrite) as temporary:
         copied = _copy_companions(source, temporary, weights)
         plans = _plan(weights, width, excluded, payloads or {})
         n_weights = sum(plan.source.n_weights for plan in plans.values()) + copied.n_weights
+        stem = "model" if stages == 1 else stem_of(1)
         target = _target_bytes(bits_per_weight, size, n_weights)
-        budget = None if target is None else Budget(target, copied.n_bytes, n_weights, shard_bytes)
-        choices = _choices(plans, budget, window_bits, seed, chosen)
-        files = lay_out(plans, choices, shard_bytes)
-        digest = _write(temporary, files, plans, choices, chosen, progress)
-        dense_bytes = sum(path.stat().st_size for path in weights) + copied.n_bytes
-        n_bytes, seconds = total_bytes(files) + copied.n_bytes, time.monotonic() - started
-        facts = (n_weights, 8 * n_bytes / n_weights, seconds, digest, chosen.name)
-        report = Report(dense_bytes, n_bytes, *facts)
-        _write_config(source, temporary, report, excluded, seed, _main_dtype(plans))
+        budget = None if target is None else Budget(target, copied.n_bytes, n_weights, shard_bytes, stem)
+        choices, refined = _choices(plans, budget, window_bits, seed, chosen, stages)
+        files = [lay_out(plans, choices, shard_bytes, stem), *refined]
+        writer = _Writer(temporary, plans, choices, refinement_code(window_bits, seed), chosen)
+        digests = writer.write(files, progress)
+        facts = (time.monotonic() - started, digests[-1], chosen.name)
+        report = _report(weights, files, copied, n_weights, facts)
+        _write_config(source, temporary, report, excluded, seed, _main_dtype(plans), digests)
         if card is not None:
-            with writing(temporary / "README.md"):
-                card(temporary, report)
+            card(temporary, report)
     return report
 
 
@@ -119,13 +128,27 @@ class _Copied:
     n_weights: int
 
 
+def _report(
+    weights: list[Path],
+    files: list[list[OutputFile]],
+    copied: _Copied,
+    n_weights: int,
+    facts: tuple[float, str, str],
+) -> Report:
+    dense_bytes = sum(path.stat().st_size for path in weights) + copied.n_bytes
+    n_bytes = sum(map(total_bytes, files)) + copied.n_bytes
+    return Report(dense_bytes, n_bytes, n_weights, 8 * n_bytes / n_weights, *facts)
+
+
 def _check_options(
     bits_per_weight: float | None,
     size: str | int | None,
     window_bits: int,
     rotation: int,
     has_payloads: bool,
+    stages: int,
 ) -> None:
+    check_stages(stages, MAX_STAGES, "compress")
     is_neither = bits_per_weight is None and size is None
     if (bits_per_weight is None) == (size is None) and not (is_neither and has_payloads):
         found = "neither" if size is None else "both"
@@ -236,15 +259,23 @@ def _survey(plans: dict[str, TensorPlan], backend: Backend) -> list[Sample]:
 
 
 def _choices(
-    plans: dict[str, TensorPlan], budget: Budget | None, window_bits: int, seed: int, backend: Backend
-) -> dict[str, Choice]:
-    """How every tensor that is left to code is coded; without a budget none is."""
+    plans: dict[str, TensorPlan],
+    budget: Budget | None,
+    window_bits: int,
+    seed: int,
+    backend: Backend,
+    stages: int,
+) -> tuple[dict[str, Choice], list[list[OutputFile]]]:
+    """How every tensor that is left to code is coded, without a budget none, and the stages above."""
     if budget is None:
         plans.update({name: _left_plain(plan) for name, plan in plans.items()})
-        return {}
+        return {}, []
     samples = _survey(plans, backend)
     measure_options(samples, window_bits, seed, backend)
-    return meet_budget(plans, samples, budget)
+    code = refinement_code(window_bits, seed)
+    refined = [lay_out_stage(plans, code, n, budget.max_shard_bytes) for n in range(2, stages + 1)]
+    other_bytes = budget.other_bytes + sum(map(total_bytes, refined))
+    return meet_budget(plans, samples, replace(budget, other_bytes=other_bytes)), refined
 
 
 def _load_finite(plan: TensorPlan) -> Tensor:
@@ -260,41 +291,59 @@ def _load_finite(plan: TensorPlan) -> Tensor:
     return weights
 
 
-def _write(
-    folder: Path,
-    files: list[OutputFile],
-    plans: dict[str, TensorPlan],
-    choices: dict[str, Choice],
-    backend: Backend,
-    progress: bool,
-) -> str:
-    """Encode and write every tensor; returns the digest of the repository."""
-    digests: dict[str, int] = {}
-    n_weights = sum(plan.source.n_weights for plan in plans.values() if not plan.reason)
-    with tqdm(total=n_weights, unit="weights", unit_scale=True, desc="compress", disable=not progress) as bar:
+@dataclass
+class _Writer:
+    """Encodes and writes every tensor, one in memory at a time."""
 
-        def data(entry: Entry) -> bytes:
-            plan = plans[entry.name]
-            if plan.narrowed:
-                return raw_bytes(plan.source.load().half())
-            if plan.payload is not None:
-                digests[entry.name] = decode_header(plan.payload, entry.name)[0].digest
-                return plan.payload
-            if plan.reason:
-                return raw_bytes(plan.source.load())
-            segments = choices[entry.name].segments()
-            payload = encode_tensor(
-                plan.source.load(), segments, plan.rotation, where=entry.name, backend=backend
-            )
-            digests[entry.name] = decode_header(payload, entry.name)[0].digest
-            bar.update(plan.source.n_weights)
-            return payload
+    folder: Path
+    plans: dict[str, TensorPlan]
+    choices: dict[str, Choice]
+    refinement: Code
+    backend: Backend
 
-        for file in files:
-            write_file(folder / file.name, file.entries, file.metadata, data)
-    if len(files) > 1:
-        write_index(folder, files)
-    return repository_digest(digests)
+    def write(self, stages: list[list[OutputFile]], progress: bool) -> list[str]:
+        """The files of all stages; returns the digest of the first n stages, for every n."""
+        n_weights = sum(plan.source.n_weights for plan in self.plans.values() if not plan.reason)
+        digests: list[dict[str, int]] = []
+        options = dict(unit="weights", unit_scale=True, desc="compress", disable=not progress)
+        with tqdm(total=n_weights * len(stages), **options) as bar:
+            for number, files in enumerate(stages, 1):
+                digests.append({})
+                by_entry = {stage_name(name, number): plan for name, plan in self.plans.items()}
+
+                def data(
+                    entry: Entry, number: int = number, by_entry: dict[str, TensorPlan] = by_entry
+                ) -> bytes:
+                    plan = by_entry[entry.name]
+                    raw, is_payload = self._data(plan, number)
+                    if is_payload:
+                        digests[-1][entry.name] = decode_header(raw, entry.name)[0].digest
+                        bar.update(plan.source.n_weights)
+                    return raw
+
+                for file in files:
+                    write_file(self.folder / file.name, file.entries, file.metadata, data)
+        self._write_indices(stages)
+        return stage_digests(digests)
+
+    def _data(self, plan: TensorPlan, stage: int) -> tuple[bytes, bool]:
+        """What the file holds of a tensor, and whether that is a payload."""
+        source = plan.source
+        if stage > 1:
+            return encode_refinement(plan, self.refinement, self.folder, stage, self.backend), True
+        if plan.payload is not None:
+            return plan.payload, True
+        if plan.reason:
+            return raw_bytes(source.load().half() if plan.narrowed else source.load()), False
+        segments = self.choices[source.name].segments()
+        weights = source.load()
+        return encode_tensor(weights, segments, plan.rotation, where=source.name, backend=self.backend), True
+
+    def _write_indices(self, stages: list[list[OutputFile]]) -> None:
+        if len(stages) > 1:
+            write_indices(self.folder, stages)
+        elif len(stages[0]) > 1:
+            write_index(self.folder, stages[0])
 
 
 def _main_dtype(plans: dict[str, TensorPlan]) -> str:
@@ -307,7 +356,13 @@ def _main_dtype(plans: dict[str, TensorPlan]) -> str:
 
 
 def _write_config(
-    source: Path, target: Path, report: Report, excluded: list[str], seed: int, dtype: str
+    source: Path,
+    target: Path,
+    report: Report,
+    excluded: list[str],
+    seed: int,
+    dtype: str,
+    digests: list[str],
 ) -> None:
     """config.json with the quantization_config that makes transformers call the plug-in."""
     config = read_config(source)
@@ -318,11 +373,15 @@ def _write_config(
         config["dtype"] = dtype
     config["quantization_config"] = {
         "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION,
+        "format_version": 1 if len(digests) == 1 else FORMAT_VERSION,
         "bits_per_weight": round(report.bits_per_weight, 4),
         "seed": seed,
         "digest": report.digest,
         "modules_to_not_convert": excluded or None,
     }
+    if len(digests) > 1:
+        # An attribute of the config, so that from_pretrained(..., stages=1) changes it.
+        config["stages"] = len(digests)
+        config["quantization_config"]["stage_digests"] = digests
     with writing(target / "config.json"):
         (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")

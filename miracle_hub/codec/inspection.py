@@ -1,5 +1,6 @@
 """What a compressed repository holds, read from its headers: nothing is decoded."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +10,10 @@ from miracle_hub.codec.artifact import read_quantization
 from miracle_hub.codec.decompress import StoredTensor, stored_digest, stored_tensors
 from miracle_hub.codec.plan import OUT_OF_RANGE, reason_plain
 from miracle_hub.codec.source import companion_files, list_tensors, weight_files
+from miracle_hub.codec.tensor import check_payload
 from miracle_hub.config import Code
-from miracle_hub.format.payload import decode_header
+from miracle_hub.errors import FormatError
+from miracle_hub.format.container import files_kept_open
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,13 @@ class Inspection:
         return 8 * sum(tensor.n_bytes for tensor in coded) / n_weights if n_weights else 0.0
 
 
-def inspect_folder(path: Path) -> Inspection:
+@files_kept_open()
+def inspect_folder(path: Path, stages: int | None = None) -> Inspection:
     """See `miracle_hub.inspect`."""
-    stored = stored_tensors(path)
+    stored = stored_tensors(path, stages)
     excluded = _excluded(path)
     reports = [_report(tensor, excluded) for tensor in stored]
-    files = {tensor.stored.path for tensor in stored}
+    files = {part.stored.path for tensor in stored for part in (tensor, *tensor.refinements)}
     for nested in _copied_files(path):
         reports += _copied_reports(path, nested)
         files.add(nested)
@@ -79,7 +83,13 @@ def inspect_folder(path: Path) -> Inspection:
 
 def _excluded(path: Path) -> list[str]:
     facts = read_quantization(path) if path.is_dir() else {}
-    return list(facts.get("modules_to_not_convert") or [])
+    names = facts.get("modules_to_not_convert") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise FormatError(
+            f"{path / 'config.json'}: modules_to_not_convert: expected a list of names, found "
+            f"{str(names)[:80]!r}; download it again"
+        )
+    return names
 
 
 def _copied_files(path: Path) -> list[Path]:
@@ -100,19 +110,21 @@ def _copied_reports(folder: Path, file: Path) -> list[TensorReport]:
 
 def _report(tensor: StoredTensor, excluded: list[str]) -> TensorReport:
     stored, header = tensor.stored, tensor.header
-    common = (stored.name, tensor.shape, tensor.dtype, stored.n_bytes, tensor.n_weights)
+    n_bytes = stored.n_bytes + sum(later.stored.n_bytes for later in tensor.refinements)
+    common = (stored.name, tensor.shape, tensor.dtype, n_bytes, tensor.n_weights)
     if header is None:
         reason = reason_plain(stored.name, tensor.dtype, tensor.shape, excluded)
         return TensorReport(*common, reason=reason or OUT_OF_RANGE)
     payload = stored.load().numpy().tobytes()
-    start = decode_header(payload, stored.name)[1]
+    start = check_payload(payload, stored.name)[1]
     scales = np.frombuffer(payload, "<u2", header.n_scales, start).astype(np.uint32) << 16
+    headers = [header, *(later.header for later in tensor.refinements if later.header is not None)]
     return TensorReport(
         *common,
         reason="",
-        codes=tuple(segment.code for segment in header.segments),
+        codes=tuple(segment.code for each in headers for segment in each.segments),
         rotation=header.rotation,
         row_scales=any(segment.row_scales for segment in header.segments),
         scale=float(np.median(scales.view(np.float32))),
-        relative_error=header.relative_error,
+        relative_error=math.prod(each.relative_error for each in headers),
     )

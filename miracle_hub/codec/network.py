@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from miracle_hub.codec.artifact import raw_bytes
+from miracle_hub.codec.source import list_tensors
 from miracle_hub.codec.tensor import DTYPE_NAMES, TORCH_DTYPES, check_scale_words
 from miracle_hub.coding.cpu import decode_stream
 from miracle_hub.coding.digest import digest
 from miracle_hub.coding.order import permutation
 from miracle_hub.coding.sharing import KINDS, Sharing
 from miracle_hub.errors import ChecksumError, FormatError
-from miracle_hub.format.container import Entry, opened, write_file, writing
+from miracle_hub.format.container import Entry, files_kept_open, write_file, writing
 from miracle_hub.format.network import NetworkHeader, TensorSpec, decode_network, encode_network
 
 STREAM = "miracle"  # the name of the stream's entry
@@ -127,11 +128,17 @@ def read_network(path: Path) -> tuple[bytes | None, dict[str, Tensor]]:
     """The bytes of the stream, if the file has one, and every other tensor.
 
     Raises:
-        FormatError: the file is no sound safetensors file.
+        FormatError: the file is no sound safetensors file, or its stream is no vector of bytes.
+        SourceError: a tensor's dtype is unknown to torch.
     """
-    with opened(path) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with files_kept_open():
+        tensors = {tensor.name: tensor.load() for tensor in list_tensors([path])}
     stream = tensors.pop(STREAM, None)
+    if stream is not None and (stream.dtype != torch.uint8 or stream.ndim != 1):
+        raise FormatError(
+            f"{path}: {STREAM}: expected a stream, a vector of bytes, found {stream.dtype} of shape "
+            f"{tuple(stream.shape)}; the file is damaged or was not written by miracle-hub"
+        )
     return None if stream is None else raw_bytes(stream), tensors
 
 

@@ -31,15 +31,16 @@ class Budget:
 
     Attributes:
         n_bytes: never exceeded.
-        copied_bytes: of files in subfolders, which are copied as they are.
+        other_bytes: of files in subfolders, which are copied as they are, and of stages above the first.
         n_weights: of the source, copied ones included.
-        max_shard_bytes: of one file.
+        max_shard_bytes: of one file, whose name begins with `stem`.
     """
 
     n_bytes: int
-    copied_bytes: int
+    other_bytes: int
     n_weights: int
     max_shard_bytes: int
+    stem: str = "model"
 
 
 @dataclass(frozen=True)
@@ -114,12 +115,12 @@ def file_metadata(entries: list[Entry], plans: dict[str, TensorPlan]) -> dict[st
 
 
 def lay_out(
-    plans: dict[str, TensorPlan], choices: dict[str, Choice], max_shard_bytes: int
+    plans: dict[str, TensorPlan], choices: dict[str, Choice], max_shard_bytes: int, stem: str = "model"
 ) -> list[OutputFile]:
     """The output files. Plain tensors come first, widest dtype first, so that they stay aligned."""
     entries = [entry_of(plan, choices) for plan in plans.values()]
     entries.sort(key=lambda e: (_is_coded(plans[e.name]), -item_bits(e.dtype), e.name))
-    files = shard_entries(entries, max_shard_bytes)
+    files = shard_entries(entries, max_shard_bytes, stem)
     return [replace(file, metadata=file_metadata(file.entries, plans)) for file in files]
 
 
@@ -140,7 +141,7 @@ def meet_budget(plans: dict[str, TensorPlan], samples: list[Sample], budget: Bud
     """
 
     def size(choices: dict[str, Choice]) -> int:
-        return total_bytes(lay_out(plans, choices, budget.max_shard_bytes)) + budget.copied_bytes
+        return total_bytes(lay_out(plans, choices, budget.max_shard_bytes, budget.stem)) + budget.other_bytes
 
     _check_range(budget, *(size(extreme_choices(samples, most)) for most in (False, True)))
     best = extreme_choices(samples, most=False)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from miracle_hub.codec.tensor import SegmentPlan, prior_scale, rotated_matrix
 from miracle_hub.coding.backend import Backend
+from miracle_hub.coding.matrix import ROW_SCALE_COLUMNS
 from miracle_hub.coding.posterior import squared_error_cost
 from miracle_hub.config import Code
 
@@ -32,11 +33,6 @@ _MEASURED_WINDOW_BITS = 12
 _SAMPLE_WEIGHTS = 8192
 _TOTAL_SAMPLE_WEIGHTS = 1 << 22
 _SCALE_BYTES = 2
-# Rows this long always have their own scale: it costs at most 1/8 bit per weight. Choosing by the
-# squared error alone kept one scale for half of MiniLM's matrices, and Spearman (STS-B dev) fell
-# from 80.5 to 77.7 at 1.1 bits/weight: a channel matters by its own size. Shorter rows get
-# whichever gives the smaller error at equal size.
-_ALWAYS_ROW_SCALES = 128
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,7 @@ def measure_options(samples: list[Sample], window_bits: int, seed: int, backend:
     measured = ladder(min(window_bits, _MEASURED_WINDOW_BITS), seed)
     for code, measured_code in zip(ladder(window_bits, seed), measured, strict=True):
         for row_scales in (False, True):
-            eligible = [s for s in samples if row_scales or s.columns < _ALWAYS_ROW_SCALES]
+            eligible = [s for s in samples if row_scales or s.columns < ROW_SCALE_COLUMNS]
             errors = _relative_errors(eligible, measured_code, row_scales, backend) if eligible else []
             for sample, relative in zip(eligible, errors, strict=True):
                 n_weights = sample.rows * sample.columns

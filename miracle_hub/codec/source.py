@@ -1,6 +1,7 @@
 """What a model folder holds: its safetensors files, their tensors, and what else to copy."""
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,19 +75,22 @@ def item_bits(dtype: str) -> int:
     return _ITEM_BITS.get(dtype, 8)
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path, index_name: str = "model.safetensors.index.json") -> list[Path]:
     """The safetensors files that transformers would load from a folder.
+
+    Args:
+        index_name: of the index, where there is no single file.
 
     Raises:
         PickleRefusedError: there are only pickle weights.
         MissingWeightsError: there are none, or a shard is missing.
     """
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single, index = folder / "model.safetensors", folder / index_name
     if single.is_file():
         return [single]
     if index.is_file():
         return _shards(folder, index)
-    found = sorted(folder.glob("*.safetensors"))
+    found = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     if found:
         return found
     raise missing_weights(str(folder), [path.name for path in folder.glob("*")])
@@ -110,7 +114,7 @@ def missing_weights(source: str, names: list[str]) -> SourceError:
 def _shards(folder: Path, index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise FormatError(
             f"{index}: expected a JSON object with a weight_map, found {error!r}; download it again"
         ) from None
@@ -119,14 +123,14 @@ def _shards(folder: Path, index: Path) -> list[Path]:
             f"{index}: expected a weight_map that names files, found an empty one; download it again"
         )
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
             raise FormatError(
                 f"{index}: expected file names without folders, found {name!r}; "
                 "the index is hostile or damaged"
             )
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):  # unlike Path.is_file, False for names that no file can have
             raise MissingWeightsError(
-                f"{folder}: {index.name} names {name}, which is missing; download the folder again"
+                f"{folder}: {index.name} names {name[:100]}, which is missing; download the folder again"
             )
     return [folder / name for name in names]
 
@@ -142,12 +146,18 @@ def list_tensors(files: list[Path]) -> list[SourceTensor]:
         with opened(path) as file:
             for name in file.keys():  # noqa: SIM118 (safe_open is not a dict)
                 view = file.get_slice(name)
+                shape = tuple(view.get_shape())
+                if max(shape, default=0) >= 2**63:  # possible for safetensors beside a dimension of 0
+                    raise FormatError(
+                        f"{path}: {name}: expected dimensions below 2^63, found shape {list(shape)}; the "
+                        "file is hostile or damaged"
+                    )
                 if name in tensors:
                     raise FormatError(
                         f"{path}: tensor {name} is also in {tensors[name].path}; "
                         "expected each tensor once: save the model again"
                     )
-                tensors[name] = SourceTensor(name, path, view.get_dtype(), tuple(view.get_shape()))
+                tensors[name] = SourceTensor(name, path, view.get_dtype(), shape)
     return list(tensors.values())
 
 
@@ -158,7 +168,11 @@ def file_metadata(path: Path) -> dict[str, str]:
 
 
 def companion_files(folder: Path, weights: list[Path]) -> Iterator[Path]:
-    """Relative paths of the files to copy: all but weights, hidden folders and the model card."""
+    """Relative paths of the files to copy: all but weights, hidden folders and the model card.
+
+    Raises:
+        SourceError: a file is a link that leaves the folder.
+    """
     skipped = {path.name for path in weights} | {"model.safetensors.index.json", "README.md"}
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
@@ -167,4 +181,20 @@ def companion_files(folder: Path, weights: list[Path]) -> Iterator[Path]:
             relative.name in skipped or relative.name.endswith((".safetensors", ".index.json"))
         )
         if path.is_file() and not hidden and not top_weight and path.suffix not in _OTHER_WEIGHTS:
+            _refuse_leaving(path, folder)
             yield relative
+
+
+def _refuse_leaving(path: Path, folder: Path) -> None:
+    """Raise if a file is a link to elsewhere: a copy would publish whatever a stranger's link points to.
+
+    Raises:
+        SourceError: it is.
+    """
+    root, target = folder.resolve(), path.resolve()
+    # In the Hub's cache a repository's files are links to its blobs.
+    if root not in target.parents and root.parent.parent / "blobs" != target.parent:
+        raise SourceError(
+            f"{path}: expected a file of the folder, found a link that leaves it, to {target}; replace the "
+            "link by the file if it is to be copied, or else remove it"
+        )

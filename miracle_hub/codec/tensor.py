@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from miracle_hub.coding.backend import Backend, choose
-from miracle_hub.coding.matrix import CodedRows, MatrixLayout
+from miracle_hub.coding.matrix import CodedRows, MatrixLayout, matrix_columns
 from miracle_hub.coding.posterior import squared_error_cost
-from miracle_hub.coding.rotation import check_width, widest_rotation
+from miracle_hub.coding.rotation import check_width
 from miracle_hub.coding.scales import LARGEST_SCALE, SMALLEST_SCALE, rounded_scales
 from miracle_hub.config import Code
 from miracle_hub.errors import ChecksumError, FormatError, OptionError
@@ -24,10 +24,6 @@ DTYPE_NAMES = {
     torch.float64: "F64",
 }
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-# Sizes are met by the row: one of 64 rows at the next rate (a quarter more bits) is 0.4 % of a tensor.
-_FEWEST_ROWS = 64
-_SHORTEST_ROW = 128
-_LONGEST_CUT_ROW = 1024
 
 
 @dataclass(frozen=True)
@@ -37,23 +33,6 @@ class SegmentPlan:
     rows: int
     code: Code
     row_scales: bool
-
-
-def matrix_columns(shape: tuple[int, ...]) -> int:
-    """Columns of a tensor's matrix view: all but the first dimension, or the last of stacked matrices.
-
-    Convolutions (out, in, height, width) have one row per output channel; a stack of matrices, such
-    as experts (experts, in, out) or position embeddings (1, positions, width), has one row per
-    last-dimension vector, so that scales stay local. Vectors and matrices of few rows are cut up.
-    """
-    stacked = len(shape) == 3 and min(shape[1:]) >= 32
-    columns = shape[-1] if stacked or len(shape) == 1 else math.prod(shape[1:])
-    n_weights = math.prod(shape)
-    if n_weights // columns >= _FEWEST_ROWS:
-        return columns
-    widths = range(_SHORTEST_ROW, min(_LONGEST_CUT_ROW, n_weights // _FEWEST_ROWS) + 1)
-    cuts = [width for width in widths if columns % width == 0]
-    return max(cuts, key=lambda width: (widest_rotation(width), width), default=columns)
 
 
 def prior_scale(code: Code) -> float:
@@ -128,17 +107,17 @@ def encode_tensor(
 
 
 def payload_of_stream(
-    shape: tuple[int, ...], dtype: torch.dtype, code: Code, scale: Tensor, message: Tensor
+    shape: tuple[int, ...], dtype: torch.dtype, code: Code, scales: Tensor, message: Tensor
 ) -> bytes:
-    """The payload of a tensor whose weights, in their own order, are a message times one scale.
+    """The payload of a tensor whose weights, in their own order, are a message times its rows' scales.
 
     Args:
-        scale: `[]`, as the format allows it.
+        scales: `[1]`, or one for every row of the matrix view, as the format allows them.
     """
     columns = matrix_columns(shape)
-    segment = Segment(math.prod(shape) // columns, code, False)
+    segment = Segment(math.prod(shape) // columns, code, scales.numel() > 1)
     header = Header(DTYPE_NAMES[dtype], shape, columns, 1, (segment,))
-    parts = [CodedRows(segment.rows, code, scale.bfloat16().view(1).cpu(), message)]
+    parts = [CodedRows(segment.rows, code, scales.bfloat16().cpu(), message)]
     _, digest = choose("cpu").decode_matrix(parts, layout_of(header), torch.float32)
     return encode_payload(replace(header, digest=digest), _body(parts))
 

@@ -22,6 +22,9 @@ from miracle_hub.errors import TruncatedPayloadError
 # Candidates of a stream are tabulated up to this many states × step_weights (8 MB of float32);
 # beyond it Philox runs on the fly and memory stays bounded.
 _TABLE_LIMIT = 1 << 21
+# A table is made for a message of at least a step per this many states: making it then costs no more than
+# some milliseconds per hundred bytes, and a file of many tiny streams cannot ask for a large one each.
+_STATES_PER_STEP = 64
 _ROWS_PER_TASK_WEIGHTS = 1 << 18
 
 _jit = njit(nogil=True, cache=True, error_model="numpy")
@@ -203,7 +206,9 @@ def digest_words(words, first):
 def decode_range(padded: np.ndarray, code: Code, first: int, out: np.ndarray) -> None:
     """Fill `out` (float32) with stream elements first, first + 1, …; see `pad_message`."""
     bits = (code.window_bits, code.step_bits)
-    if code.step_weights << code.window_bits > _TABLE_LIMIT:
+    n_steps = 8 * padded.size // code.step_bits
+    few_steps = _STATES_PER_STEP * n_steps < 1 << code.window_bits
+    if few_steps or code.step_weights << code.window_bits > _TABLE_LIMIT:
         keys = (code.stream_id, code.seed & 0xFFFFFFFF, code.seed >> 32)
         shape = (*bits, code.step_weights)
         _decode_philox(padded, quantiles_float32(), shape, *keys, first, out)

@@ -1,11 +1,23 @@
-"""A coded matrix: consecutive bands of rows, one stream each, and how they become weights."""
+"""A tensor as a matrix, and a coded matrix: bands of rows, one stream each, and how they become weights."""
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from miracle_hub.coding.order import stream_order
+from miracle_hub.coding.rotation import widest_rotation
 from miracle_hub.config import Code
+
+# Sizes are met by the row: one of 64 rows at the next rate (a quarter more bits) is 0.4 % of a tensor.
+_FEWEST_ROWS = 64
+_SHORTEST_ROW = 128
+_LONGEST_CUT_ROW = 1024
+# Rows this long always have their own scale: it costs at most 1/8 bit per weight. Choosing by the
+# squared error alone kept one scale for half of MiniLM's matrices, and Spearman (STS-B dev) fell
+# from 80.5 to 77.7 at 1.1 bits/weight: a channel matters by its own size. Shorter rows get
+# whichever gives the smaller error at equal size.
+ROW_SCALE_COLUMNS = 128
 
 
 @dataclass(frozen=True)
@@ -35,3 +47,20 @@ class MatrixLayout:
     def order(self, rows: int, code: Code) -> Tensor | None:
         """Row-major position of every stream element, or None where that is the identity."""
         return stream_order(rows, self.columns, self.band_columns, self.permuted, code)
+
+
+def matrix_columns(shape: tuple[int, ...]) -> int:
+    """Columns of a tensor's matrix view: all but the first dimension, or the last of stacked matrices.
+
+    Convolutions (out, in, height, width) have one row per output channel; a stack of matrices, such
+    as experts (experts, in, out) or position embeddings (1, positions, width), has one row per
+    last-dimension vector, so that scales stay local. Vectors and matrices of few rows are cut up.
+    """
+    stacked = len(shape) == 3 and min(shape[1:]) >= 32
+    columns = shape[-1] if stacked or len(shape) == 1 else math.prod(shape[1:])
+    n_weights = math.prod(shape)
+    if n_weights // columns >= _FEWEST_ROWS:
+        return columns
+    widths = range(_SHORTEST_ROW, min(_LONGEST_CUT_ROW, n_weights // _FEWEST_ROWS) + 1)
+    cuts = [width for width in widths if columns % width == 0]
+    return max(cuts, key=lambda width: (widest_rotation(width), width), default=columns)

@@ -7,6 +7,9 @@ from torch import Tensor
 from miracle_hub.coding.philox import philox4x32
 from miracle_hub.config import Code
 
+# Counters per call of Philox, whose dozen temporaries then stay in the cache, whatever a file asks for.
+_CHUNK = 1 << 16
+
 
 def banded_order(rows: int, columns: int, band_columns: int) -> Int64[Tensor, " n"]:
     """Row-major positions in reading order: band by band, rows inside a band, columns inside a row.
@@ -16,8 +19,11 @@ def banded_order(rows: int, columns: int, band_columns: int) -> Int64[Tensor, " 
             last band is narrower when the width does not divide the columns.
     """
     positions = torch.arange(rows * columns).view(rows, columns)
-    bands = positions.split(band_columns or max(columns, 1), dim=1)
-    return torch.cat([band.flatten() for band in bands])
+    width = band_columns or max(columns, 1)
+    n_whole = columns // width
+    # Whole bands by one transposition: with a tensor each, a small file of narrow bands filled the memory.
+    whole = positions[:, : n_whole * width].unflatten(1, (n_whole, width)).transpose(0, 1)
+    return torch.cat((whole.flatten(), positions[:, n_whole * width :].flatten()))
 
 
 def permutation(n: int, code: Code) -> Int64[Tensor, " n"]:
@@ -25,8 +31,10 @@ def permutation(n: int, code: Code) -> Int64[Tensor, " n"]:
 
     The 64-bit keys are compared as unsigned numbers (second word high); equal keys keep their order.
     """
-    low, high, _, _ = philox4x32((torch.arange(n), 0, code.stream_id, 1), code.seed)
-    keys = (high - 2**31) * 2**32 + low
+    keys = torch.empty(n, dtype=torch.int64)
+    for chunk in torch.arange(n).split(_CHUNK):
+        low, high, _, _ = philox4x32((chunk, 0, code.stream_id, 1), code.seed)
+        keys[chunk] = (high - 2**31) * 2**32 + low
     return torch.sort(keys, stable=True).indices
 
 

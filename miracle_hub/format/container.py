@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from miracle_hub.errors import FormatError, MiracleError, OutputWriteError
 
 _ALIGNMENT = 8
+_KEPT_OPEN: ContextVar[dict[Path, safe_open] | None] = ContextVar("_KEPT_OPEN", default=None)
 
 
 @dataclass(frozen=True)
@@ -78,19 +80,44 @@ def write_file(
 
 
 @contextmanager
+def files_kept_open() -> Iterator[None]:
+    """Files that are opened inside stay open to its end, also a decorator.
+
+    A header is then parsed once, not once per tensor: 4,000 tensors in 0.4 MB took 27 s.
+    """
+    if _KEPT_OPEN.get() is not None:
+        yield
+        return
+    token = _KEPT_OPEN.set({})
+    try:
+        yield
+    finally:
+        _KEPT_OPEN.reset(token)
+
+
+@contextmanager
 def opened(path: Path) -> Iterator[safe_open]:
     """An open safetensors file (torch tensors).
 
     Raises:
         FormatError: the file is not a sound safetensors file.
     """
+    kept = _KEPT_OPEN.get()
+    if kept is None:
+        with _open(path) as reader:
+            yield reader
+        return
+    if path not in kept:
+        kept[path] = _open(path)
+    yield kept[path]
+
+
+def _open(path: Path) -> safe_open:
     try:
-        file = safe_open(path, framework="pt")
+        return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         size = path.stat().st_size if path.exists() else "no"
         raise FormatError(
             f"{path}: expected a safetensors file, found {size} bytes that are not: {error}; "
             "the file is truncated or damaged: download it again"
         ) from error
-    with file as reader:
-        yield reader

@@ -24,6 +24,7 @@ def compress(
     seed: int = 0,
     modules_to_not_convert: list[str] | None = None,
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
+    stages: int = 1,
     backend: str = "auto",
     revision: str | None = None,
     overwrite: bool = False,
@@ -43,6 +44,8 @@ def compress(
         seed: of the shared candidates; part of the file.
         modules_to_not_convert: tensors whose names contain one of these stay plain.
         max_shard_size: of one output file.
+        stages: files of their own that can be loaded one after the other; each but the first halves the
+            squared error for 4/7 bits per weight. The size is that of all together.
         backend: who searches: "cpu" (numba), "triton" (a GPU), or "auto" for a GPU where there is one.
         revision: branch, tag or commit of a Hub source.
         overwrite: replace an existing `out`.
@@ -67,6 +70,7 @@ def compress(
         seed=seed,
         modules_to_not_convert=modules_to_not_convert,
         max_shard_size=max_shard_size,
+        stages=stages,
         backend=backend,
         overwrite=overwrite,
         card=lambda target, report: write_card(target, report, folder, base_model),
@@ -79,6 +83,7 @@ def decompress(
     out: str | Path,
     *,
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
+    stages: int | None = None,
     backend: str = "auto",
     revision: str | None = None,
     overwrite: bool = False,
@@ -86,14 +91,18 @@ def decompress(
 ) -> int:
     """Write `out`, an ordinary transformers checkpoint, from a compressed one; returns its bytes.
 
+    Args:
+        stages: how many to decode; None means all.
+
     Raises:
         FormatError: and its subclasses: a file is not sound; the message names the tensor.
         OutputExistsError: `out` exists. OutputWriteError: it cannot be written.
     """
     return decompress_folder(
-        local_folder(source, revision),
+        local_folder(source, revision, stages),
         Path(out),
         max_shard_size=max_shard_size,
+        stages=stages,
         backend=backend,
         overwrite=overwrite,
         progress=progress,
@@ -101,16 +110,25 @@ def decompress(
 
 
 def load_state_dict(
-    source: str | Path, *, revision: str | None = None, verify: bool = True, backend: str = "auto"
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    stages: int | None = None,
+    verify: bool = True,
+    backend: str = "auto",
 ) -> dict[str, Tensor]:
     """All tensors of a compressed folder, file or Hub repository, dense; imports no transformers.
+
+    Args:
+        stages: how many to download and decode; None means all.
 
     Raises:
         FormatError: and its subclasses: a file is not sound; the message names the tensor.
     """
-    return load_folder(local_folder(source, revision), verify=verify, backend=backend)
+    folder = local_folder(source, revision, stages)
+    return load_folder(folder, verify=verify, backend=backend, stages=stages)
 
 
-def inspect(source: str | Path, *, revision: str | None = None) -> Inspection:
+def inspect(source: str | Path, *, revision: str | None = None, stages: int | None = None) -> Inspection:
     """What a compressed repository holds: per tensor the code, rate, scale and error, and totals."""
-    return inspect_folder(local_folder(source, revision))
+    return inspect_folder(local_folder(source, revision, stages), stages)

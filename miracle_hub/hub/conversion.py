@@ -7,6 +7,7 @@ this one only when a compressed repository is loaded.
 import re
 from collections import Counter
 from collections.abc import Mapping
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from transformers.core_model_loading import (
 
 from miracle_hub.codec.decompress import StoredTensor
 from miracle_hub.codec.packed import is_packable
-from miracle_hub.codec.tensor import decode_payload
+from miracle_hub.codec.stages import decode_stages
 from miracle_hub.errors import FormatError, OptionError
 from miracle_hub.hub.compressed_linear import COMPRESSED_CLASSES, PAYLOAD, is_payload_tensor
 
@@ -55,10 +56,12 @@ class DecodePayloads(ConversionOps):
         backend: str,
         original: WeightConverter | None,
         payloads: dict[str, Tensor] | None = None,
+        refinements: Mapping[bytes, list[Tensor]] | None = None,
     ) -> None:
         """
         Args:
             expected: of the model, by name.
+            refinements: payloads of later stages, by `payload_key` of the payload that they refine.
             backend: who decodes; "auto" goes by the device on which transformers put the payload.
             original: the model's converter, whose operations follow; None if there is none.
             payloads: takes the payloads of tensors that no operation changes, by name.
@@ -67,6 +70,7 @@ class DecodePayloads(ConversionOps):
         self.backend = backend
         self.original = original
         self.payloads = payloads
+        self.refinements = refinements or {}
 
     def __deepcopy__(self, memo: dict) -> "DecodePayloads":
         """transformers copies a converter per tensor; this operation has no state to copy."""
@@ -80,7 +84,7 @@ class DecodePayloads(ConversionOps):
         wanted = self.expected.get(full_layer_name)
         dtype = wanted.loaded_dtype if wanted else None
         decoded = {
-            pattern: [_dense(tensor, full_layer_name, dtype, self.backend) for tensor in tensors]
+            pattern: [self._dense(tensor, full_layer_name, dtype) for tensor in tensors]
             for pattern, tensors in input_dict.items()
         }
         if self.original is not None:
@@ -89,6 +93,10 @@ class DecodePayloads(ConversionOps):
         if self.payloads is not None and dtype != torch.uint8 and is_payload_tensor(found):
             self.payloads[full_layer_name] = found.cpu()
         return {full_layer_name: dense}
+
+    def _dense(self, tensor: Tensor, name: str, dtype: torch.dtype | None) -> Tensor:
+        later = self.refinements.get(payload_key(tensor), []) if self.refinements else []
+        return _dense(tensor, name, dtype, self.backend, later)
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -146,14 +154,19 @@ def with_decoding(
     expected: Mapping[str, Expected],
     backend: str = "auto",
     payloads: dict[str, Tensor] | None = None,
+    refinements: Mapping[bytes, list[Tensor]] | None = None,
 ) -> list[WeightTransform]:
     """A model's conversions with decoding in front of each converter, and one converter for the rest.
 
     Args:
         payloads: takes the payloads of dense tensors that are stored as they are.
+        refinements: see `DecodePayloads`.
     """
-    changed = [_decoding(c, expected, backend) if isinstance(c, WeightConverter) else c for c in conversions]
-    operation = DecodePayloads(expected, backend, None, payloads)
+    changed = [
+        _decoding(c, expected, backend, refinements) if isinstance(c, WeightConverter) else c
+        for c in conversions
+    ]
+    operation = DecodePayloads(expected, backend, None, payloads, refinements)
     return [*changed, DecodingConverter(_ANY_NAME, _SAME_NAME, operations=[operation])]
 
 
@@ -168,7 +181,12 @@ def without_decoding(conversions: list[WeightTransform]) -> list[WeightTransform
 
 
 @torch.no_grad()
-def decode_leftovers(model: nn.Module, expected: Mapping[str, Expected], backend: str = "auto") -> None:
+def decode_leftovers(
+    model: nn.Module,
+    expected: Mapping[str, Expected],
+    backend: str = "auto",
+    refinements: Mapping[bytes, list[Tensor]] | None = None,
+) -> None:
     """What transformers <= 5.20 put into the model without any converter, in place, so that ties hold.
 
     It does so when a checkpoint has the model's own name and a renaming would spoil it.
@@ -180,7 +198,8 @@ def decode_leftovers(model: nn.Module, expected: Mapping[str, Expected], backend
         wanted = expected.get(name)
         if wanted is None or tensor.device.type == "meta" or tensor.dtype in wanted[1:]:
             continue
-        dense = _dense(tensor, name, wanted.loaded_dtype, backend)
+        later = refinements.get(payload_key(tensor), []) if refinements else []
+        dense = _dense(tensor, name, wanted.loaded_dtype, backend, later)
         if dense.shape != wanted.shape:
             raise FormatError(
                 f"{name}: expected weights of shape {tuple(wanted.shape)}, found {tuple(dense.shape)}; "
@@ -244,8 +263,14 @@ def _replaceable_layers(model: "PreTrainedModel", skipped: list[str]) -> dict[st
 
 
 def _names(pattern: str, module: str) -> bool:
-    """Whether a pattern of modules_to_not_convert means a module, as transformers reads it."""
-    return module.endswith(pattern) or re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", module) is not None
+    """Whether a pattern of modules_to_not_convert means a module, as transformers reads it; one that is no
+    regular expression is plain text."""
+    if module.endswith(pattern):
+        return True
+    try:
+        return re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", module) is not None
+    except re.error:
+        return module.startswith(pattern)
 
 
 def _names_in_model(
@@ -267,14 +292,22 @@ def _names_in_model(
     return [(final, before, t if finals[final] == 1 else None) for final, before, t in names]
 
 
-def _decoding(original: WeightConverter, expected: Mapping[str, Expected], backend: str) -> DecodingConverter:
+def _decoding(
+    original: WeightConverter,
+    expected: Mapping[str, Expected],
+    backend: str,
+    refinements: Mapping[bytes, list[Tensor]] | None,
+) -> DecodingConverter:
     """A copy that decodes first, whatever attributes this version of transformers gives converters."""
     copy = DecodingConverter.__new__(DecodingConverter)
     for base in type(original).__mro__:
         for name in getattr(base, "__slots__", ()):
             if hasattr(original, name):
                 object.__setattr__(copy, name, getattr(original, name))
-    copy.operations = [DecodePayloads(expected, backend, original), *original.operations]
+    copy.operations = [
+        DecodePayloads(expected, backend, original, refinements=refinements),
+        *original.operations,
+    ]
     return copy
 
 
@@ -297,8 +330,13 @@ def _refuse_shards(tensors: dict[str, Any], name: str, model: Any) -> None:
         )
 
 
-def _dense(tensor: Tensor, name: str, dtype: torch.dtype | None, backend: str) -> Tensor:
-    """A payload decoded, or a plain tensor, in `dtype` on the device where it is.
+def payload_key(payload: Tensor) -> bytes:
+    """What tells a payload from all others: by the time it is decoded, its name is lost."""
+    return sha256(payload.cpu().numpy().tobytes()).digest()
+
+
+def _dense(tensor: Tensor, name: str, dtype: torch.dtype | None, backend: str, later: list[Tensor]) -> Tensor:
+    """A payload decoded with its refinements, or a plain tensor, in `dtype` on the device where it is.
 
     By way of the source's dtype: the same rounding as loading the decompressed folder.
     """
@@ -307,5 +345,6 @@ def _dense(tensor: Tensor, name: str, dtype: torch.dtype | None, backend: str) -
         return tensor.to(dtype)
     # A user's `with torch.device(...)` must not move the decoder's work.
     with torch.device("cpu"):
-        weights, _ = decode_payload(tensor, name, rounded=True, backend=backend)
+        later = [refinement.to(tensor.device) for refinement in later]
+        weights = decode_stages(tensor, later, name, backend=backend)
     return weights.to(tensor.device, dtype)

@@ -1,4 +1,4 @@
-"""Training data for `miracle fit`: files, folders and Hub data sets, through the library `datasets`."""
+"""Data for `miracle fit` and `miracle certify`: files, folders and Hub data sets, through `datasets`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +51,45 @@ def read_split(
         names = _class_names(train, data, label_column)
         train, evaluation = (_numbered(rows, data, label_column, names) for rows in (train, evaluation))
     return Split(train, evaluation, texts, names)
+
+
+def read_examples(
+    data: str | Path,
+    split: str | None,
+    text_columns: list[str] | None,
+    label_column: str,
+    names: tuple[str, ...],
+) -> tuple[list[list[str]], list[int]]:
+    """All rows of one split: one or two columns of texts, and classes by their number in `names`.
+
+    Raises:
+        DataError: it cannot be read, has several splits of which none is named, is empty, or a row lacks a
+            text or one of the classes.
+    """
+    sets = _load(data)
+    if split is None and len(sets) == 1:
+        split = next(iter(sets))
+    if split not in sets:
+        raise DataError(
+            f"{data}: expected the name of a split among {', '.join(map(str, sets))}, found {split!r}; name "
+            "it with --split"
+        )
+    rows = sets[split]
+    if not len(rows) or label_column not in rows.column_names:
+        raise DataError(
+            f"{data}: expected rows with labels in a column {label_column!r}, found {len(rows)} rows of "
+            f"{rows.column_names}; look at the file, or name the column with --label-column"
+        )
+    labels = [_class_number(label, data, label_column, names) for label in rows[label_column]]
+    columns = _text_columns(rows, data, text_columns, label_column, "text-classification")
+    texts = [list(rows[column]) for column in columns]
+    for column, found in zip(columns, texts, strict=True):
+        if None in found:
+            raise DataError(
+                f"{data}: column {column!r}: row {found.index(None)}: expected a text, found none; "
+                "complete it"
+            )
+    return texts, labels
 
 
 def _load(data: str | Path) -> Any:
@@ -125,16 +164,18 @@ def _class_names(rows: Any, data: str | Path, label_column: str) -> tuple[str, .
 
 def _numbered(rows: Any, data: str | Path, label_column: str, names: tuple[str, ...]) -> Any:
     """Rows with their class as a number in "labels"."""
-    numbers = {name: i for i, name in enumerate(names)}
 
     def one(row: dict[str, Any]) -> dict[str, int]:
-        label = row[label_column]
-        number = label if isinstance(label, int) else numbers.get(str(label), -1)
-        if not 0 <= number < len(names):
-            raise DataError(
-                f"{data}: column {label_column!r}: expected one of {names[:8]}, found {label!r}; complete "
-                "the labels"
-            )
-        return {"labels": number}
+        return {"labels": _class_number(row[label_column], data, label_column, names)}
 
     return rows.map(one)
+
+
+def _class_number(label: Any, data: str | Path, label_column: str, names: tuple[str, ...]) -> int:
+    number = label if isinstance(label, int) else names.index(str(label)) if str(label) in names else -1
+    if not 0 <= number < len(names):
+        raise DataError(
+            f"{data}: column {label_column!r}: expected one of {names[:8]}, found {label!r}; complete "
+            "the labels"
+        )
+    return int(number)

@@ -27,7 +27,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from miracle_hub.config import BACKENDS, FORMAT_VERSION, QUANT_METHOD
-from miracle_hub.errors import ChecksumError, OptionError, UnsupportedVersionError
+from miracle_hub.errors import ChecksumError, FormatError, OptionError, UnsupportedVersionError
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
@@ -51,6 +51,7 @@ class MiracleConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
+        /,  # or a figure named "self" would be taken for it
         format_version: int = FORMAT_VERSION,
         digest: str | None = None,
         modules_to_not_convert: list[str] | None = None,
@@ -76,10 +77,11 @@ class MiracleConfig(QuantizationConfigMixin):
         """
         if format_version not in range(1, FORMAT_VERSION + 1):
             raise UnsupportedVersionError(
-                f"config.json: this miracle-hub reads format version {FORMAT_VERSION}, found "
+                f"config.json: this miracle-hub reads format versions up to {FORMAT_VERSION}, found "
                 f"{format_version!r}; upgrade: pip install -U miracle-hub"
             )
         figures.pop("dequantize", None)
+        _check_figures(figures)
         vars(self).update(figures)
         self.quant_method = QUANT_METHOD  # pyright: ignore[reportAttributeAccessIssue]
         self.format_version = format_version
@@ -143,10 +145,46 @@ class MiracleQuantizer(HfQuantizer):
         self._model: PreTrainedModel | None = None  # while it is loaded
         self._stored: list[StoredTensor] = []
         self._payloads: dict[str, Tensor] | None = {} if self._keeps else None
+        self._refinements: dict[bytes, list[Tensor]] = {}
+        self._stages = 1
 
     @property
     def _keeps(self) -> bool:
         return vars(self.quantization_config)["keep_compressed"]
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Called with the model's config before any weights are looked for: which stages are wanted."""
+        self._choose_stages(config)
+        return config
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """The same for transformers <= 5.20."""
+        self._choose_stages(config)
+        return config
+
+    def _choose_stages(self, config: Any) -> None:
+        """
+        Raises:
+            OptionError: there are not so many stages, or layers cannot stay compressed.
+        """
+        from miracle_hub.codec.stages import check_stages, index_name
+
+        digests = vars(self.quantization_config).get("stage_digests")
+        if not isinstance(digests, list):
+            return
+        self._stages = check_stages(getattr(config, "stages", None), len(digests), "from_pretrained")
+        if self._keeps and self._stages > 1:
+            raise OptionError(
+                f"keep_compressed: expected a repository of one stage, found {self._stages}, which are added "
+                "in dense weights; pass stages=1, or load a dense model"
+            )
+        if self._stages < len(digests):
+            config.transformers_weights = index_name(self._stages, len(digests))
+
+    def _digest(self) -> str | None:
+        facts = vars(self.quantization_config)
+        digests = facts.get("stage_digests")
+        return digests[self._stages - 1] if isinstance(digests, list) else facts["digest"]
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Take note of the dtype asked for; it stays what it is."""
@@ -170,7 +208,8 @@ class MiracleQuantizer(HfQuantizer):
         # transformers builds the model, and calls this, under `torch.device("meta")`.
         with torch.device("cpu"):
             files = kwargs.get("checkpoint_files") or []
-            self._stored = _check_payloads(files, vars(self.quantization_config)["digest"])
+            self._stored = _check_payloads(files, self._digest())
+            self._refinements = _take_refinements(self._stored, files)
         self._model = model
         self._expected = expected_tensors(model, self._dtype)
         return model
@@ -192,7 +231,7 @@ class MiracleQuantizer(HfQuantizer):
             weight_conversions = [*weight_conversions, *added]
             self._expected = expected_tensors(model, self._dtype)
         self._conversions = with_decoding(
-            weight_conversions, self._expected, config["backend"], self._payloads
+            weight_conversions, self._expected, config["backend"], self._payloads, self._refinements
         )
         return self._conversions
 
@@ -211,8 +250,12 @@ class MiracleQuantizer(HfQuantizer):
         used = getattr(model, "_weight_conversions", None)
         if used is not None:
             model._weight_conversions = without_decoding(used)  # pyright: ignore[reportArgumentType]
-        decode_leftovers(model, self._expected, vars(self.quantization_config)["backend"])
-        self._model, self._stored = None, []
+        backend = vars(self.quantization_config)["backend"]
+        decode_leftovers(model, self._expected, backend, self._refinements)
+        self._model, self._stored, self._refinements = None, [], {}
+        for name in ("stages", "transformers_weights"):
+            if isinstance(vars(self.quantization_config).get("stage_digests"), list):
+                vars(model.config).pop(name, None)
         if self._keeps:
             from miracle_hub.hub.compressed_linear import compressed_layers
 
@@ -256,6 +299,14 @@ class MiracleQuantizer(HfQuantizer):
         return True
 
 
+def _check_figures(figures: dict[str, Any]) -> None:
+    if taken := sorted(set(figures) & set(dir(MiracleConfig))):
+        raise OptionError(
+            f"MiracleConfig: expected figures and options, found {taken[0]!r}, the name of a method; "
+            "config.json is hostile or damaged: download it again"
+        )
+
+
 def _check_options(keep_compressed: object, backend: object, modules_to_not_convert: object) -> None:
     if not isinstance(keep_compressed, bool):
         raise OptionError(
@@ -284,9 +335,9 @@ def _check_payloads(files: list[str], digest: str | None) -> "list[StoredTensor]
     Raises:
         FormatError: and its subclasses: a file is not sound; the message names the tensor.
     """
-    from miracle_hub.codec.decompress import stored_digest, stored_tensors
+    from miracle_hub.codec.decompress import stored_digest, tensors_of
 
-    tensors = [tensor for file in files for tensor in stored_tensors(Path(file))]
+    tensors = tensors_of([Path(file) for file in files])
     found = stored_digest(tensors)
     if files and digest not in (None, found):
         raise ChecksumError(
@@ -294,6 +345,29 @@ def _check_payloads(files: list[str], digest: str | None) -> "list[StoredTensor]
             f"{found}; tensors are damaged, missing or from another version: download it again"
         )
     return tensors
+
+
+def _take_refinements(tensors: "list[StoredTensor]", files: list[str]) -> dict[bytes, list[Tensor]]:
+    """The payloads of later stages; `files` loses theirs, whose entries are no tensors of the model.
+
+    Raises:
+        FormatError: two payloads are alike, but are refined differently.
+    """
+    from miracle_hub.codec.stages import stage_of
+    from miracle_hub.hub.conversion import payload_key
+
+    found: dict[bytes, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.refinements:
+            key, later = payload_key(tensor.stored.load()), [r.stored.load() for r in tensor.refinements]
+            if key in found and not all(map(torch.equal, found[key], later)):
+                raise FormatError(
+                    f"{tensor.stored.name}: expected a payload unlike all others, found one that is refined "
+                    "in two ways; load it with stages=1, or decompress the folder (miracle decompress)"
+                )
+            found[key] = later
+    files[:] = [file for file in files if stage_of(Path(file)) == 1]
+    return found
 
 
 def register() -> None:

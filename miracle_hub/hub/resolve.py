@@ -13,6 +13,7 @@ from huggingface_hub.errors import (
 )
 
 from miracle_hub.codec.source import missing_weights
+from miracle_hub.codec.stages import MAX_STAGES, stem_of
 from miracle_hub.errors import SourceError
 
 # Other copies of the weights, and what training left behind.
@@ -25,8 +26,11 @@ _IGNORED += ["consolidated*.safetensors", "checkpoint-*/*", "runs/*"]
 _CLIENT_ERRORS = (HTTPError, OSError, ValueError)
 
 
-def local_folder(source: str | Path, revision: str | None = None) -> Path:
+def local_folder(source: str | Path, revision: str | None = None, stages: int | None = None) -> Path:
     """The folder (or file) itself, or a snapshot of the Hub repository of that id.
+
+    Args:
+        stages: files of later ones are not downloaded; None means all.
 
     Raises:
         SourceError: there is neither, or the Hub cannot be read and has not been read before.
@@ -35,8 +39,9 @@ def local_folder(source: str | Path, revision: str | None = None) -> Path:
     """
     if os.path.exists(source):  # unlike Path.exists, False for names that no file can have
         return Path(source)
+    later = [f"{stem_of(stage)}[-.]*" for stage in range((stages or MAX_STAGES) + 1, MAX_STAGES + 1)]
     try:
-        folder = Path(snapshot_download(str(source), revision=revision, ignore_patterns=_IGNORED))
+        folder = Path(snapshot_download(str(source), revision=revision, ignore_patterns=_IGNORED + later))
     except _CLIENT_ERRORS as error:
         raise SourceError(
             f"{source}: expected a local folder or a Hub repository; there is no such folder, "

@@ -20,7 +20,7 @@ from miracle_hub.codec.network import (
 from miracle_hub.codec.tensor import decode_payload, payload_of_stream
 from miracle_hub.errors import ChecksumError, FormatError, OptionError
 from miracle_hub.format.network import NetworkHeader
-from miracle_hub.format.payload import is_payload
+from miracle_hub.format.payload import decode_header, is_payload
 from miracle_hub.hub.card import write_card
 from miracle_hub.training import convert
 from miracle_hub.training.coder import message_of
@@ -114,14 +114,9 @@ def read_state(path: Path, model: nn.Module) -> dict[str, Tensor]:
     Raises:
         FormatError: and its subclasses: the file is not sound, or is that of another module.
     """
-    stream, tensors = read_network(path)
+    stream, state = read_network(path)
     expected = _stored(model)
-    state: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        is_coded = (
-            tensor.dtype == torch.uint8 and tensor.ndim == 1 and is_payload(tensor[:4].numpy().tobytes())
-        )
-        state[name] = decode_payload(tensor, name, rounded=True, backend="cpu")[0] if is_coded else tensor
+    state |= {name: _entry(path, name, state[name], t) for name, t in expected.items() if name in state}
     if stream is not None:
         missing = [
             spec_of(name, t) for name, t in expected.items() if name not in state and t.is_floating_point()
@@ -134,12 +129,29 @@ def read_state(path: Path, model: nn.Module) -> dict[str, Tensor]:
             "from"
         )
     for name, tensor in expected.items():
-        if state[name].shape != tensor.shape:
-            raise FormatError(
-                f"{path}: {name}: expected shape {tuple(tensor.shape)}, found {tuple(state[name].shape)}; "
-                "load it into the module that it was made from"
-            )
+        _check_shape(path, name, state[name].shape, tensor)
     return state
+
+
+def _entry(path: Path, name: str, stored: Tensor, expected: Tensor) -> Tensor:
+    """What an entry of a file holds; a payload is decoded once it is known to have the module's shape.
+
+    Raises:
+        FormatError: and its subclasses: it is not sound, or has another shape than the module's.
+    """
+    data = stored.numpy().tobytes() if stored.dtype == torch.uint8 and stored.ndim == 1 else b""
+    if not is_payload(data):
+        return stored
+    _check_shape(path, name, decode_header(data, name)[0].shape, expected)
+    return decode_payload(stored, name, rounded=True, backend="cpu")[0]
+
+
+def _check_shape(path: Path, name: str, found: tuple[int, ...], expected: Tensor) -> None:
+    if found != tuple(expected.shape):
+        raise FormatError(
+            f"{path}: {name}: expected shape {tuple(expected.shape)}, found {tuple(found)}; load it into the "
+            "module that it was made from"
+        )
 
 
 def compress_model(
@@ -201,9 +213,7 @@ def _coded_entries(variational: Variational, messages: list[Tensor]) -> Mapping[
             ]
         else:
             member = stream.members[0]
-            entries[member.name] = payload_of_stream(
-                member.shape, member.dtype, stream.code, scales[0], message
-            )
+            entries[member.name] = payload_of_stream(member.shape, member.dtype, stream.code, scales, message)
     return entries
 
 

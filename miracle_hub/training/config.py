@@ -9,6 +9,7 @@ from miracle_hub.errors import BudgetError, OptionError
 
 PARAMETRIZATIONS = ("mean-kl", "mean-var")
 STREAMS = ("tensor", "network")
+SCALES = ("row", "tensor")
 CODES = ("sliding", "block")
 SELECTIONS = ("best", "sample")
 # Rates are fractions k/V with k of this at most, because windows of L bits remember L/k steps.
@@ -31,6 +32,8 @@ class VariationalConfig:
             are stored as they are.
         parametrization: "mean-kl" (the KL is fixed by construction) or "mean-var" (annealed, as published).
         streams: "tensor", one message per tensor, for hub models; "network", one for all, for small networks.
+        scales: of the prior: "row" (one for every row of at least 128 weights, else one per tensor) or
+            "tensor"; a network's stream has one per tensor.
         code: "sliding" (a trellis of overlapping windows) or "block" (MIRACLE as published).
         window_bits: L, also the bits of a block of the block code.
         kl_block_weights: weights that share a KL budget; for the block code it is its own V.
@@ -51,6 +54,7 @@ class VariationalConfig:
     modules_to_save: str | list[str] | None = None
     parametrization: str = "mean-kl"
     streams: str = "tensor"
+    scales: str = "row"
     code: str = "sliding"
     window_bits: int = 14
     kl_block_weights: int = 128
@@ -65,6 +69,7 @@ class VariationalConfig:
         for name, choices in (
             ("parametrization", PARAMETRIZATIONS),
             ("streams", STREAMS),
+            ("scales", SCALES),
             ("code", CODES),
             ("selection", SELECTIONS),
             ("sharing_kind", KINDS[1:]),

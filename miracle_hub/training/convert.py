@@ -199,7 +199,9 @@ def _stream(group: list[Target], sharings: list[Sharing], config: VariationalCon
     ]
     weights = [target.parameter for target in group]
     code = config.code_for(n_values, where)
-    stream = Stream(members, weights, code, config.parametrization, config.kl_block_weights, number)
+    has_row_scales = config.streams == "tensor" and config.scales == "row"
+    arguments = (config.parametrization, config.kl_block_weights, number, has_row_scales)
+    stream = Stream(members, weights, code, *arguments)
     if not any(target.parameter.requires_grad for target in group):
         stream.requires_grad_(False)  # who froze a tensor wants it coded as it is
     return stream.to(group[0].parameter.device)

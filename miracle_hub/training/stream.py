@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from miracle_hub.coding.matrix import ROW_SCALE_COLUMNS, matrix_columns
 from miracle_hub.coding.order import permutation
 from miracle_hub.coding.posterior import Cost, Posterior, Prior, importance_cost
 from miracle_hub.coding.scales import rounded_scales
@@ -54,6 +55,7 @@ class Stream(nn.Module):
         parametrization: str,
         kl_block_weights: int,
         number: int,
+        has_row_scales: bool = False,
     ) -> None:
         super().__init__()
         self.members, self.code, self.number = tuple(members), code, number
@@ -68,7 +70,12 @@ class Stream(nn.Module):
             _shared_values(w, m.sharing, code.seed, i)
             for i, (m, w) in enumerate(zip(members, weights, strict=True))
         ]
-        scale = torch.stack([_initial_scale(v, block_kl_nats / block_weights) for v in values])
+        self.scale_columns = _scale_columns(members[0].shape) if has_row_scales else 0
+        rate = block_kl_nats / block_weights
+        if self.scale_columns:
+            scale = _initial_scales(values[0].view(-1, self.scale_columns), rate)
+        else:
+            scale = torch.cat([_initial_scales(v.view(1, -1), rate) for v in values])
         in_order = torch.cat(values)[self.order] if self.is_permuted else values[0]
         self.log_scales = nn.Parameter(scale.log() / RATE)
         make = POSTERIORS[parametrization]
@@ -93,12 +100,14 @@ class Stream(nn.Module):
             first += member.sharing.n_values
 
     def scales(self) -> Tensor:
-        """The prior's scale of every member, `[members]`; exact once it is fixed."""
+        """The prior's scale of every member `[members]`, or row `[rows]`; exact once it is fixed."""
         return (RATE * self.log_scales).exp() if self.fixed_scales is None else self.fixed_scales
 
-    def by_value(self, of_members: Tensor) -> Tensor:
-        """`[members]` → `[n]` in stream order, or `[1]` if there is one member."""
-        return of_members.index_select(0, self.owner) if self.is_permuted else of_members
+    def by_value(self, scales: Tensor) -> Tensor:
+        """`[members]` or `[rows]` → `[n]` in stream order; `[1]` as it is."""
+        if self.scale_columns:
+            return scales.repeat_interleave(self.scale_columns)
+        return scales.index_select(0, self.owner) if self.is_permuted else scales
 
     def value_log_scales(self) -> Tensor:
         """log ρ of every value in stream order, `[n]` or `[1]`."""
@@ -125,12 +134,14 @@ class Stream(nn.Module):
 
     def draw(self, seed: Tensor) -> Tensor:
         """Values in stream order: a draw of the posterior, or what is coded."""
-        if not self.is_permuted:
+        if not self.is_permuted and not self.scale_columns:
             return self._with_coded(self.posterior.draw(self.value_log_scales()[0], seed, self.number))
         values = self.posterior.draw(self.log_scales.new_zeros(()), seed, self.number)
-        return self._with_coded(
-            values * self.by_value(self.scales()) if self.posterior.standardized else values
-        )
+        if not self.posterior.standardized:
+            return self._with_coded(values)
+        if self.scale_columns:
+            return self._with_coded(_ScaledRows.apply(values, self.scales(), self.scale_columns))
+        return self._with_coded(values * self.by_value(self.scales()))
 
     def mean(self) -> Tensor:
         """The posterior's mean, or what is coded, in stream order; without gradients."""
@@ -193,8 +204,34 @@ def _shared_values(weights: Tensor, sharing: Sharing, seed: int, number: int) ->
     return mean * (flat.square().mean().sqrt() / power) if float(power) > 0 else mean
 
 
-def _initial_scale(values: Tensor, kl_nats_per_weight: float) -> Tensor:
-    """√(1 - D) of the size of the weights; some size where all are 0, as biases are."""
-    power = values.square().mean()
+def _scale_columns(shape: tuple[int, ...]) -> int:
+    """The length of rows that have a scale of their own; 0 where they are short."""
+    columns = matrix_columns(shape)
+    return columns if columns >= ROW_SCALE_COLUMNS and columns < math.prod(shape) else 0
+
+
+class _ScaledRows(torch.autograd.Function):
+    """Values `[n]` times the scales `[rows]` of their rows.
+
+    Only the product is kept for the backward pass, as a layer keeps its weight in any case.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, scales: Tensor, columns: int) -> Tensor:
+        scaled = (values.view(-1, columns) * scales[:, None]).view(-1)
+        ctx.save_for_backward(scaled, scales)
+        return scaled
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        scaled, scales = ctx.saved_tensors
+        rows = grad.view(scales.numel(), -1)
+        by_scales = torch.einsum("rc,rc->r", rows, scaled.view_as(rows)) / scales
+        return (rows * scales[:, None]).view(-1), by_scales, None
+
+
+def _initial_scales(rows: Tensor, kl_nats_per_weight: float) -> Tensor:
+    """√(1 - D) of the size of every row's weights; some size where all are 0, as biases are."""
+    power = rows.square().mean(1)
     scale = (test_channel_share(kl_nats_per_weight) * power).sqrt()
     return torch.where(power > 0, scale, 0.01)

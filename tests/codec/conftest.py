@@ -110,7 +110,7 @@ def compressed(compressed_once: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def independent_decode() -> Callable[[bytes], tuple[int, Any, float]]:
+def independent_decode() -> Callable[[bytes], tuple[int, Any, float, int]]:
     """The decoder of tests/golden, which shares no code with the package."""
     path = Path(__file__).parents[1] / "golden" / "payload_decoder.py"
     return runpy.run_path(str(path))["decode"]

@@ -30,14 +30,15 @@ def test_a_committed_payload_decodes_to_the_committed_bits(path: Path) -> None:
 
 @pytest.mark.parametrize("path", PAYLOADS, ids=lambda path: path.stem)
 def test_an_independent_decoder_reads_the_same_bits(
-    path: Path, independent_decode: Callable[[bytes], tuple[int, np.ndarray, float]]
+    path: Path, independent_decode: Callable[[bytes], tuple[int, np.ndarray, float, int]]
 ) -> None:
-    dtype, weights, error = independent_decode(path.read_bytes())
+    dtype, weights, error, digest = independent_decode(path.read_bytes())
     payload = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
     _, header = decode_payload(payload, path.stem)
     expected = np.load(path.with_suffix(".npy"))
     assert weights.shape == expected.shape and np.array_equal(bits(weights), bits(expected))
     assert (dtype, error) == (("F32", "BF16", "F16", "F64").index(header.dtype), header.relative_error)
+    assert digest == header.digest
 
 
 def test_the_committed_payloads_cover_every_option_of_the_format() -> None:

@@ -22,7 +22,7 @@ from miracle_hub.config import Code
 from miracle_hub.errors import OptionError
 from miracle_hub.format.payload import Header, Segment, encode_payload
 
-Independent = Callable[[bytes], tuple[int, np.ndarray, float]]
+Independent = Callable[[bytes], tuple[int, np.ndarray, float, int]]
 TWO_BITS = Code(8, 2, 1)
 
 
@@ -81,7 +81,7 @@ def test_any_shape_comes_back_as_an_independent_decoder_reads_it(
     segments = whole(weights, row_scales=row_scales)
     payload = encode_tensor(weights, segments, rotation, where="w", **options)
     decoded, header = decode_payload(as_tensor(payload), "w")
-    _, expected, _ = independent_decode(payload)
+    _, expected, _, _ = independent_decode(payload)
     assert decoded.shape == weights.shape == header.shape
     assert same_bits(decoded, torch.tensor(expected))
     error = float((decoded - weights).double().square().sum() / weights.double().square().sum())

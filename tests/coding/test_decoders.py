@@ -80,6 +80,13 @@ def test_table_and_philox_give_the_same_values(monkeypatch: pytest.MonkeyPatch) 
     assert_same_bits(cpu.decode_stream(message, code, n), by_table)
 
 
+def test_a_short_message_makes_no_table_of_many_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "candidate_table", None)
+    code, n = Code(20, 1, 1, 3), 50
+    message = random_message(code, n)
+    assert_same_bits(cpu.decode_stream(message, code, n), reference.decode_stream(message, code, n))
+
+
 @pytest.mark.parametrize("name", LOOPS)
 def test_decoding_does_not_depend_on_the_number_of_threads(
     name: str, threads: int, monkeypatch: pytest.MonkeyPatch

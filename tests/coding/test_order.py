@@ -1,5 +1,6 @@
 """The reading order of a matrix: bands by hand, permutations against the golden decoder's Philox."""
 
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -35,6 +36,15 @@ def test_an_empty_matrix_has_an_empty_order(rows: int, columns: int, band_column
     assert banded_order(rows, columns, band_columns).shape == (0,)
 
 
+def test_a_million_bands_cost_no_object_each() -> None:
+    tracemalloc.start()
+    try:
+        assert banded_order(2, 1 << 19, 1)[:4].tolist() == [0, 1 << 19, 1, (1 << 19) + 1]
+        assert tracemalloc.get_traced_memory()[1] < 1 << 16
+    finally:
+        tracemalloc.stop()
+
+
 @SETTINGS
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 15))
 def test_every_position_is_read_once_and_bands_come_in_order(rows: int, columns: int, band: int) -> None:
@@ -65,6 +75,12 @@ def test_equal_keys_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("miracle_hub.coding.order.philox4x32", two_keys)
     expected = [*range(0, 100, 2), *range(1, 100, 2)]
     assert permutation(100, Code(8, 2, 1)).tolist() == expected
+
+
+def test_a_permutation_does_not_depend_on_how_it_is_chunked(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = permutation(50, Code(8, 2, 1, 7, 1))
+    monkeypatch.setattr("miracle_hub.coding.order._CHUNK", 7)
+    assert torch.equal(permutation(50, Code(8, 2, 1, 7, 1)), whole)
 
 
 def test_golden_permutation() -> None:

@@ -18,7 +18,7 @@ def philox(counter, seed):
 
 
 def decode(data):
-    """Number of the dtype, float32 weights in their shape, relative squared error."""
+    """Number of the dtype, float32 weights in their shape, relative squared error, digest."""
     at = 9
     assert data[:5] == b"MRCL\1" and zlib.crc32(data[at:]) == int.from_bytes(data[5:at], "little")
 
@@ -56,4 +56,4 @@ def decode(data):
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ x >> np.uint64(shift)) * np.uint64(factor)
     assert at == len(data) and int((x ^ x >> np.uint64(31)).sum()) == digest
-    return dtype, w.reshape(shape), error
+    return dtype, w.reshape(shape), error, digest

@@ -69,7 +69,8 @@ def decoded(stream: Stream) -> list[Tensor]:
     z = torch.as_tensor(decode_stream(message_of(stream), stream.code, stream.n_values))
     assert stream.fixed_scales is not None
     if not stream.is_permuted:
-        return [(z * stream.fixed_scales).view(stream.members[0].shape)]
+        rows = z.view(stream.fixed_scales.numel(), -1)
+        return [(rows * stream.fixed_scales[:, None]).view(stream.members[0].shape)]
     values = torch.empty_like(z).index_copy_(0, stream.order, z)
     sizes = [member.sharing.n_values for member in stream.members]
     found = []

@@ -1,0 +1,234 @@
+"""What the fuzzer calls with any bytes: every reader, none of which may raise anything but a MiracleError.
+
+The first byte chooses what the others are. Some kinds have their checksums put right and their lengths made to
+fit, or mutations would end at them; what is read then has to be what the decoders of tests/golden read.
+"""
+
+import atexit
+import json
+import runpy
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from miracle_hub.codec.decompress import decompress_folder, load_state_dict
+from miracle_hub.codec.inspection import inspect_folder
+from miracle_hub.codec.network import decode_stream_entry, encode_stream_entry
+from miracle_hub.codec.packed import PackedMatrix, is_packable
+from miracle_hub.codec.tensor import check_payload, decode_payload
+from miracle_hub.coding.digest import digest
+from miracle_hub.config import Code
+from miracle_hub.errors import MiracleError
+from miracle_hub.format.network import TensorSpec, decode_network, structure
+from miracle_hub.format.payload import _Reader
+from miracle_hub.format.varint import read_varint
+from miracle_hub.hub.quantizer import MiracleConfig
+from miracle_hub.hub.variational import read_state
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+PAYLOADS, NETWORKS = (runpy.run_path(str(GOLDEN / f"{name}_decoder.py")) for name in ("payload", "network"))
+CASES = json.loads((GOLDEN / "network.json").read_text(encoding="utf-8"))
+MODULE = nn.Sequential(nn.Linear(12, 20), nn.BatchNorm1d(20), nn.Linear(20, 5))
+MOST_COMPARED, MOST_FITTED = 1 << 14, 1 << 16  # weights
+WORK = Path(tempfile.mkdtemp(prefix="fuzz-"))
+atexit.register(shutil.rmtree, WORK, ignore_errors=True)
+
+
+def one_input(data: bytes) -> None:
+    """
+    Raises:
+        Exception: a reader raised something else than a MiracleError, or read what is not there.
+    """
+    if data:
+        KINDS[data[0] % len(KINDS)](data[1:])
+
+
+def allowed(read: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """What a reader gives; None if it refuses."""
+    try:
+        return read(*args, **options)
+    except MiracleError as error:
+        assert str(error), "an error says what is wrong"
+        return None
+
+
+def read_file(data: bytes) -> None:
+    path = WORK / "file.safetensors"
+    path.write_bytes(data)
+    for verify in (True, False):
+        allowed(load_state_dict, path, verify=verify)
+    allowed(inspect_folder, path)
+    allowed(read_state, path, MODULE)
+
+
+def read_sealed_file(data: bytes) -> None:
+    """With right checksums in its payloads and its stream."""
+    sealed = bytearray(data)
+    start = 8 + int.from_bytes(data[:8], "little")
+    try:
+        spans = [entry["data_offsets"] for entry in json.loads(data[8:start]).values()]
+        for first, last in spans:
+            sealed[start + first : start + last] = seal(data[start + first : start + last])
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError):
+        pass
+    read_file(bytes(sealed))
+
+
+def seal(data: bytes) -> bytes:
+    if data[:4] not in (b"MRCL", b"MRCN") or len(data) < 9:
+        return data
+    return data[:5] + zlib.crc32(data[9:]).to_bytes(4, "little") + data[9:]
+
+
+def as_tensor(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
+
+
+def read_payload(data: bytes) -> None:
+    decoded = allowed(decode_payload, as_tensor(data), "w", verify=False)
+    if decoded is None:
+        return
+    weights, header = decoded
+    start = check_payload(data, "w")[1]
+    right = digest(weights.flatten()).to_bytes(8, "little")
+    whole = seal(data[: start - 8] + right + data[start:])
+    assert torch.equal(decode_payload(as_tensor(whole), "w")[0], weights)
+    if is_packable(header):
+        packed = PackedMatrix(as_tensor(whole), "w", torch.float32)
+        packed.source_dtype = torch.float32
+        assert torch.equal(torch.cat([band.clone() for _, band in packed._bands()]), weights)
+    if header.n_weights <= MOST_COMPARED:
+        assert PAYLOADS["decode"](whole)[1].tobytes() == weights.numpy().tobytes()
+
+
+def read_sealed_payload(data: bytes) -> None:
+    read_payload(seal(data))
+
+
+def read_fitted_payload(data: bytes) -> None:
+    """With scales and messages of the lengths that the header asks for."""
+    reader = _Reader(data, "w")
+    header = allowed(reader.header)
+    if header is not None and header.n_weights <= MOST_FITTED:
+        bits = [s.code.message_bits(s.rows * header.columns) for s in header.segments]
+        body = fitted(data[reader.position :], header.n_scales, bits)
+        read_sealed_payload(b"MRCL\1" + data[5 : reader.position] + body)
+
+
+def fitted(data: bytes, n_scales: int, message_bits: list[int]) -> bytes:
+    """As many scales and messages, sound ones, as like `data` as possible."""
+    n_bytes = 2 * n_scales + sum(-(-bits // 8) for bits in message_bits)
+    body = np.frombuffer((data or b"a") * (n_bytes // max(1, len(data)) + 1), np.uint8)[:n_bytes].copy()
+    scales = body[: 2 * n_scales].view("<u2")
+    wrong = (scales < 0x1F80) | (scales > 0x5F80)
+    scales[wrong] = 0x3F80 + scales[wrong] % 0x80
+    end = 2 * n_scales
+    for bits in message_bits:
+        end += -(-bits // 8)
+        body[end - 1] &= 0xFF << (-bits % 8) & 0xFF
+    return body.tobytes()
+
+
+def read_network(data: bytes) -> None:
+    """For the module that the first byte chooses."""
+    case = CASES[data[0] % len(CASES)] if data else CASES[0]
+    allowed(decode_stream_entry, data[1:], specs_of(case), "n")
+
+
+def read_sealed_network(data: bytes) -> None:
+    """With right checksums, that of the module among them, and a message of the right length."""
+    case, data = (CASES[data[0] % len(CASES)], data[1:]) if data else (CASES[0], data)
+    specs, position = specs_of(case), 9
+    numbers, n_values = [0] * 5, 0
+    try:
+        for i in range(5):
+            numbers[i], position = read_varint(data, position, "", (0, 2**64), "")
+        for spec in specs:
+            kind, position = read_varint(data, position, "", (0, 2), "")
+            own = spec.n_values
+            if kind:
+                own, position = read_varint(data, position, "", (0, 2**64), "")
+            n_values += own
+        bits = Code(*numbers[:4]).message_bits(n_values)
+    except MiracleError:
+        return
+    if n_values <= MOST_FITTED:
+        body = fitted(data[position + 12 :], len(specs), [bits])
+        crc = structure(specs).to_bytes(4, "little")
+        compare_network(seal(b"MRCN\1" + data[5:position] + crc + bytes(8) + body), case)
+
+
+def compare_network(data: bytes, case: dict[str, Any]) -> None:
+    """With the digest of what it decodes to."""
+    specs = specs_of(case)
+    found = allowed(decode_network, data, specs, "n")
+    if found is not None:
+        header, scales, message = found
+        words = as_tensor(scales).view(torch.bfloat16)
+        whole, weights = encode_stream_entry(header, words, as_tensor(message))
+        decode_stream_entry(whole, specs, "n")
+        again = NETWORKS["decode"](whole, case["tensors"])
+        assert all(again[name].tobytes() == w.numpy().tobytes() for name, w in weights.items())
+
+
+def specs_of(case: dict[str, Any]) -> tuple[TensorSpec, ...]:
+    shapes = [(name, dtype, tuple(shape)) for name, dtype, shape in case["tensors"]]
+    return tuple(
+        TensorSpec(name, dtype, shape, 0, torch.Size(shape).numel()) for name, dtype, shape in shapes
+    )
+
+
+def read_config(data: bytes) -> None:
+    read_repository("config.json", data)
+    try:
+        facts = json.loads(data)["quantization_config"]
+    except (KeyError, RecursionError, TypeError, ValueError):
+        return
+    if isinstance(facts, dict):
+        config = allowed(MiracleConfig, **facts)
+        assert config is None or config.to_dict()
+
+
+def read_index(data: bytes) -> None:
+    read_repository("model.safetensors.index.json", data)
+
+
+def read_repository(name: str, data: bytes) -> None:
+    """A sound repository but for one of its files."""
+    folder = WORK / "repository"
+    shutil.copytree(GOLDEN / "repository_1", folder, dirs_exist_ok=True)
+    (folder / name).write_bytes(data)
+    allowed(load_state_dict, folder)
+    allowed(inspect_folder, folder)
+    allowed(decompress_folder, folder, WORK / "dense", max_shard_size="5GB", overwrite=True, progress=False)
+
+
+KINDS = (
+    read_file,
+    read_sealed_file,
+    read_payload,
+    read_sealed_payload,
+    read_fitted_payload,
+    read_network,
+    read_sealed_network,
+    read_config,
+    read_index,
+)
+
+
+def seeds() -> list[bytes]:
+    """Sound inputs of every kind, from the files of tests/golden."""
+    files = [path.read_bytes() for path in sorted(GOLDEN.rglob("*.safetensors"))]
+    payloads = [path.read_bytes() for path in sorted(GOLDEN.glob("payload_*.bin"))]
+    streams = [bytes([i]) + bytes.fromhex(case["stream"]) for i, case in enumerate(CASES)]
+    names = ("config.json", "model.safetensors.index.json")
+    texts = [[path.read_bytes() for path in sorted(GOLDEN.rglob(name))] for name in names]
+    of_kind = [files, files, payloads, payloads, payloads, streams, streams, *texts]
+    return [bytes([kind]) + seed for kind, found in enumerate(of_kind) for seed in found]

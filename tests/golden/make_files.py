@@ -1,0 +1,99 @@
+"""Writes a repository and a network's file of every version, each once, and files.json: what they hold.
+
+Run it again for a new version of the format, whose files it adds: python tests/golden/make_files.py
+"""
+
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from miracle_hub.codec.artifact import raw_bytes
+from miracle_hub.codec.compress import compress_folder
+from miracle_hub.codec.decompress import load_state_dict
+from miracle_hub.codec.network import encode_stream_entry, write_network
+from miracle_hub.codec.tensor import SegmentPlan, encode_tensor
+from miracle_hub.config import Code
+from miracle_hub.format.network import NetworkHeader, TensorSpec
+from miracle_hub.hub.variational import load
+
+GOLDEN = Path(__file__).parent
+NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+NAMES |= {torch.int64: "I64", torch.uint8: "U8"}
+
+
+def gaussian(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def dense_model(folder: Path) -> None:
+    """Everything that is stored in a way of its own."""
+    tensors = {
+        "encoder.0.weight": 0.05 * gaussian(64, 48),
+        "encoder.1.weight": gaussian(32, 64).bfloat16(),
+        "encoder.conv.weight": gaussian(16, 8, 3, 3).half(),
+        "encoder.größe": gaussian(33, 35).double(),
+        "norm.weight": 1 + 0.1 * gaussian(48),
+        "norm.running_mean": gaussian(48),
+        "temperature": torch.tensor(0.7).half(),
+        "position_ids": torch.arange(5).view(1, 5),
+        "mask": torch.arange(6, dtype=torch.uint8),
+        "nothing": torch.zeros(0, 3),
+    }
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text('{"model_type": "bert", "dtype": "float32"}')
+
+
+def content(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Dtype, shape and SHA-256 of the little-endian bytes."""
+    return {
+        name: f"{NAMES[t.dtype]} {list(t.shape)} {hashlib.sha256(raw_bytes(t)).hexdigest()}"
+        for name, t in tensors.items()
+    }
+
+
+def make_repository(path: Path) -> dict[str, str]:
+    with tempfile.TemporaryDirectory() as temporary:
+        dense = Path(temporary) / "dense"
+        dense_model(dense)
+        options = {"bits_per_weight": 4.0, "window_bits": 8, "seed": 2**40 + 3, "max_shard_size": "2kB"}
+        compress_folder(dense, path, **options, progress=False)
+    return content(load_state_dict(path))
+
+
+def make_network(path: Path) -> dict[str, str]:
+    model = nn.Sequential(nn.Linear(12, 20), nn.BatchNorm1d(20), nn.Linear(20, 5))
+    specs = (
+        TensorSpec("0.weight", "F32", (20, 12), 1, 31),
+        TensorSpec("0.bias", "F32", (20,), 0, 20),
+        TensorSpec("1.weight", "F32", (20,), 2, 1),
+        TensorSpec("2.weight", "F32", (5, 20), 0, 100),
+    )
+    header = NetworkHeader(Code(11, 3, 4, seed=2**33 + 7), specs)
+    message = torch.frombuffer(bytearray(torch.arange(17).pow(3).byte().tolist()), dtype=torch.uint8)
+    message = message.repeat(2)[: header.code.message_bytes(header.n_values)]
+    message[-1] &= 0xFF << (-header.code.message_bits(header.n_values) % 8) & 0xFF
+    stream, _ = encode_stream_entry(header, torch.tensor([0.5, 0.25, 1.0, 0.125]), message)
+    payload = encode_tensor(gaussian(5), [SegmentPlan(1, Code(8, 4, 1), False)], 1, where="2.bias")
+    plain = {
+        "1.bias": gaussian(20),
+        "1.running_mean": torch.zeros(20),
+        "1.running_var": torch.ones(20),
+        "1.num_batches_tracked": torch.tensor(7),
+    }
+    write_network(path, {"miracle": stream, "2.bias": payload}, plain)
+    return content(load(path, model).state_dict())
+
+
+if __name__ == "__main__":
+    listed = GOLDEN / "files.json"
+    files = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else {}
+    for name, make in (("repository_1", make_repository), ("network_1.safetensors", make_network)):
+        if name not in files:
+            files[name] = make(GOLDEN / name)
+    listed.write_text(json.dumps(files, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,53 @@
+"""Reads whole repositories, written in numpy from README's section "The format" alone."""
+
+import hashlib
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+
+decode = runpy.run_path(str(Path(__file__).with_name("payload_decoder.py")))["decode"]
+DTYPES = ("F32", "BF16", "F16", "F64")
+
+
+def stored(file):
+    """Every entry of a safetensors file by name: dtype, shape, bytes; float32 again where it was narrowed."""
+    data, entries = file.read_bytes(), {}
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    narrowed = header.pop("__metadata__", {}).get("narrowed_from_F32", "[]")
+    for name, entry in header.items():
+        (first, last), dtype = entry["data_offsets"], entry["dtype"]
+        raw = data[start + first : start + last]
+        if dtype == "F16" and (narrowed == "*" or name in json.loads(narrowed)):
+            dtype, raw = "F32", np.frombuffer(raw, "<f2").astype("<f4").tobytes()
+        entries[name] = dtype, entry["shape"], raw
+    return entries
+
+
+def rounded(weights, dtype):
+    """The bytes of float32 weights in another dtype."""
+    if dtype != "BF16":
+        return weights.astype({"F32": "<f4", "F16": "<f2", "F64": "<f8"}[dtype]).tobytes()
+    word = weights.view("<u4")
+    return (word + np.uint32(0x7FFF) + (word >> 16 & 1) >> 16).astype("<u2").tobytes()
+
+
+def read(folder):
+    """Every tensor of a repository by name: dtype, shape, bytes."""
+    facts = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert facts["quant_method"] == "miracle" and facts["format_version"] == 1
+    index, files, tensors, lines = folder / "model.safetensors.index.json", {"model.safetensors"}, {}, {}
+    if index.exists():
+        files = set(json.loads(index.read_text())["weight_map"].values())
+    for file in files:
+        for name, (dtype, shape, raw) in stored(folder / file).items():
+            if dtype == "U8" and len(shape) == 1 and raw[:4] == b"MRCL":
+                number, weights, _, digest = decode(raw)
+                dtype, shape = DTYPES[number], list(weights.shape)
+                raw, lines[name] = rounded(weights, dtype), f"{name} {digest:016x}\n"
+            tensors[name] = dtype, shape, raw
+    text = "".join(lines[name] for name in sorted(lines))
+    assert facts["digest"] in (None, hashlib.sha256(text.encode()).hexdigest())
+    return tensors
