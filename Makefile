@@ -21,12 +21,12 @@ demo: setup
 	$(BIN)/python benchmarks/demo.py
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # The readers of files, with any bytes: stops at the first that raise no named error, hang or fill the memory.
 FUZZ_SECONDS ?= 600
 fuzz: setup
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e .[fuzz]
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[fuzz]"
 	$(BIN)/python tests/fuzz/fuzz.py $(FUZZ_SECONDS)
 
 lint: setup

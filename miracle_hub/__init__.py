@@ -10,15 +10,21 @@ if TYPE_CHECKING:
     from miracle_hub.codec.certificate import Certificate as Certificate
     from miracle_hub.codec.compress import Report as Report
     from miracle_hub.codec.inspection import Inspection as Inspection
+    from miracle_hub.codec.verification import Verification as Verification
     from miracle_hub.hub.api import compress as compress
     from miracle_hub.hub.api import decompress as decompress
     from miracle_hub.hub.api import inspect as inspect
     from miracle_hub.hub.api import load_state_dict as load_state_dict
+    from miracle_hub.hub.api import verify as verify
     from miracle_hub.hub.certify import certify as certify
     from miracle_hub.hub.certify import certify_network as certify_network
+    from miracle_hub.hub.compare import Comparison as Comparison
+    from miracle_hub.hub.compare import compare as compare
     from miracle_hub.hub.fit import FitReport as FitReport
     from miracle_hub.hub.fit import fit as fit
     from miracle_hub.hub.mixin import MiracleHubMixin as MiracleHubMixin
+    from miracle_hub.hub.push import PushReport as PushReport
+    from miracle_hub.hub.push import push as push
     from miracle_hub.hub.quantizer import MiracleConfig as MiracleConfig
     from miracle_hub.hub.trainer import MiracleTrainer as MiracleTrainer
     from miracle_hub.hub.variational import compress_model as compress_model
@@ -41,18 +47,22 @@ __all__ = [
     "Checkpoint",
     "Code",
     "CodingOptions",
+    "Comparison",
     "FitReport",
     "Inspection",
     "Journal",
     "MiracleConfig",
     "MiracleHubMixin",
     "MiracleTrainer",
+    "PushReport",
     "Report",
     "VariationalConfig",
+    "Verification",
     "anneal",
     "certify",
     "certify_network",
     "code_model",
+    "compare",
     "compress",
     "compress_model",
     "decompress",
@@ -64,8 +74,10 @@ __all__ = [
     "make_variational",
     "posterior_mean",
     "posterior_samples",
+    "push",
     "remove_variational",
     "save",
+    "verify",
 ]
 __version__ = "0.1.0"
 
@@ -75,18 +87,22 @@ _HOMES = {
     "Certificate": "miracle_hub.codec.certificate",
     "Checkpoint": "miracle_hub.training.resume",
     "CodingOptions": "miracle_hub.training.coder",
+    "Comparison": "miracle_hub.hub.compare",
     "FitReport": "miracle_hub.hub.fit",
     "Inspection": "miracle_hub.codec.inspection",
     "Journal": "miracle_hub.training.journal",
     "MiracleConfig": "miracle_hub.hub.quantizer",
     "MiracleHubMixin": "miracle_hub.hub.mixin",
     "MiracleTrainer": "miracle_hub.hub.trainer",
+    "PushReport": "miracle_hub.hub.push",
     "Report": "miracle_hub.codec.compress",
     "VariationalConfig": "miracle_hub.training.config",
+    "Verification": "miracle_hub.codec.verification",
     "anneal": "miracle_hub.training.variational",
     "certify": "miracle_hub.hub.certify",
     "certify_network": "miracle_hub.hub.certify",
     "code_model": "miracle_hub.training.coder",
+    "compare": "miracle_hub.hub.compare",
     "compress": "miracle_hub.hub.api",
     "compress_model": "miracle_hub.hub.variational",
     "decompress": "miracle_hub.hub.api",
@@ -98,8 +114,10 @@ _HOMES = {
     "make_variational": "miracle_hub.hub.variational",
     "posterior_mean": "miracle_hub.training.convert",
     "posterior_samples": "miracle_hub.training.convert",
+    "push": "miracle_hub.hub.push",
     "remove_variational": "miracle_hub.training.convert",
     "save": "miracle_hub.hub.variational",
+    "verify": "miracle_hub.hub.api",
 }
 
 

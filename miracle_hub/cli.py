@@ -37,6 +37,8 @@ Rotation = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the shared candidates.")]
 Backend = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu or triton.")]
+Dense = Annotated[str | None, typer.Option(help="The folder that was compressed, to compare with.")]
+Split = Annotated[str | None, typer.Option(help="Of the data, where they have several.")]
 Stages = Annotated[int | None, typer.Option(help="Read so many stages only.")]
 Data = Annotated[str, typer.Option(help="csv, tsv, json, jsonl, parquet, txt; a folder; a Hub id.")]
 Task = Annotated[str, typer.Option(help="text-classification or causal-lm.")]
@@ -154,9 +156,14 @@ def _figures(figures: dict[str, float]) -> str:
 
 
 @app.command()
-def inspect(source: Source, revision: Revision = None, stages: Stages = None) -> None:
+def inspect(
+    source: Source,
+    plots: Annotated[str | None, typer.Option(help="Folder for PNGs.")] = None,
+    revision: Revision = None,
+    stages: Stages = None,
+) -> None:
     """Show every tensor's shape, code, rate, scale and error, and the totals."""
-    inspection = miracle_hub.inspect(source, revision=revision, stages=stages)
+    inspection = miracle_hub.inspect(source, plots=plots, revision=revision, stages=stages)
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)
@@ -167,6 +174,59 @@ def inspect(source: Source, revision: Revision = None, stages: Stages = None) ->
         f"{inspection.payload_bits_per_weight:.4f} (payloads)\ndigest {inspection.digest}",
         highlight=False,
     )
+    for plot in inspection.plots:
+        typer.echo(f"no {plot.path.name}: {plot.absent}" if plot.absent else f"{plot.path}")
+
+
+@app.command()
+def verify(source: Source, dense: Dense = None, revision: Revision = None, backend: Backend = "auto") -> None:
+    """Read every byte, decode every tensor and compare all digests; the status is 0 if all agree, else 1."""
+    found = miracle_hub.verify(source, dense=dense, revision=revision, backend=backend)
+    for file in found.files:
+        said = f"WRONG: {file.defect}" if file.defect else file.found
+        typer.echo(_printable(f"{file.name}: {file.n_bytes:,} bytes, sha256 {file.sha256[:16]}…, {said}"))
+    if found.defects:
+        typer.echo(_printable(f"{source}: not sound: {found.defects[0]}"), err=True)
+        raise typer.Exit(1)
+    typer.echo(f"{source}: every byte agrees\ndigest {found.digest}")
+
+
+@app.command()
+def push(
+    folder: Annotated[str, typer.Argument(help="What compress or fit wrote.")],
+    repo_id: Annotated[str, typer.Argument(help="user/name")],
+    private: Annotated[bool, typer.Option("--private", help="Refuse a public repository.")] = False,
+    base: Annotated[str | None, typer.Option(help="Hub id of the dense model, for the card.")] = None,
+    dense: Dense = None,
+    facts: Annotated[str | None, typer.Option(help="JSON of measured facts for the card.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch; it is made if it is new.")] = None,
+    token: Annotated[str | None, typer.Option(help="By default that of hf auth login.")] = None,
+) -> None:
+    """Verify a compressed folder, write its card, upload it, and compare what the Hub then holds."""
+    done = miracle_hub.push(
+        folder, repo_id, private=private, base=base, dense=dense, facts=facts, revision=revision, token=token
+    )
+    typer.echo(f"{done.url}\n{done.n_files} files, {done.n_bytes:,} bytes, as verified\ndigest {done.digest}")
+
+
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(help="Folder or Hub id.")],
+    b: Annotated[str, typer.Argument(help="Folder or Hub id.")],
+    data: Annotated[str, typer.Option(help="Texts, images, or an npz of inputs.")],
+    split: Split = None,
+    text_columns: TextColumns = None,
+    max_length: Annotated[int, typer.Option(help="Tokens of a text.")] = 128,
+    revision_a: Revision = None,
+    revision_b: Revision = None,
+    progress: Progress = True,
+) -> None:
+    """Compare what two models, dense or compressed, answer to the same texts, images or arrays."""
+    found = miracle_hub.compare(
+        a, b, data=data, split=split, text_columns=text_columns, max_length=max_length,
+        revision_a=revision_a, revision_b=revision_b, progress=progress,
+    )  # fmt: skip
+    typer.echo(f"A {a}: {found.bytes_a:,} bytes\nB {b}: {found.bytes_b:,} bytes\n{found.statement}")
 
 
 @app.command()
@@ -180,7 +240,7 @@ def certify(
             help="Whether SOURCE was fitted to these rows, or made or chosen with a view to them.",
         ),
     ],
-    split: Annotated[str | None, typer.Option(help="Of the data, where they have several.")] = None,
+    split: Split = None,
     delta: Annotated[float, typer.Option(help="Chance that the bound is wrong.")] = 0.05,
     text_columns: TextColumns = None,
     label_column: LabelColumn = "label",

@@ -12,6 +12,8 @@
     ├── TrainingError (RuntimeError)     a loss or a gradient that is not finite
     ├── OutputExistsError (FileExistsError)
     ├── OutputWriteError (OSError)       disk full, folder not writable
+    ├── UploadError (OSError)            the Hub did not take a repository
+    │   └── RemoteMismatchError          it holds other bytes than were sent
     └── FormatError (ValueError)         a file that is not what it claims to be
         ├── TruncatedPayloadError
         ├── ChecksumError                header or decoded tensor differ from their digest
@@ -67,6 +69,14 @@ class OutputExistsError(MiracleError, FileExistsError):
 
 class OutputWriteError(MiracleError, OSError):
     """The output could not be written."""
+
+
+class UploadError(MiracleError, OSError):
+    """A repository could not be uploaded, or not as it was to be."""
+
+
+class RemoteMismatchError(UploadError):
+    """After an upload the Hub holds other files than the local ones."""
 
 
 class FormatError(MiracleError, ValueError):

@@ -1,8 +1,14 @@
-"""Without a GPU, Triton's interpreter runs the kernels; it must be chosen before triton is imported."""
+"""Without a GPU, Triton's interpreter runs the kernels; it must be chosen before triton is imported.
+
+Where tests run in several processes, each has one thread: threads of many would wait for one another.
+"""
 
 import os
 
-import torch
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402 (reads OMP_NUM_THREADS)
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

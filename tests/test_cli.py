@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import miracle_hub
 from miracle_hub import cli
 
-VERBS = ("compress", "decompress", "fit", "inspect", "certify")
+VERBS = ("compress", "decompress", "fit", "inspect", "verify", "push", "compare", "certify")
 Run = Callable[..., tuple[int, str, str]]
 
 

@@ -70,6 +70,8 @@ def test_every_error_is_ours_and_of_the_standard_kind_that_callers_expect() -> N
         errors.TrainingError: RuntimeError,
         errors.OutputExistsError: FileExistsError,
         errors.OutputWriteError: OSError,
+        errors.UploadError: OSError,
+        errors.RemoteMismatchError: OSError,
     }
     for found in classes:
         if found is not errors.MiracleError:

@@ -34,7 +34,7 @@ HOMES = {
     "numba": {"coding"},
     "llvmlite": {"coding"},
     "safetensors": {"format", "codec", "training"},
-    "matplotlib": {"training"},
+    "matplotlib": {"training", "hub"},
     "datasets": {"hub"},
     "triton": set(),
     "pickle": set(),

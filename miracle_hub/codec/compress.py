@@ -115,9 +115,14 @@ def compress_folder(
         facts = (time.monotonic() - started, digests[-1], chosen.name)
         report = _report(weights, files, copied, n_weights, facts)
         _write_config(source, temporary, report, excluded, seed, _main_dtype(plans), digests)
-        if card is not None:
-            card(temporary, report)
+        _write_card(card, temporary, report)
     return report
+
+
+def _write_card(card: Callable[[Path, Report], None] | None, folder: Path, report: Report) -> None:
+    if card is not None:
+        with writing(folder / "README.md"):
+            card(folder, report)
 
 
 @dataclass(frozen=True)

@@ -245,7 +245,7 @@ def _check_digest(folder: Path, tensors: list[StoredTensor], expected: str | Non
     if expected is None or expected == (found := stored_digest(tensors)):
         return
     names = [t.stored.name for t in tensors if t.header is None and t.dtype == "U8" and len(t.shape) == 1]
-    suspects = f"; not compressed, though they look it: {', '.join(names)}" if names else ""
+    suspects = f"; not compressed, though they look it: {', '.join(names[:4])}" if names else ""
     raise ChecksumError(
         f"{folder}: config.json promises compressed tensors of digest {expected}, found {found}{suspects}; "
         "tensors are damaged, missing or from another version: download the folder again"

@@ -1,7 +1,15 @@
-"""Output folders that exist whole or not at all."""
+"""Outputs that exist whole or not at all.
 
+What is written first goes to a hidden folder beside the output, which is moved into place at the end. A run
+holds a lock (flock) on its folder for as long as it lives: a folder that nobody holds was left by a killed
+run, and the next one for the same output removes it.
+"""
+
+import ctypes
 import os
+import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,12 +18,15 @@ from pathlib import Path
 from miracle_hub.errors import OptionError, OutputExistsError
 from miracle_hub.format.container import writing
 
+_TEMPORARY, _ASIDE = ".miracle.tmp", ".miracle.old"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
 
 @contextmanager
 def output_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     """A temporary folder beside `out` that becomes `out` when the block ends without an error.
 
-    A crash leaves at most the hidden temporary folder; Ctrl-C and errors remove that too.
+    A kill leaves at most the hidden temporary folder, which the next run for `out` removes.
 
     Raises:
         OutputExistsError: `out` exists and `overwrite` is false.
@@ -25,16 +36,32 @@ def output_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     refuse_existing(out, overwrite)
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
-    try:
+    with temporary_beside(out) as temporary:
+        refuse_existing(out, overwrite)  # what a killed run had set aside may have come back
         yield temporary
         with writing(out):
             # mkdtemp is private to its owner; a repository has the permissions of any new folder.
             temporary.chmod(0o777 & ~_umask())
             _move_into_place(temporary, out, overwrite)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+
+
+@contextmanager
+def temporary_beside(out: Path) -> Iterator[Path]:
+    """An empty hidden folder beside `out`, on the same disk; it is gone when the block ends.
+
+    Raises:
+        OutputWriteError: it cannot be made.
+    """
+    out = Path(os.path.abspath(out))
+    with writing(out):
+        _clear_up(out)
+        temporary, lock = _locked_folder(out)
+    try:
+        yield temporary
+    finally:
+        _remove(temporary)
+        if lock is not None:
+            os.close(lock)
 
 
 def refuse_overlap(source: Path, out: Path) -> None:
@@ -69,9 +96,69 @@ def _umask() -> int:
     return mask
 
 
+def _locked_folder(out: Path) -> tuple[Path, int | None]:
+    """A new temporary folder and the lock on it; no lock where the file system has none."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=_TEMPORARY, dir=out.parent))
+        try:
+            return folder, _lock(folder)
+        except (BlockingIOError, FileNotFoundError):
+            continue  # before it was locked, another run took it for a dead one's, and removes it
+        except OSError:
+            return folder, None
+
+
+def _lock(folder: Path) -> int:
+    """The descriptor that locks a folder until it is closed, by the end of the process at the latest.
+
+    Raises:
+        BlockingIOError: somebody else has the lock.
+        OSError: there is no such folder, or no lock on this system.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    try:
+        import fcntl  # not on Windows, which does not open folders either
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+            raise BlockingIOError
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _clear_up(out: Path) -> None:
+    """Remove what killed runs for `out` have left; what one set aside and did not replace comes back."""
+    for folder in _left_beside(out, _TEMPORARY):
+        try:
+            lock = _lock(folder)
+        except OSError:  # its run is alive, or there is no telling
+            continue
+        aside = folder.with_suffix(".old")
+        if os.path.lexists(aside) and not os.path.lexists(out):
+            os.rename(aside, out)
+        _remove(folder)
+        os.close(lock)
+    for aside in _left_beside(out, _ASIDE):
+        if not aside.with_suffix(".tmp").exists():
+            _remove(aside)
+
+
+def _left_beside(out: Path, suffix: str) -> list[Path]:
+    """Hidden folders with names as runs for `out` give them."""
+    name = re.compile(rf"\.{re.escape(out.name)}\.[a-z0-9_]{{8}}{re.escape(suffix)}")
+    return [out.parent / found for found in os.listdir(out.parent) if name.fullmatch(found)]
+
+
 def _move_into_place(temporary: Path, out: Path, overwrite: bool) -> None:
-    """Rename; what was there before is set aside first and deleted last."""
+    """Exchange with what was there before, which goes with the temporary folder; or else rename.
+
+    Where names cannot be exchanged, what was there is set aside first and deleted last.
+    """
     refuse_existing(out, overwrite)
+    if os.path.lexists(out) and _exchange(temporary, out):
+        return
     aside = temporary.with_suffix(".old")
     if os.path.lexists(out):
         os.rename(out, aside)
@@ -92,8 +179,18 @@ def _move_into_place(temporary: Path, out: Path, overwrite: bool) -> None:
     _remove(aside)
 
 
-def _remove(aside: Path) -> None:
-    if aside.is_dir() and not aside.is_symlink():
-        shutil.rmtree(aside, ignore_errors=True)
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap what two names name, in one step; False where the system cannot (all but Linux, some disks)."""
+    if sys.platform != "linux":
+        return False
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
+        return False
+    return not rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
     else:
-        aside.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)

@@ -44,6 +44,14 @@ class TensorReport:
 
 
 @dataclass(frozen=True)
+class Plot:
+    """A PNG; `absent` says why there is none, empty if there is one."""
+
+    path: Path
+    absent: str = ""
+
+
+@dataclass(frozen=True)
 class Inspection:
     """A repository. `bits_per_weight` counts whole files, `payload_bits_per_weight` payloads alone."""
 
@@ -51,6 +59,7 @@ class Inspection:
     file_bytes: int
     n_weights: int
     digest: str
+    plots: tuple[Plot, ...] = ()
 
     @property
     def bits_per_weight(self) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from miracle_hub.codec.artifact import raw_bytes
+from miracle_hub.codec.folder import temporary_beside
 from miracle_hub.codec.source import list_tensors
 from miracle_hub.codec.tensor import DTYPE_NAMES, TORCH_DTYPES, check_scale_words
 from miracle_hub.coding.cpu import decode_stream
@@ -114,14 +115,10 @@ def write_network(path: Path, coded: Mapping[str, bytes], plain: Mapping[str, Te
     entries.sort(key=lambda entry: (-plain[entry.name].element_size(), entry.name))
     entries += [Entry(name, "U8", (len(data),), len(data)) for name, data in coded.items()]
     everything = {**raw, **coded}
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        write_file(partial, entries, {}, lambda entry: everything[entry.name])
+    with temporary_beside(path) as temporary:
+        write_file(temporary / path.name, entries, {}, lambda entry: everything[entry.name])
         with writing(path):
-            partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+            (temporary / path.name).replace(path)
 
 
 def read_network(path: Path) -> tuple[bytes | None, dict[str, Tensor]]:

@@ -89,7 +89,7 @@ def weight_files(folder: Path, index_name: str = "model.safetensors.index.json")
     if single.is_file():
         return [single]
     if index.is_file():
-        return _shards(folder, index)
+        return indexed_files(folder, index)
     found = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     if found:
         return found
@@ -111,7 +111,13 @@ def missing_weights(source: str, names: list[str]) -> SourceError:
     )
 
 
-def _shards(folder: Path, index: Path) -> list[Path]:
+def indexed_files(folder: Path, index: Path) -> list[Path]:
+    """The files of a folder that an index names.
+
+    Raises:
+        FormatError: it is no index, or names what is no file name.
+        MissingWeightsError: it names no file, or one that is missing.
+    """
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:

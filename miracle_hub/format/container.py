@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 
 from miracle_hub.errors import FormatError, MiracleError, OutputWriteError
 
+# What does not fit a disk is an error of the system's, of safetensors' or, by torch.save, of no special kind.
+WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)
 _ALIGNMENT = 8
 _KEPT_OPEN: ContextVar[dict[Path, safe_open] | None] = ContextVar("_KEPT_OPEN", default=None)
 
@@ -53,11 +55,12 @@ def writing(path: Path) -> Iterator[None]:
     """Turn the operating system's refusals into errors that name the file."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         if isinstance(error, MiracleError):
             raise
-        room = "; free some space and run it again" if error.errno == errno.ENOSPC else ""
-        raise OutputWriteError(f"{path}: cannot be written: {error.strerror}{room}") from error
+        reason = getattr(error, "strerror", None) or str(error)
+        room = "; free some space and run it again" if os.strerror(errno.ENOSPC) in reason else ""
+        raise OutputWriteError(f"{path}: cannot be written: {reason}{room}") from error
 
 
 def write_file(

@@ -99,13 +99,7 @@ def decode_network(
     Raises:
         FormatError: and its subclasses, for every way in which the string can be wrong.
     """
-    _check_start(data, where)
-    position = _FIXED.size
-    numbers = []
-    for name, low, high in (("L", 1, 24), ("k", 1, 24), ("V", 1, 256), ("a seed", 0, 2**64 - 1)):
-        number, position = read_varint(data, position, name, (low, high), where)
-        numbers.append(number)
-    n_tensors, position = read_varint(data, position, "a number of tensors", (1, _MAX_TENSORS), where)
+    numbers, n_tensors, position = read_start(data, where)
     if n_tensors != len(tensors):
         raise FormatError(
             f"{where}: expected a stream of the module's {len(tensors)} coded tensors, found one of "
@@ -119,6 +113,21 @@ def decode_network(
             n_values, position = read_varint(data, position, what, (1, _MAX_VALUES), where)
         found.append(TensorSpec(tensor.name, tensor.dtype, tensor.shape, kind, n_values))
     return _body(data, position, numbers, tuple(found), where)
+
+
+def read_start(data: bytes, where: str) -> tuple[list[int], int, int]:
+    """What a string says without its module: L, k, V and seed, how many tensors, and where it goes on.
+
+    Raises:
+        FormatError: and its subclasses: the CRC-32 of all its bytes is another, or a number is out of range.
+    """
+    _check_start(data, where)
+    position, numbers = _FIXED.size, []
+    for name, low, high in (("L", 1, 24), ("k", 1, 24), ("V", 1, 256), ("a seed", 0, 2**64 - 1)):
+        number, position = read_varint(data, position, name, (low, high), where)
+        numbers.append(number)
+    n_tensors, position = read_varint(data, position, "a number of tensors", (1, _MAX_TENSORS), where)
+    return numbers, n_tensors, position
 
 
 def _body(

@@ -1,5 +1,6 @@
-"""The four verbs of the package; the command line has the same names and defaults."""
+"""Verbs of the package; the command line has the same names and defaults."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -9,7 +10,9 @@ from miracle_hub.codec.compress import DEFAULT_WINDOW_BITS, Report, compress_fol
 from miracle_hub.codec.decompress import decompress_folder
 from miracle_hub.codec.decompress import load_state_dict as load_folder
 from miracle_hub.codec.inspection import Inspection, inspect_folder
-from miracle_hub.hub.card import write_card
+from miracle_hub.codec.verification import Verification, verify_folder
+from miracle_hub.hub.card import stale_card, write_card
+from miracle_hub.hub.plots import read_journal, write_plots
 from miracle_hub.hub.resolve import local_folder
 
 
@@ -129,6 +132,53 @@ def load_state_dict(
     return load_folder(folder, verify=verify, backend=backend, stages=stages)
 
 
-def inspect(source: str | Path, *, revision: str | None = None, stages: int | None = None) -> Inspection:
-    """What a compressed repository holds: per tensor the code, rate, scale and error, and totals."""
-    return inspect_folder(local_folder(source, revision, stages), stages)
+def inspect(
+    source: str | Path,
+    *,
+    plots: str | Path | None = None,
+    revision: str | None = None,
+    stages: int | None = None,
+) -> Inspection:
+    """What a compressed repository holds: per tensor the code, rate, scale and error, and totals.
+
+    Args:
+        plots: a folder for PNGs: bits and squared error per tensor, rate and distortion, and KL per group of
+            blocks where a fit's coding.json lies in `source` or in "<source>-fit".
+
+    Raises:
+        FormatError: and its subclasses: a file is not sound; the message names the tensor.
+        OutputWriteError: a plot cannot be written.
+    """
+    folder = local_folder(source, revision, stages)
+    inspection = inspect_folder(folder, stages)
+    if plots is None:
+        return inspection
+    return replace(inspection, plots=write_plots(inspection, read_journal(folder), Path(plots)))
+
+
+def verify(
+    source: str | Path,
+    *,
+    dense: str | Path | None = None,
+    revision: str | None = None,
+    backend: str = "auto",
+) -> Verification:
+    """Read every byte of a compressed folder, file or Hub repository, decode all, and compare all digests.
+
+    Args:
+        dense: the folder that was compressed: plain tensors must be its bits, and coded ones have the
+            squared error that the files promise.
+        revision: branch, tag or commit of a Hub source.
+        backend: who decodes.
+
+    Returns:
+        A report of every file; `require()` raises an error if there is a defect.
+
+    Raises:
+        SourceError: there is no such source.
+        BackendError: the backend cannot run here.
+    """
+    folder = local_folder(source, revision)
+    found = verify_folder(folder, dense=None if dense is None else Path(dense), backend=backend)
+    stale = stale_card(folder)
+    return replace(found, defects=(*found.defects, stale)) if stale else found

@@ -1,82 +1,204 @@
-"""The model card of a compressed repository: measured facts only."""
+"""The model card of a compressed repository: measured facts only, in a section of their own."""
 
+import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from yaml import YAMLError
 
+from miracle_hub.codec.artifact import read_config, read_quantization
 from miracle_hub.codec.compress import Report
+from miracle_hub.config import QUANT_METHOD
+from miracle_hub.errors import DataError
 from miracle_hub.format.container import writing
+from miracle_hub.hub.facts import CardFacts, facts_of_folder, sha256_of, versions, weights_beside_card
 
-_TEMPLATE = """---
-{{ card_data }}
----
-
-# {{ title }}
-
-A compressed copy{% if base %} of [{{ base }}](https://huggingface.co/{{ base }}){% endif %}, written by
-miracle-hub: {{ compressed }} bytes of weights instead of {{ dense }}, {{ rate }} bits per weight
-(all `*.safetensors` files / all weights). It decodes to the same bits on every machine.
-
-```python
-# pip install miracle-hub
-from transformers import AutoModel
-
-model = AutoModel.from_pretrained("path/or/repository")
-```
-
-| | |
-|---|---|
-| weights | {{ weights }} |
-| bytes, dense → compressed | {{ dense }} → {{ compressed }} ({{ ratio }} times smaller) |
-| bits per weight, whole file | {{ rate }} |
-| digest of the decoded tensors | `{{ digest }}` |
-
-Without miracle-hub installed, loading fails with a size mismatch; it never loads wrong weights.
-"""
-
+# In the package, so that every installation has it; model_cards/template.md is a link to it.
+TEMPLATE = Path(__file__).with_name("card_template.md")
 # License, languages and task carry over; scores of the dense model do not.
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
 # Tags of other formats, which the compressed repository does not hold.
 _FORMAT_TAGS = {"pytorch", "tf", "jax", "onnx", "openvino", "coreml", "rust", "gguf", "tflite"}
+PLACEHOLDER = "path/or/repository"
+_SECTION = re.compile(r"<!-- miracle-hub: measured -->.*<!-- /miracle-hub -->", re.DOTALL)
+_AUTO_CLASSES = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "ForMaskedLM": "AutoModelForMaskedLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
+    "ForImageClassification": "AutoModelForImageClassification",
+}
+
+
+def auto_class(architecture: str) -> str:
+    """The class of transformers that loads a model of this name from a repository."""
+    return next((auto for end, auto in _AUTO_CLASSES.items() if architecture.endswith(end)), "AutoModel")
 
 
 def write_card(folder: Path, report: Report, source: Path, base_model: str | None) -> None:
-    """README.md, with the license, languages and tags of the source's card."""
+    """README.md of what was just compressed, with the license, languages and tags of the source's card."""
+    facts = replace(facts_of_folder(folder), dense_bytes=report.dense_bytes, versions=versions())
+    metadata = read_metadata(source / "README.md")
+    kept_tags = set(_tags(metadata)) - _FORMAT_TAGS
+    kept = {key: metadata[key] for key in _KEPT if key in metadata} | {"tags": sorted(kept_tags)}
     name = base_model or source.resolve().name
-    card = ModelCard.from_template(
-        _card_data(_metadata(source / "README.md"), base_model),
-        template_str=_TEMPLATE,
-        title=f"{name.split('/')[-1]}, {report.bits_per_weight:.2f} bits per weight",
-        base=base_model,
-        compressed=f"{report.compressed_bytes:,}",
-        dense=f"{report.dense_bytes:,}",
-        ratio=f"{report.dense_bytes / report.compressed_bytes:.2f}",
-        rate=f"{report.bits_per_weight:.4f}",
-        weights=f"{report.n_weights:,}",
-        digest=report.digest,
+    update_card(folder, facts, metadata=kept, base=base_model, name=name)
+
+
+def update_card(
+    folder: Path,
+    facts: CardFacts,
+    *,
+    metadata: dict[str, Any] | None = None,
+    base: str | None = None,
+    name: str = "",
+    repo_id: str = "",
+    usage: str = "",
+) -> None:
+    """Write the measured section of a folder's README.md, and what the Hub reads at its head.
+
+    Text that is not between the section's marks stays as it is.
+
+    Args:
+        metadata: the head to complete; None means that of the folder's README.md.
+        base: the dense model's Hub id.
+        name: for the title of a card that has none yet.
+        repo_id: where the card will be, if that is known.
+        usage: code that loads the model; by default that of transformers.
+    """
+    path, config = folder / "README.md", read_config(folder)
+    text = _text(path) if metadata is None else ""
+    head = dict(read_metadata(path) if metadata is None else metadata)
+    is_plugin = read_quantization(folder).get("quant_method") == QUANT_METHOD
+    base = base or (head.get("base_model") if isinstance(head.get("base_model"), str) else None)
+    data = _completed(head, facts, base, is_plugin and "model_type" in config)
+    section = rendered(
+        data,
+        facts,
+        base,
+        name,
+        usage or _usage(config, repo_id or PLACEHOLDER, is_plugin),
+        is_plugin,
+        repo_id,
     )
-    with writing(folder / "README.md"):
-        (folder / "README.md").write_text(str(card), encoding="utf-8")
+    if text.strip():
+        own = _SECTION.search(section)
+        assert own is not None
+        has_own = _SECTION.search(text) is not None
+        body = _SECTION.sub(lambda _: own[0], text) if has_own else f"{text.rstrip()}\n\n{own[0]}\n"
+        section = f"---\n{data.to_yaml()}\n---\n{body}"
+    with writing(path):
+        path.write_text(section, encoding="utf-8")
 
 
-def _card_data(source: dict[str, Any], base_model: str | None) -> ModelCardData:
-    """What the Hub reads: how to load the repository, and what it was made from."""
-    tags = source.get("tags") or []
-    kept_tags = {str(tag) for tag in ([tags] if isinstance(tags, str) else tags)} - _FORMAT_TAGS
-    facts = {key: source[key] for key in _KEPT if key in source}
-    if base_model is not None:
-        facts |= {"base_model": base_model, "base_model_relation": "quantized"}
-    tags = sorted(kept_tags | {"miracle", "compressed"})
-    return ModelCardData(library_name="transformers", tags=tags, **facts)
+def rendered(
+    data: ModelCardData,
+    facts: CardFacts,
+    base: str | None,
+    name: str,
+    usage: str,
+    is_plugin: bool,
+    repo_id: str,
+) -> str:
+    """The whole card; a fact that is missing has no line."""
+    rate = f"{facts.bits_per_weight:.4f}" if facts.bits_per_weight else ""
+    short = f"{facts.bits_per_weight:.2f} bits per weight" if facts.bits_per_weight else "compressed"
+    title = f"{name.split('/')[-1]}, {short}" if name else short
+    card = ModelCard.from_template(
+        data, template_path=str(TEMPLATE), title=title, base=base, usage=usage, transformers=is_plugin,
+        compressed=f"{facts.n_bytes:,}", dense=f"{facts.dense_bytes:,}" if facts.dense_bytes else "",
+        rate=rate, rows=_rows(facts), evaluations=facts.evaluations, certificate=facts.certificate,
+        limits=facts.limits, plots=facts.plots, verify=repo_id,
+    )  # fmt: skip
+    return re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
 
 
-def _metadata(path: Path) -> dict[str, Any]:
+def _rows(facts: CardFacts) -> list[tuple[str, str]]:
+    ratio = f"{facts.dense_bytes / facts.n_bytes:.2f}" if facts.dense_bytes else ""
+    found = {
+        "weights": f"{facts.n_weights:,}" if facts.n_weights else "",
+        "bytes": f"{facts.n_bytes:,}",
+        "bytes, dense": f"{facts.dense_bytes:,} ({ratio} times as many)" if facts.dense_bytes else "",
+        "bits per weight, whole file": f"{facts.bits_per_weight:.4f}" if facts.bits_per_weight else "",
+        "code": facts.code,
+        "seed": "" if facts.seed is None else str(facts.seed),
+        "digest of the decoded tensors": f"`{facts.digest}`" if facts.digest else "",
+        "SHA-256 of the weight files": f"`{facts.sha256}`",
+        "written by": ", ".join(f"{name} {number}" for name, number in facts.versions.items()),
+        "hardware": facts.hardware,
+    }
+    return [(name, value) for name, value in found.items() if value]
+
+
+def _completed(head: dict[str, Any], facts: CardFacts, base: str | None, loads: bool) -> ModelCardData:
+    """What the Hub reads: how to load the repository, what it was made from, and what was measured."""
+    head = {**head, "tags": sorted({*_tags(head), "miracle", "compressed"})}
+    if loads:
+        head["library_name"] = "transformers"
+    if base is not None:
+        head |= {"base_model": base, "base_model_relation": "quantized"}
+    head.pop("miracle", None)
+    if carried := facts.carried():
+        head["miracle"] = carried
+    return ModelCardData(ignore_metadata_errors=True, **head)
+
+
+def _usage(config: dict[str, Any], repo_id: str, is_plugin: bool) -> str:
+    if not is_plugin:
+        return f'import miracle_hub\n\nweights = miracle_hub.load_state_dict("{repo_id}")'
+    architectures = config.get("architectures")
+    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    auto = auto_class(name)
+    return f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{repo_id}")'
+
+
+def _tags(metadata: dict[str, Any]) -> list[str]:
+    tags = metadata.get("tags")
+    return [str(tag) for tag in (tags if isinstance(tags, list) else [tags] if isinstance(tags, str) else [])]
+
+
+def _text(path: Path) -> str:
+    """What follows the head of a card; empty where there is none, or no card."""
+    if not path.is_file():
+        return ""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return re.sub(r"\A\s*---[^\S\n]*\n.*?\n---[^\S\n]*(\n|\Z)", "", text, count=1, flags=re.DOTALL)
+
+
+def carried_facts(folder: Path, facts: CardFacts) -> CardFacts:
+    """Facts of the files with those that the folder's card has of the same files."""
+    given = read_metadata(folder / "README.md").get("miracle")
+    try:
+        return facts if given is None else facts.with_carried(given, str(folder / "README.md"))
+    except DataError as error:
+        warnings.warn(f"{error}; the card is written without them", stacklevel=2)
+        return facts
+
+
+def stale_card(folder: Path) -> str:
+    """Why the facts in a folder's card are not those of its weights; empty if they are, or if it has none."""
+    facts = read_metadata(folder / "README.md").get("miracle") if folder.is_dir() else None
+    expected = facts.get("sha256") if isinstance(facts, dict) else None
+    files = weights_beside_card(folder)
+    if expected is None or expected in (sha256_of(files), *(sha256_of([file]) for file in files)):
+        return ""
+    return (
+        f"{folder / 'README.md'}: expected weight files of SHA-256 {expected}, found {sha256_of(files)}; "
+        "they are damaged: download them again. If they were changed on purpose, remove `miracle` from the card's "
+        "head"
+    )
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
     """The YAML block at the head of a model card; empty where there is none."""
     try:
-        return (metadata_load(path) or {}) if path.is_file() else {}
+        found = (metadata_load(path) or {}) if path.is_file() else {}
+        return {key: value for key, value in found.items() if isinstance(key, str)}
     except (ValueError, YAMLError) as error:
         warnings.warn(
             f"{path}: expected a model card with a YAML block at its head, found {error}; license and "

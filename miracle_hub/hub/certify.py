@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from miracle_hub.codec.artifact import read_quantization
 from miracle_hub.codec.certificate import Certificate, certificate_of_files, check_delta
@@ -20,13 +20,12 @@ from miracle_hub.codec.decompress import load_state_dict
 from miracle_hub.codec.source import weight_files
 from miracle_hub.config import QUANT_METHOD
 from miracle_hub.errors import DataError, SourceError
+from miracle_hub.hub.batches import equal_lengths, read_tokenizer, tokenized
 from miracle_hub.hub.data import read_examples
 from miracle_hub.hub.resolve import local_folder
 from miracle_hub.hub.variational import load
 
 _BATCH = 64
-# Without any of them transformers makes some tokenizers up, which know no word.
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 
 
 def certify(
@@ -66,7 +65,7 @@ def certify(
     config = _classifier_config(folder)
     names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
     texts, labels = read_examples(data, split, text_columns, label_column, names)
-    model, inputs = _model(folder, config), _inputs(folder, texts, max_length)
+    model, inputs = _model(folder, config), tokenized(read_tokenizer(folder), texts, max_length)
     step = _BATCH if getattr(config, "pad_token_id", None) is not None else 1  # some models insist
     answers = _answers(model, inputs, torch.tensor(labels), step)
     with tqdm(total=len(labels), unit="rows", desc="certify", disable=not progress) as bar:
@@ -181,34 +180,11 @@ def _model(folder: Path, config: Any) -> nn.Module:
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _inputs(folder: Path, texts: list[list[str]], max_length: int) -> dict[str, list[list[int]]]:
-    """
-    Raises:
-        SourceError: there is no tokenizer. DataError: a text has no token.
-    """
-    if not any(next(folder.glob(name), None) for name in _TOKENIZER_FILES):
-        raise SourceError(
-            f"{folder}: expected a tokenizer beside the model, found none of {', '.join(_TOKENIZER_FILES)}; "
-            "save it there with tokenizer.save_pretrained"
-        )
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    inputs = dict(tokenizer(*texts, truncation=True, max_length=max_length))
-    if [] in inputs["input_ids"]:
-        row = inputs["input_ids"].index([])
-        raise DataError(f"data: row {row}: expected a text of at least one token, found none; complete it")
-    return inputs
-
-
 @torch.inference_mode()
 def _answers(
     model: nn.Module, inputs: dict[str, list[list[int]]], labels: Tensor, step: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits and labels of up to `step` rows of one length: without padding no row feels the others."""
-    rows_of: dict[int, list[int]] = {}
-    for row, tokens in enumerate(inputs["input_ids"]):
-        rows_of.setdefault(len(tokens), []).append(row)
+    """Logits and labels of up to `step` rows at a time."""
     device = next(model.parameters()).device
-    for rows in rows_of.values():
-        for some in (rows[start : start + step] for start in range(0, len(rows), step)):
-            batch = {name: torch.tensor([column[row] for row in some]) for name, column in inputs.items()}
-            yield model(**{name: x.to(device) for name, x in batch.items()}).logits, labels[some]
+    for rows, batch in equal_lengths(inputs, step):
+        yield model(**{name: x.to(device) for name, x in batch.items()}).logits, labels[rows]

@@ -1,4 +1,4 @@
-"""Data for `miracle fit` and `miracle certify`: files, folders and Hub data sets, through `datasets`."""
+"""Data for `miracle fit`, `certify` and `compare`: files, folders and Hub data sets, through `datasets`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,15 +66,7 @@ def read_examples(
         DataError: it cannot be read, has several splits of which none is named, is empty, or a row lacks a
             text or one of the classes.
     """
-    sets = _load(data)
-    if split is None and len(sets) == 1:
-        split = next(iter(sets))
-    if split not in sets:
-        raise DataError(
-            f"{data}: expected the name of a split among {', '.join(map(str, sets))}, found {split!r}; name "
-            "it with --split"
-        )
-    rows = sets[split]
+    rows = _one_split(data, split)
     if not len(rows) or label_column not in rows.column_names:
         raise DataError(
             f"{data}: expected rows with labels in a column {label_column!r}, found {len(rows)} rows of "
@@ -90,6 +82,39 @@ def read_examples(
                 "complete it"
             )
     return texts, labels
+
+
+def read_texts(
+    data: str | Path, split: str | None, text_columns: list[str] | None, task: str
+) -> list[list[str]]:
+    """One or two columns of the texts of one split; rows without any text are left out.
+
+    Raises:
+        DataError: it cannot be read, has several splits of which none is named, or no text.
+    """
+    rows = _one_split(data, split)
+    columns = _text_columns(rows, data, text_columns, "label", task)
+    texts = list(zip(*([text or "" for text in rows[column]] for column in columns), strict=True))
+    kept = [row for row in texts if any(text.strip() for text in row)]
+    if not kept:
+        raise DataError(f"{data}: expected texts, found {len(rows)} rows without any; look at the file")
+    return [list(column) for column in zip(*kept, strict=True)]
+
+
+def _one_split(data: str | Path, split: str | None) -> Any:
+    """
+    Raises:
+        DataError: the data cannot be read, or have several splits of which none is named.
+    """
+    sets = _load(data)
+    if split is None and len(sets) == 1:
+        split = next(iter(sets))
+    if split not in sets:
+        raise DataError(
+            f"{data}: expected the name of a split among {', '.join(map(str, sets))}, found {split!r}; name "
+            "it with --split"
+        )
+    return sets[split]
 
 
 def _load(data: str | Path) -> Any:

@@ -1,6 +1,11 @@
 """`miracle fit`: fine-tune a hub model on a data set within a budget of bits, and write the repository."""
 
+import errno
+import json
+import os
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +20,11 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from miracle_hub.codec.compress import Report
 from miracle_hub.codec.folder import refuse_existing
-from miracle_hub.errors import DataError, OptionError
+from miracle_hub.errors import DataError, MiracleError, OptionError, OutputWriteError
+from miracle_hub.format.container import WRITE_ERRORS
 from miracle_hub.hub.data import Split, read_split
 from miracle_hub.hub.quantizer import MiracleConfig
 from miracle_hub.hub.trainer import MiracleTrainer
@@ -27,6 +32,7 @@ from miracle_hub.hub.variational import make_variational
 from miracle_hub.training.coder import CodingOptions
 
 TASKS = ("text-classification", "causal-lm")
+_FULL_BYTES = 1 << 16  # with less of it left, the disk is why torch.save failed, which does not say so
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ def fit(
         DataError: the data lack a column, a label or any row.
         OptionError, BudgetError: an option is out of range.
         TrainingError: a loss is not finite.
-        OutputExistsError: `out` exists.
+        OutputExistsError: `out` exists. OutputWriteError: it, or a checkpoint, cannot be written.
     """
     _check(task, Path(out), overwrite)
     splits, folder = read_split(data, task, text_columns, label_column, seed), Path(f"{out}-fit")
@@ -100,6 +106,7 @@ def fit(
     trainer = _trainer(source, splits, arguments, config, max_length)
     checkpoint = folder / "coding.safetensors"
     fitted = _train(trainer, folder, checkpoint, resume)
+    set_seed(seed)  # or where coding begins would depend on how often training was interrupted
     coding = CodingOptions(groups, refit_steps, learning_rate / 3)
     report = trainer.compress(
         out, options=coding, checkpoint=checkpoint, log_folder=folder, overwrite=overwrite
@@ -119,9 +126,50 @@ def _train(trainer: MiracleTrainer, folder: Path, checkpoint: Path, resume: bool
     if not resume:
         checkpoint.unlink(missing_ok=True)
     if not checkpoint.exists():
-        last = get_last_checkpoint(str(folder)) if resume and folder.exists() else None
-        trainer.train(resume_from_checkpoint=last)
+        last = _last_checkpoint(folder) if resume else None
+        if last is not None and last.is_done:
+            trainer._load_from_checkpoint(str(last.folder))  # train() would make a step more
+        else:
+            _train_or_name_a_full_disk(trainer, folder, last)
     return _figures(trainer)
+
+
+@dataclass(frozen=True)
+class _TrainerCheckpoint:
+    """One of the Trainer's that was written to its end: its own state, which it writes last, can be read."""
+
+    folder: Path
+    step: int
+    is_done: bool
+
+
+def _last_checkpoint(folder: Path) -> _TrainerCheckpoint | None:
+    whole = []
+    for path in folder.glob("checkpoint-*/trainer_state.json"):
+        with suppress(ValueError):  # half of the JSON
+            state = json.loads(path.read_text(encoding="utf-8"))
+            step = state["global_step"]
+            whole.append(_TrainerCheckpoint(path.parent, step, step >= state["max_steps"]))
+    return max(whole, key=lambda checkpoint: checkpoint.step, default=None)
+
+
+def _train_or_name_a_full_disk(
+    trainer: MiracleTrainer, folder: Path, last: _TrainerCheckpoint | None
+) -> None:
+    """
+    Raises:
+        OutputWriteError: a checkpoint of the Trainer does not fit the disk.
+    """
+    try:
+        trainer.train(resume_from_checkpoint=None if last is None else str(last.folder))
+    except WRITE_ERRORS as error:
+        free, says_so = shutil.disk_usage(folder).free, os.strerror(errno.ENOSPC) in str(error)
+        if isinstance(error, MiracleError) or (free > _FULL_BYTES and not says_so):
+            raise
+        raise OutputWriteError(
+            f"{folder}: expected room for a checkpoint, found {free} bytes ({error}); make room and run it "
+            "again with --resume (resume=True)"
+        ) from error
 
 
 def _trainer(

@@ -2,8 +2,10 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -23,7 +25,7 @@ _IGNORED += ["consolidated*.safetensors", "checkpoint-*/*", "runs/*"]
 
 # What the client raises: the first for a connection that breaks (the client's own errors are
 # OSErrors), the last for an id that is none and for an answer that is no JSON.
-_CLIENT_ERRORS = (HTTPError, OSError, ValueError)
+CLIENT_ERRORS = (HTTPError, OSError, ValueError)
 
 
 def local_folder(source: str | Path, revision: str | None = None, stages: int | None = None) -> Path:
@@ -40,16 +42,25 @@ def local_folder(source: str | Path, revision: str | None = None, stages: int | 
     if os.path.exists(source):  # unlike Path.exists, False for names that no file can have
         return Path(source)
     later = [f"{stem_of(stage)}[-.]*" for stage in range((stages or MAX_STAGES) + 1, MAX_STAGES + 1)]
-    try:
-        folder = Path(snapshot_download(str(source), revision=revision, ignore_patterns=_IGNORED + later))
-    except _CLIENT_ERRORS as error:
-        raise SourceError(
-            f"{source}: expected a local folder or a Hub repository; there is no such folder, "
-            f"and {_reason(str(source), revision, error)}"
-        ) from error
+    folder = snapshot(str(source), revision=revision, ignore_patterns=_IGNORED + later)
     if not any(folder.glob("*.safetensors")):
         raise missing_weights(str(source), _top_level_names(str(source), revision, folder))
     return folder
+
+
+def snapshot(repo_id: str, *, revision: str | None, **options: Any) -> Path:
+    """The folder in the cache that holds a repository's files, all of one commit; see `snapshot_download`.
+
+    Raises:
+        SourceError: there is no such repository, or it cannot be read and has not been read before.
+    """
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, **options))
+    except CLIENT_ERRORS as error:
+        raise SourceError(
+            f"{repo_id}: expected a local folder or a Hub repository; there is no such folder, "
+            f"and {_reason(repo_id, revision, error)}"
+        ) from error
 
 
 def _reason(repo_id: str, revision: str | None, error: Exception) -> str:
@@ -68,6 +79,11 @@ def _reason(repo_id: str, revision: str | None, error: Exception) -> str:
         )
     if isinstance(error, RevisionNotFoundError):
         return f"the repository has no branch, tag or commit {revision!r}; check the spelling"
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+        return (
+            f"the cache {HF_HUB_CACHE} cannot be written ({error}); make room there, or set HF_HOME to a "
+            "folder that can be written"
+        )
     first_line = str(error).strip().partition("\n")[0]
     return (
         f"the Hub could not be read ({type(error).__name__}: {first_line}); check the connection and try "
@@ -79,6 +95,6 @@ def _top_level_names(repo_id: str, revision: str | None, folder: Path) -> list[s
     """Names of the repository's own files, those that were not downloaded included."""
     try:
         names = HfApi().list_repo_files(repo_id, revision=revision)
-    except _CLIENT_ERRORS:  # offline, with a snapshot from before: what is there must do
+    except CLIENT_ERRORS:  # offline, with a snapshot from before: what is there must do
         names = [path.name for path in folder.glob("*")]
     return [name for name in names if "/" not in name]

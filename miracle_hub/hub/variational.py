@@ -1,6 +1,5 @@
 """Variational models as users make them, and the small files and repositories they become."""
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from miracle_hub.codec.compress import Report, compress_folder
+from miracle_hub.codec.decompress import load_state_dict
+from miracle_hub.codec.folder import temporary_beside
 from miracle_hub.codec.network import (
     STREAM,
     decode_stream_entry,
@@ -19,7 +20,8 @@ from miracle_hub.codec.network import (
 )
 from miracle_hub.codec.tensor import decode_payload, payload_of_stream
 from miracle_hub.errors import ChecksumError, FormatError, OptionError
-from miracle_hub.format.network import NetworkHeader
+from miracle_hub.format.container import writing
+from miracle_hub.format.network import NetworkHeader, TensorSpec, decode_network
 from miracle_hub.format.payload import decode_header, is_payload
 from miracle_hub.hub.card import write_card
 from miracle_hub.training import convert
@@ -118,10 +120,7 @@ def read_state(path: Path, model: nn.Module) -> dict[str, Tensor]:
     expected = _stored(model)
     state |= {name: _entry(path, name, state[name], t) for name, t in expected.items() if name in state}
     if stream is not None:
-        missing = [
-            spec_of(name, t) for name, t in expected.items() if name not in state and t.is_floating_point()
-        ]
-        state |= decode_stream_entry(stream, tuple(missing), str(path))
+        state |= decode_stream_entry(stream, _specs(expected, state), str(path))
     if set(state) != set(expected):
         raise FormatError(
             f"{path}: expected the tensors of {type(model).__name__}, found one that differs in "
@@ -130,7 +129,24 @@ def read_state(path: Path, model: nn.Module) -> dict[str, Tensor]:
         )
     for name, tensor in expected.items():
         _check_shape(path, name, state[name].shape, tensor)
+        _check_dtype(path, name, state[name].dtype, tensor.dtype)
     return state
+
+
+def stream_header(path: Path, model: nn.Module) -> NetworkHeader | None:
+    """The header of the stream in a file of `save`; None if the file has no stream.
+
+    Raises:
+        FormatError: and its subclasses: the file is not sound, or is that of another module.
+    """
+    stream, state = read_network(path)
+    return None if stream is None else decode_network(stream, _specs(_stored(model), state), str(path))[0]
+
+
+def _specs(expected: dict[str, Tensor], state: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:
+    """The tensors of a module that a file's stream holds: those of numbers that have no entry."""
+    missing = {name: t for name, t in expected.items() if name not in state and t.is_floating_point()}
+    return tuple(spec_of(name, tensor) for name, tensor in missing.items())
 
 
 def _entry(path: Path, name: str, stored: Tensor, expected: Tensor) -> Tensor:
@@ -144,6 +160,15 @@ def _entry(path: Path, name: str, stored: Tensor, expected: Tensor) -> Tensor:
         return stored
     _check_shape(path, name, decode_header(data, name)[0].shape, expected)
     return decode_payload(stored, name, rounded=True, backend="cpu")[0]
+
+
+def _check_dtype(path: Path, name: str, found: torch.dtype, expected: torch.dtype) -> None:
+    """Numbers may come in another precision, but whole, real and complex ones are no substitutes."""
+    if (found.is_floating_point, found.is_complex) != (expected.is_floating_point, expected.is_complex):
+        raise FormatError(
+            f"{path}: {name}: expected {expected}, found {found}; load it into the module that it was made "
+            "from"
+        )
 
 
 def _check_shape(path: Path, name: str, found: tuple[int, ...], expected: Tensor) -> None:
@@ -172,6 +197,7 @@ def compress_model(
 
     Raises:
         OptionError: the model is not coded, or has one stream for the whole network.
+        ChecksumError: what was written does not decode to the model's weights.
     """
     variational = variational_of(model)
     if variational.config.streams != "tensor":
@@ -181,20 +207,41 @@ def compress_model(
         )
     messages = [message_of(stream) for stream in variational.streams]
     payloads = _coded_entries(variational, messages)
-    with tempfile.TemporaryDirectory() as folder:
-        dense: Any = convert.posterior_mean(model)
-        dense.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+    dense: Any = convert.posterior_mean(model)
+    out = Path(out).absolute()
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the output, where the next run finds what a killed one left, and not where the system keeps it.
+    with temporary_beside(out) as temporary:
+        folder = temporary / out.name
+        with writing(folder):
+            dense.save_pretrained(folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
         kept = variational.config.modules_to_save
         base = getattr(dense.config, "_name_or_path", None) or None
         base = None if base is None or Path(base).exists() else base
-        return compress_folder(
-            Path(folder), Path(out), payloads=payloads, size=size, bits_per_weight=bits_per_weight,
+        report = compress_folder(
+            folder, out, payloads=payloads, size=size, bits_per_weight=bits_per_weight,
             modules_to_not_convert=[name for name in _stored(dense) if matches_any(name, kept)],
             overwrite=overwrite,
-            card=lambda target, report: write_card(target, report, Path(folder), base), progress=progress,
+            card=lambda target, report: write_card(target, report, folder, base), progress=progress,
         )  # fmt: skip
+    _compare_decoded(out, {name: t for name, t in _stored(dense).items() if name in payloads})
+    return report
+
+
+def _compare_decoded(folder: Path, coded: Mapping[str, Tensor]) -> None:
+    """
+    Raises:
+        ChecksumError: what was written does not decode to the model's weights.
+    """
+    found = load_state_dict(folder)
+    for name, tensor in coded.items():
+        if not torch.equal(found[name], tensor.cpu()):
+            raise ChecksumError(
+                f"{folder}: {name}: what was written does not decode to the model's weights; report this"
+            )
 
 
 def _coded_entries(variational: Variational, messages: list[Tensor]) -> Mapping[str, bytes]:

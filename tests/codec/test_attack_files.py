@@ -1,7 +1,6 @@
 """Hostile files and repositories: each is refused with its reason before anything is allocated."""
 
 import json
-import time
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
@@ -24,11 +23,15 @@ from miracle_hub.errors import (
     FormatError,
     MiracleError,
     MissingWeightsError,
+    OptionError,
     SourceError,
     TruncatedPayloadError,
 )
+from miracle_hub.format import container
 from miracle_hub.format.container import Entry, write_file
 from miracle_hub.format.payload import Header, Segment, encode_header, encode_payload
+from miracle_hub.hub.conversion import _names
+from miracle_hub.hub.quantizer import MiracleConfig
 
 DAMAGED = "; the file is truncated or damaged: download it again"
 
@@ -57,13 +60,11 @@ def refused(folder: Path, kind: type[MiracleError] = FormatError) -> str:
 
 @contextmanager
 def cheap() -> Iterator[None]:
-    """What happens inside takes less than a second and a megabyte."""
-    started = time.monotonic()
+    """What happens inside takes less than a megabyte."""
     tracemalloc.start()
     try:
         yield
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
-        assert time.monotonic() - started < 1
     finally:
         tracemalloc.stop()
 
@@ -224,15 +225,16 @@ def test_narrow_bands_of_a_sound_payload_cost_no_more_than_its_weights(folder: P
         tracemalloc.stop()
 
 
-def test_many_tensors_are_read_in_time_that_grows_with_their_number(folder: Path) -> None:
-    """Each used to open the file again: 4,000 of them, 0.4 MB, took 27 seconds."""
+def test_a_file_of_many_tensors_is_opened_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tensor used to open it again: 4,000 of them, 0.4 MB, took 27 seconds."""
     header = Header("F32", (1,), 1, 1, (Segment(1, Code(4, 1, 1), False),))
     payload = encode_payload(header, bytes(2 + sum(header.message_bytes)))
-    entries = [Entry(f"layer.{i}", "U8", (len(payload),), len(payload)) for i in range(3000)]
+    entries = [Entry(f"layer.{i}", "U8", (len(payload),), len(payload)) for i in range(300)]
     write_file(folder / "model.safetensors", entries, {}, lambda entry: payload)
-    started = time.monotonic()
-    assert len(inspect_folder(folder).tensors) == 3000
-    assert time.monotonic() - started < 4
+    real, opens = container._open, []
+    monkeypatch.setattr(container, "_open", lambda path: opens.append(path) or real(path))
+    assert len(inspect_folder(folder).tensors) == len(load_state_dict(folder, verify=False)) == 300
+    assert len(opens) == 2
 
 
 def test_a_payload_of_another_shape_than_the_modules_is_not_decoded(tmp_path: Path) -> None:
@@ -245,6 +247,20 @@ def test_a_payload_of_another_shape_than_the_modules_is_not_decoded(tmp_path: Pa
         f"{tmp_path / 'f'}: weight: expected shape (2, 2), found (4194304,); load it into the module that it "
         "was made from"
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int32, torch.uint8, torch.bool])
+def test_numbers_of_another_kind_than_the_modules_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(2, 2, dtype=dtype), "bias": torch.zeros(2)}, tmp_path / "f")
+    with pytest.raises(FormatError) as raised:
+        miracle_hub.load(tmp_path / "f", nn.Linear(2, 2))
+    assert str(raised.value) == (
+        f"{tmp_path / 'f'}: weight: expected torch.float32, found {dtype}; load it into the module that it "
+        "was made from"
+    )
+    save_file({"weight": torch.ones(2, 2).double(), "bias": torch.zeros(2).half()}, tmp_path / "f")
+    loaded = miracle_hub.load(tmp_path / "f", nn.Linear(2, 2)).state_dict()
+    assert torch.equal(loaded["weight"], torch.ones(2, 2))
 
 
 @pytest.mark.parametrize("nested", ["[" * 10**5, '{"a":' * 101 + "1" + "}" * 101])
@@ -291,6 +307,36 @@ def test_modules_that_are_no_list_of_names_are_refused(names: object, folder: Pa
     assert str(raised.value) == (
         f"{folder / 'config.json'}: modules_to_not_convert: expected a list of names, found {str(names)!r}; "
         "download it again"
+    )
+
+
+@pytest.mark.parametrize("name", ["to_dict", "from_dict", "get_loading_attributes", "__class__"])
+def test_a_figure_of_a_config_replaces_no_method(name: str) -> None:
+    figures: dict[str, Any] = {name: 1}
+    with pytest.raises(OptionError) as raised:
+        MiracleConfig(**figures)
+    assert str(raised.value) == (
+        f"MiracleConfig: expected figures and options, found {name!r}, the name of a method; config.json is "
+        "hostile or damaged: download it again"
+    )
+
+
+def test_a_figure_of_a_config_may_have_any_other_name() -> None:
+    figures: dict[str, Any] = {"self": 1, "größe": 2}
+    assert MiracleConfig(**figures).to_dict().items() >= figures.items()
+
+
+def test_a_module_pattern_that_is_no_regular_expression_is_text() -> None:
+    assert _names("layer[0", "layer[0].query") and not _names("layer[0", "other.layer")
+
+
+def test_inspection_refuses_scales_that_no_reader_takes(folder: Path) -> None:
+    header = Header("F32", (4,), 4, 1, (Segment(1, ONE_BIT, False),))
+    save_payload(folder, encode_payload(header, b"\xc0\x7f" + bytes(sum(header.message_bytes))))
+    start = len(encode_header(header))
+    assert refused(folder) == (
+        f"w: scale 0 at byte {start} of the payload: expected 0 or a number from 2^-64 to 2^64, found nan; "
+        "the file is damaged: download it again"
     )
 
 

@@ -1,11 +1,14 @@
 """The output appears whole or not at all: existing folders, errors, Ctrl-C, kill -9, races, full disks."""
 
 import errno
+import fcntl
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -195,7 +198,7 @@ def test_a_failing_card_or_decode_leaves_nothing(
     assert names(tmp_path) == ["model", "small"]
 
 
-def test_a_killed_process_leaves_no_output_and_the_next_one_is_not_disturbed(
+def test_a_killed_process_leaves_no_output_and_the_next_one_clears_up(
     model: Path, compress: Compress, tmp_path: Path
 ) -> None:
     process = start(tmp_path, 1, "die")
@@ -204,7 +207,89 @@ def test_a_killed_process_leaves_no_output_and_the_next_one_is_not_disturbed(
     left = names(tmp_path)
     assert "out" not in left and [name for name in left if name.startswith(".out.")]
     compress(model, tmp_path / "out")
+    assert not [name for name in names(tmp_path) if name.startswith(".")]
     assert names(tmp_path / "out") == ["config.json", "model.safetensors"]
+
+
+def leave(folder: Path, *left: str) -> None:
+    """What killed runs may have left: folders with a file each."""
+    for name in left:
+        (folder / name).mkdir()
+        (folder / name / "old.txt").write_text(name)
+
+
+def write(out: Path, overwrite: bool = False) -> None:
+    with output_folder(out, overwrite) as temporary:
+        (temporary / "new.txt").write_text("new")
+
+
+def test_what_other_outputs_and_living_runs_have_beside_the_output_stays(tmp_path: Path) -> None:
+    others = [".out.abcdefgh.tmp", ".out.abc.miracle.tmp", ".out2.abcdefgh.miracle.tmp", "out.settings"]
+    leave(tmp_path, *others, ".out.abcdefgh.miracle.tmp", ".out.ijklmnop.miracle.old")
+    (tmp_path / ".out.qrstuvwx.miracle.tmp").symlink_to(tmp_path / others[0])
+    with output_folder(tmp_path / "out", False) as alive:
+        leave(alive, "data")
+        write(tmp_path / "out")
+        assert names(alive) == ["data"]
+        assert names(tmp_path) == sorted([*others, alive.name, ".out.qrstuvwx.miracle.tmp", "out"])
+        shutil.rmtree(tmp_path / "out")
+    assert names(tmp_path / "out") == ["data"] and names(tmp_path / others[0]) == ["old.txt"]
+
+
+@pytest.mark.parametrize("was_replaced", [False, True])
+def test_what_a_killed_run_had_set_aside_comes_back_unless_it_was_replaced(
+    was_replaced: bool, tmp_path: Path
+) -> None:
+    """Where two names cannot be exchanged, a kill between two renames leaves the old folder hidden."""
+    leave(tmp_path, ".out.abcdefgh.miracle.old", "out" if was_replaced else ".out.abcdefgh.miracle.tmp")
+    with pytest.raises(OutputExistsError):
+        with output_folder(tmp_path / "out", False):
+            pass
+    write(tmp_path / "other")
+    if was_replaced:
+        assert (tmp_path / "out" / "old.txt").read_text() == "out"
+    else:
+        assert (tmp_path / "out" / "old.txt").read_text() == ".out.abcdefgh.miracle.old"
+    write(tmp_path / "out", overwrite=True)
+    assert names(tmp_path) == ["other", "out"] and names(tmp_path / "out") == ["new.txt"]
+
+
+def test_without_locks_a_run_works_and_leaves_what_others_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    leave(tmp_path, ".out.abcdefgh.miracle.tmp")
+    write(tmp_path / "out")
+    assert names(tmp_path) == [".out.abcdefgh.miracle.tmp", "out"]
+
+
+def test_a_folder_that_another_run_takes_for_a_dead_ones_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, made = tempfile.mkdtemp, []
+
+    def robbed(**options: Any) -> str:
+        made.append(make(**options))
+        if len(made) == 1:
+            shutil.rmtree(made[0])
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", robbed)
+    write(tmp_path / "out")
+    assert len(made) == 2 and names(tmp_path) == ["out"] and names(tmp_path / "out") == ["new.txt"]
+
+
+def test_overwriting_never_leaves_the_name_without_a_folder(
+    existing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if sys.platform != "linux":
+        pytest.skip("names are exchanged in one step on Linux only")
+    monkeypatch.setattr(folder_module.os, "rename", lambda *names: pytest.fail("renamed"))
+    write(existing, overwrite=True)
+    assert names(existing.parent) == ["out"] and names(existing) == ["new.txt"]
 
 
 def test_of_two_processes_on_one_output_exactly_one_wins_and_its_result_is_whole(
@@ -221,17 +306,17 @@ def test_of_two_processes_on_one_output_exactly_one_wins_and_its_result_is_whole
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_an_output_that_appears_meanwhile_is_kept_unless_overwriting(overwrite: bool, tmp_path: Path) -> None:
-    def write() -> None:
+    def raced() -> None:
         with output_folder(tmp_path / "out", overwrite) as temporary:
             (temporary / "new.txt").write_text("new")
             (tmp_path / "out").mkdir()
             (tmp_path / "out" / "other.txt").write_text("other")
 
     if overwrite:
-        write()
+        raced()
     else:
         with pytest.raises(OutputExistsError):
-            write()
+            raced()
     assert names(tmp_path) == ["out"]
     assert names(tmp_path / "out") == ["new.txt" if overwrite else "other.txt"]
 
@@ -249,6 +334,7 @@ def test_losing_the_very_last_race_keeps_the_winners_folder(
         rename(source, target)
 
     monkeypatch.setattr(folder_module.os, "rename", raced)
+    monkeypatch.setattr(folder_module, "_exchange", lambda one, other: False)
     if overwrite:
         (tmp_path / "out").mkdir()
     with pytest.raises(OutputExistsError) as raised, output_folder(tmp_path / "out", overwrite) as temporary:
@@ -272,6 +358,7 @@ def test_a_rename_that_fails_gives_the_old_folder_back(
         rename(source, target)
 
     monkeypatch.setattr(folder_module.os, "rename", failing)
+    monkeypatch.setattr(folder_module, "_exchange", lambda one, other: False)
     expected = OutputWriteError if isinstance(failure, OSError) else KeyboardInterrupt
     with pytest.raises(expected), output_folder(existing, True) as temporary:
         (temporary / "new.txt").write_text("new")

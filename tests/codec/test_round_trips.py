@@ -167,6 +167,7 @@ def test_a_folder_loads_to_the_same_bits_here_and_apart(data: st.DataObject) -> 
     drawn = data.draw(st.lists(st.tuples(names, shapes(0), dtypes), max_size=5, unique_by=lambda t: t[0]))
     tensors = {name: gaussian(shape, dtype, i) for i, (name, shape, dtype) in enumerate(drawn)}
     tensors["some.weight"] = gaussian((33, 40), data.draw(dtypes), 9)
+    tensors |= {"norm.weight": gaussian((40,), torch.float32, 8), "half": gaussian((3,), torch.float16, 7)}
     options = {"window_bits": 8, "progress": False, "seed": data.draw(seeds)}
     options["max_shard_size"] = data.draw(st.sampled_from([1, 3000, "5GB"]))
     with tempfile.TemporaryDirectory() as temporary:

@@ -6,29 +6,40 @@ reach new code stays in .fuzz/corpus for the next run.
 """
 
 import hashlib
+import importlib
+import shutil
 import sys
+import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
-import atheris
-
+atheris: Any = importlib.import_module("atheris")  # of the extra "fuzz", which not everybody installs
 ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / ".fuzz"
+# libFuzzer ends the process before it could clean up.
+shutil.rmtree(FOLDER / "work", ignore_errors=True)
+(FOLDER / "work").mkdir(parents=True)
+tempfile.tempdir = str(FOLDER / "work")
 # numba cannot compile what is instrumented.
 COMPILED = [f"miracle_hub.coding.{path.stem}" for path in (ROOT / "miracle_hub" / "coding").glob("*.py")]
 
 with atheris.instrument_imports(include=["miracle_hub", "reader"], exclude=COMPILED):
     import reader
 
+WORDS = """quantization_config quant_method miracle format_version digest stage_digests stages null true
+modules_to_not_convert __metadata__ narrowed_from_F32 weight_map dtype shape data_offsets F16 U8""".split()
 LIMITS = ["-timeout=20", "-rss_limit_mb=3072", "-max_len=4096", "-print_final_stats=1"]
 
 
 def main() -> None:
-    corpus = ROOT / ".fuzz" / "corpus"
-    corpus.mkdir(parents=True, exist_ok=True)
+    corpus, words = FOLDER / "corpus", FOLDER / "words"
+    corpus.mkdir(exist_ok=True)
     for seed in reader.seeds():
         (corpus / hashlib.sha1(seed).hexdigest()).write_bytes(seed)
+    words.write_text("".join(f'"{word}"\n' for word in WORDS))
     warnings.simplefilter("error")
-    options = [f"-max_total_time={sys.argv[1]}", f"-artifact_prefix={ROOT / '.fuzz'}/"]
+    options = [f"-max_total_time={sys.argv[1]}", f"-artifact_prefix={FOLDER}/", f"-dict={words}"]
     atheris.Setup([sys.argv[0], *LIMITS, *options, str(corpus)], reader.one_input)
     atheris.Fuzz()
 

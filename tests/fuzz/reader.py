@@ -1,7 +1,7 @@
 """What the fuzzer calls with any bytes: every reader, none of which may raise anything but a MiracleError.
 
-The first byte chooses what the others are. Some kinds have their checksums put right and their lengths made to
-fit, or mutations would end at them; what is read then has to be what the decoders of tests/golden read.
+The first byte chooses what the others are. Some kinds get right checksums and fitting lengths, or mutations
+would end there; what is read then has to be what the decoders of tests/golden read.
 """
 
 import atexit
@@ -35,6 +35,8 @@ from miracle_hub.hub.variational import read_state
 GOLDEN = Path(__file__).parents[1] / "golden"
 PAYLOADS, NETWORKS = (runpy.run_path(str(GOLDEN / f"{name}_decoder.py")) for name in ("payload", "network"))
 CASES = json.loads((GOLDEN / "network.json").read_text(encoding="utf-8"))
+REGRESSIONS = Path(__file__).with_name("regressions")
+REPOSITORIES = sorted(GOLDEN.glob("repository_[0-9]*"))
 MODULE = nn.Sequential(nn.Linear(12, 20), nn.BatchNorm1d(20), nn.Linear(20, 5))
 MOST_COMPARED, MOST_FITTED = 1 << 14, 1 << 16  # weights
 WORK = Path(tempfile.mkdtemp(prefix="fuzz-"))
@@ -73,8 +75,9 @@ def read_sealed_file(data: bytes) -> None:
     sealed = bytearray(data)
     start = 8 + int.from_bytes(data[:8], "little")
     try:
-        spans = [entry["data_offsets"] for entry in json.loads(data[8:start]).values()]
-        for first, last in spans:
+        header = json.loads(data[8:start])
+        header.pop("__metadata__", None)
+        for first, last in [entry["data_offsets"] for entry in header.values()]:
             sealed[start + first : start + last] = seal(data[start + first : start + last])
     except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError):
         pass
@@ -188,7 +191,7 @@ def specs_of(case: dict[str, Any]) -> tuple[TensorSpec, ...]:
 def read_config(data: bytes) -> None:
     read_repository("config.json", data)
     try:
-        facts = json.loads(data)["quantization_config"]
+        facts = json.loads(data[1:])["quantization_config"]
     except (KeyError, RecursionError, TypeError, ValueError):
         return
     if isinstance(facts, dict):
@@ -201,15 +204,17 @@ def read_index(data: bytes) -> None:
 
 
 def read_repository(name: str, data: bytes) -> None:
-    """A sound repository but for one of its files."""
-    folder = WORK / "repository"
-    shutil.copytree(GOLDEN / "repository_1", folder, dirs_exist_ok=True)
-    (folder / name).write_bytes(data)
+    """A sound repository, which the first byte chooses, but for one of its files."""
+    source = REPOSITORIES[data[0] % len(REPOSITORIES)] if data else REPOSITORIES[0]
+    folder = WORK / source.name
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    (folder / name).write_bytes(data[1:])
     allowed(load_state_dict, folder)
     allowed(inspect_folder, folder)
     allowed(decompress_folder, folder, WORK / "dense", max_shard_size="5GB", overwrite=True, progress=False)
 
 
+# The position is the first byte of an input, regressions among them: append only.
 KINDS = (
     read_file,
     read_sealed_file,
@@ -224,11 +229,12 @@ KINDS = (
 
 
 def seeds() -> list[bytes]:
-    """Sound inputs of every kind, from the files of tests/golden."""
+    """Sound inputs of every kind, from the files of tests/golden, and what was found before."""
     files = [path.read_bytes() for path in sorted(GOLDEN.rglob("*.safetensors"))]
     payloads = [path.read_bytes() for path in sorted(GOLDEN.glob("payload_*.bin"))]
     streams = [bytes([i]) + bytes.fromhex(case["stream"]) for i, case in enumerate(CASES)]
     names = ("config.json", "model.safetensors.index.json")
-    texts = [[path.read_bytes() for path in sorted(GOLDEN.rglob(name))] for name in names]
+    texts = [[bytes([i]) + (r / name).read_bytes() for i, r in enumerate(REPOSITORIES)] for name in names]
     of_kind = [files, files, payloads, payloads, payloads, streams, streams, *texts]
-    return [bytes([kind]) + seed for kind, found in enumerate(of_kind) for seed in found]
+    regressions = [path.read_bytes() for path in sorted(REGRESSIONS.glob("*.bin"))]
+    return [bytes([kind]) + seed for kind, found in enumerate(of_kind) for seed in found] + regressions

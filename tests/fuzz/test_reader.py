@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
-READER = runpy.run_path(str(HERE / "reader.py"))
-REGRESSIONS = sorted((HERE / "regressions").glob("*.bin"))
+READER = runpy.run_path(str(Path(__file__).with_name("reader.py")))
+REGRESSIONS = sorted(READER["REGRESSIONS"].glob("*.bin"))
 
 
 @pytest.mark.parametrize("kind", range(len(READER["KINDS"])))

@@ -58,11 +58,13 @@ def content(tensors: dict[str, Tensor]) -> dict[str, str]:
 
 
 def make_repository(path: Path) -> dict[str, str]:
+    """As many stages as its version has at least."""
+    stages = int(path.name.removeprefix("repository_"))
     with tempfile.TemporaryDirectory() as temporary:
         dense = Path(temporary) / "dense"
         dense_model(dense)
         options = {"bits_per_weight": 4.0, "window_bits": 8, "seed": 2**40 + 3, "max_shard_size": "2kB"}
-        compress_folder(dense, path, **options, progress=False)
+        compress_folder(dense, path, **options, stages=stages, progress=False)
     return content(load_state_dict(path))
 
 
@@ -93,7 +95,7 @@ def make_network(path: Path) -> dict[str, str]:
 if __name__ == "__main__":
     listed = GOLDEN / "files.json"
     files = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else {}
-    for name, make in (("repository_1", make_repository), ("network_1.safetensors", make_network)):
+    for name in ("repository_1", "repository_2", "network_1.safetensors"):
         if name not in files:
-            files[name] = make(GOLDEN / name)
+            files[name] = (make_repository if name.startswith("repository") else make_network)(GOLDEN / name)
     listed.write_text(json.dumps(files, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -37,17 +37,20 @@ def rounded(weights, dtype):
 def read(folder):
     """Every tensor of a repository by name: dtype, shape, bytes."""
     facts = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert facts["quant_method"] == "miracle" and facts["format_version"] == 1
-    index, files, tensors, lines = folder / "model.safetensors.index.json", {"model.safetensors"}, {}, {}
-    if index.exists():
-        files = set(json.loads(index.read_text())["weight_map"].values())
-    for file in files:
+    assert facts["quant_method"] == "miracle" and facts["format_version"] in (1, 2)
+    index, tensors, coded, lines = folder / "model.safetensors.index.json", {}, {}, {}
+    names = json.loads(index.read_text())["weight_map"].values() if index.exists() else ["model.safetensors"]
+    for file in sorted(set(names)):
+        stage = int(file[12]) if file.startswith("model.stage-") else 1
         for name, (dtype, shape, raw) in stored(folder / file).items():
             if dtype == "U8" and len(shape) == 1 and raw[:4] == b"MRCL":
                 number, weights, _, digest = decode(raw)
-                dtype, shape = DTYPES[number], list(weights.shape)
-                raw, lines[name] = rounded(weights, dtype), f"{name} {digest:016x}\n"
-            tensors[name] = dtype, shape, raw
+                lines[name] = f"{name} {digest:016x}\n"
+                name = name if stage == 1 else name.removesuffix(f".stage_{stage}")
+                dtype, earlier = coded[name] if stage > 1 else (DTYPES[number], None)
+                coded[name] = dtype, weights if stage == 1 else earlier + weights
+            else:
+                tensors[name] = dtype, shape, raw
     text = "".join(lines[name] for name in sorted(lines))
     assert facts["digest"] in (None, hashlib.sha256(text.encode()).hexdigest())
-    return tensors
+    return tensors | {name: (d, list(w.shape), rounded(w, d)) for name, (d, w) in coded.items()}

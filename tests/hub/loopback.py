@@ -8,7 +8,9 @@ uploads needs HF_HUB_DISABLE_XET=1. Set HF_ENDPOINT to `LoopbackHub.url` before 
 import base64
 import hashlib
 import json
+import math
 import re
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -108,13 +110,34 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
+    """
+    Attributes:
+        headers: Content-Length is that of the body unless it is here.
+        sent: bytes of the body after which the connection breaks; None for all, and it stays.
+    """
+
     body: bytes = b""
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
+    sent: int | None = None
 
     @classmethod
     def of_json(cls, value: Any) -> Self:
         return cls(json.dumps(value).encode(), headers={"Content-Type": "application/json"})
+
+
+@dataclass
+class Fault:
+    """What becomes of the answers to the next requests; then all is well again.
+
+    Attributes:
+        times: how many requests.
+        method: of requests; None for all.
+    """
+
+    change: Callable[[Answer], Answer]
+    times: float = math.inf
+    method: str | None = "GET"
 
 
 class LoopbackHub:
@@ -123,14 +146,18 @@ class LoopbackHub:
     Attributes:
         repositories: by id, to look at what a client wrote.
         requests: every answered request as (method, path, status).
-        faults: status (or DROP_CONNECTION) for every request whose path contains the key.
+        faults: status, DROP_CONNECTION or Fault for every request whose path contains the key.
+        has_ranges: whether a part of a file can be had, as a client that resumes a download wants it.
+        uploads: LFS objects that have arrived, by SHA-256.
     """
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[tuple[str, str, int]] = []
-        self.faults: dict[str, int] = {}
-        self._uploads: dict[str, bytes] = {}
+        self.faults: dict[str, int | Fault] = {}
+        self.has_ranges = True
+        self.uploads: dict[str, bytes] = {}
+        self._lock = threading.Lock()
         self._server = _server(self)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
@@ -163,6 +190,16 @@ class LoopbackHub:
         pattern = re.compile(rf"/{re.escape(repo_id)}/resolve/[^/]+/(.+)")
         sent = [pattern.fullmatch(path) for method, path, status in self.requests if method == "GET"]
         return {match[1] for match in sent if match}
+
+    def take_fault(self, method: str, path: str) -> int | Fault | None:
+        """The fault of a request, which uses it up a little."""
+        with self._lock:
+            fault = next((found for part, found in self.faults.items() if part in path), None)
+            if isinstance(fault, Fault):
+                if fault.times <= 0 or fault.method not in (None, method):
+                    return None
+                fault.times -= 1
+            return fault
 
     def answer(self, method: str, url: str, headers: Message, body: bytes) -> Answer:
         """The answer to one request."""
@@ -231,7 +268,7 @@ class LoopbackHub:
         if blob.is_lfs:
             headers |= {"X-Linked-ETag": f'"{blob.oid}"', "X-Linked-Size": str(len(blob.data))}
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range") or "")
-        if not wanted:
+        if not wanted or not self.has_ranges:
             return Answer(blob.data, headers=headers)
         first, last = int(wanted[1]), min(int(wanted[2] or len(blob.data)), len(blob.data) - 1)
         if first > last:
@@ -256,6 +293,8 @@ class LoopbackHub:
 
     def _create_branch(self, request: Request) -> Answer:
         repository = self._repository(request, writing=True)
+        if request.fields["revision"] in repository.branches:
+            raise HubError(409, "Conflict", "Reference already exists")
         start = repository.find(request.json.get("startingPoint", "main"))
         repository.branches[request.fields["revision"]] = start
         return Answer.of_json({})
@@ -286,7 +325,7 @@ class LoopbackHub:
         objects = []
         for wanted in request.json["objects"]:
             entry = {"oid": wanted["oid"], "size": wanted["size"]}
-            if wanted["oid"] not in self._uploads:
+            if wanted["oid"] not in self.uploads:
                 entry["actions"] = {"upload": {"href": f"{self.url}/objects/{wanted['oid']}"}}
             objects.append(entry)
         return Answer.of_json({"transfer": "basic", "objects": objects})
@@ -294,7 +333,7 @@ class LoopbackHub:
     def _upload_lfs_object(self, request: Request) -> Answer:
         if hashlib.sha256(request.body).hexdigest() != request.fields["oid"]:
             raise HubError(400, "BadRequest", "the content does not have this SHA-256")
-        self._uploads[request.fields["oid"]] = request.body
+        self.uploads[request.fields["oid"]] = request.body
         return Answer()
 
     def _commit(self, request: Request) -> Answer:
@@ -306,7 +345,7 @@ class LoopbackHub:
             if kind == "file":
                 files[value["path"]] = Blob(base64.b64decode(value["content"]), is_lfs=False)
             elif kind == "lfsFile":
-                files[value["path"]] = Blob(self._uploads[value["oid"]], is_lfs=True)
+                files[value["path"]] = Blob(self.uploads[value["oid"]], is_lfs=True)
             elif kind == "deletedFile":
                 files.pop(value["path"], None)
             elif kind != "header":
@@ -359,31 +398,44 @@ def _server(hub: LoopbackHub) -> ThreadingHTTPServer:
 
         def _body(self) -> bytes:
             if self.headers.get("Transfer-Encoding") != "chunked":
-                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                return self._read(int(self.headers.get("Content-Length") or 0))
             chunks = []
-            while size := int(self.rfile.readline(), 16):
-                chunks.append(self.rfile.read(size))
+            while size := int(self.rfile.readline() or self._read(1), 16):
+                chunks.append(self._read(size))
                 self.rfile.readline()
             self.rfile.readline()
             return b"".join(chunks)
 
+        def _read(self, size: int) -> bytes:
+            """So many bytes; a client that is killed sends fewer, and what it wanted does not happen."""
+            if len(found := self.rfile.read(size)) < size:
+                raise ConnectionResetError
+            return found
+
         def _serve(self) -> None:
             body = self._body()
-            fault = next((status for part, status in hub.faults.items() if part in self.path), None)
+            fault = hub.take_fault(self.command, self.path)
             if fault == DROP_CONNECTION:
                 self.close_connection = True
                 return
             answer = hub.answer(self.command, self.path, self.headers, body)
             if fault is not None:
-                answer = Answer(status=fault)
+                answer = fault.change(answer) if isinstance(fault, Fault) else Answer(status=fault)
             hub.requests.append((self.command, urlsplit(self.path).path, answer.status))
             self.send_response(answer.status)
-            for name, value in (answer.headers | {"Content-Length": str(len(answer.body))}).items():
+            for name, value in ({"Content-Length": str(len(answer.body))} | answer.headers).items():
                 self.send_header(name, value)
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(answer.body)
+                self.wfile.write(answer.body[: answer.sent])
+            if answer.sent is not None:
+                self.close_connection = True
 
         do_GET = do_HEAD = do_POST = do_PUT = _serve
 
-    return ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            if not isinstance(sys.exception(), ConnectionError):
+                super().handle_error(request, client_address)
+
+    return Server(("127.0.0.1", 0), Handler)

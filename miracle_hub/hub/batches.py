@@ -1,0 +1,175 @@
+"""What a model is asked, in batches in which no row feels the others: texts of one length, images, arrays."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoTokenizer
+
+from miracle_hub.errors import DataError, SourceError
+
+# Without any of them transformers makes some tokenizers up, which know no word.
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
+_PROCESSOR = "preprocessor_config.json"
+_IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+_MASKED_STRIDE = 7  # about as many tokens as BERT's training masks
+
+# Inputs by name, and the positions whose answers count: None means all.
+Batches: TypeAlias = Iterator[tuple[dict[str, Tensor], Tensor | None]]
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """
+    Raises:
+        SourceError: there is no tokenizer beside the model.
+    """
+    if not any(next(folder.glob(name), None) for name in _TOKENIZER_FILES):
+        raise SourceError(
+            f"{folder}: expected a tokenizer beside the model, found none of {', '.join(_TOKENIZER_FILES)}; "
+            "save it there with tokenizer.save_pretrained"
+        )
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def tokenized(tokenizer: Any, texts: Sequence[list[str]], max_length: int) -> dict[str, list[list[int]]]:
+    """What a model takes, by name, a list of numbers per row.
+
+    Raises:
+        DataError: a text has no token.
+    """
+    inputs = dict(tokenizer(*texts, truncation=True, max_length=max_length))
+    if [] in inputs["input_ids"]:
+        row = inputs["input_ids"].index([])
+        raise DataError(f"data: row {row}: expected a text of at least one token, found none; complete it")
+    return inputs
+
+
+def equal_lengths(
+    inputs: Mapping[str, list[list[int]]], step: int
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Row numbers and tensors of up to `step` rows of one length, until every row was there once."""
+    rows_of: dict[int, list[int]] = {}
+    for row, tokens in enumerate(inputs["input_ids"]):
+        rows_of.setdefault(len(tokens), []).append(row)
+    for rows in rows_of.values():
+        for some in (rows[start : start + step] for start in range(0, len(rows), step)):
+            yield some, {name: torch.tensor([column[row] for row in some]) for name, column in inputs.items()}
+
+
+def shared_tokenizer(folders: list[Path]) -> Any:
+    """The tokenizer of the first folder that has one.
+
+    Raises:
+        SourceError: none has one, or two number words differently.
+    """
+    has_one = [folder for folder in folders if any(next(folder.glob(n), None) for n in _TOKENIZER_FILES)]
+    found = [read_tokenizer(folder) for folder in has_one or folders[:1]]
+    for folder, other in zip(has_one[1:], found[1:], strict=True):
+        if other.get_vocab() != found[0].get_vocab():
+            raise SourceError(
+                f"{folder}: expected the vocabulary of {has_one[0]}, found another; compare models "
+                "that read alike"
+            )
+    return found[0]
+
+
+def masked(batch: dict[str, Tensor], tokenizer: Any) -> tuple[dict[str, Tensor], Tensor]:
+    """Every seventh token hidden, but for special ones; and where.
+
+    Raises:
+        SourceError: the tokenizer has no token to hide others behind.
+    """
+    if tokenizer.mask_token_id is None:
+        raise SourceError(
+            "tokenizer: expected a mask token, found none; save the model with its own tokenizer"
+        )
+    tokens = batch["input_ids"]
+    special = torch.isin(tokens, torch.tensor(tokenizer.all_special_ids))
+    hidden = ~special & (torch.arange(tokens.shape[1]) % _MASKED_STRIDE == 1)
+    return {**batch, "input_ids": tokens.masked_fill(hidden, tokenizer.mask_token_id)}, hidden
+
+
+def array_batches(path: Path, known: set[str], step: int) -> tuple[int, Batches]:
+    """Rows of an npz of the model's own inputs.
+
+    Args:
+        known: names of the model's inputs.
+
+    Raises:
+        DataError: it is no npz of such arrays with as many rows each.
+    """
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            arrays = {name: torch.from_numpy(file[name]) for name in file.files}
+    except (OSError, ValueError, TypeError, AttributeError, EOFError, BadZipFile) as error:
+        raise DataError(
+            f"{path}: expected an npz of numbers, found {error}; save it with np.savez"
+        ) from error
+    if unknown := sorted(set(arrays) - known):
+        raise DataError(
+            f"{path}: expected inputs of the model ({', '.join(sorted(known)[:4])}, …), found "
+            f"{unknown[0]!r}; rename or remove it"
+        )
+    lengths = {len(values) if values.ndim else 0 for values in arrays.values()}
+    if len(lengths) != 1 or not min(lengths):
+        raise DataError(
+            f"{path}: expected arrays of equally many rows, at least one, found {sorted(lengths)} rows; "
+            "complete it"
+        )
+    arrays = {n: x.float() if x.is_floating_point() else x.long() for n, x in arrays.items()}
+    starts = range(0, min(lengths), step)
+    return min(lengths), (({n: x[i : i + step] for n, x in arrays.items()}, None) for i in starts)
+
+
+def read_processor(folders: list[Path]) -> Any:
+    """The image processor of the first folder that has one.
+
+    Raises:
+        SourceError: none has one.
+    """
+    folder = next((folder for folder in folders if (folder / _PROCESSOR).is_file()), None)
+    if folder is None:
+        raise SourceError(
+            f"{folders[0]}: expected an image processor beside the model, found no {_PROCESSOR}; save it "
+            "there with processor.save_pretrained, or give an npz of pixel_values"
+        )
+    return AutoImageProcessor.from_pretrained(folder)
+
+
+def image_batches(data: Path, processor: Any, step: int) -> tuple[int, Batches]:
+    """Images of a folder, an image, or those that a txt names, prepared for the model.
+
+    Raises:
+        DataError: there is none; or, in the course of it, one cannot be read.
+    """
+    if data.is_dir():
+        paths = sorted(path for path in data.rglob("*") if path.suffix.lower() in _IMAGE_ENDINGS)
+    elif data.suffix == ".txt" and data.is_file():
+        lines = data.read_text(encoding="utf-8").splitlines()
+        paths = [data.parent / line.strip() for line in lines if line.strip()]
+    else:
+        paths = [data] if data.is_file() else []
+    if not paths:
+        raise DataError(
+            f"{data}: expected a folder of images ({', '.join(_IMAGE_ENDINGS)}), an image or a txt of paths, "
+            "found no image; look there"
+        )
+    return len(paths), _prepared(paths, processor, step)
+
+
+def _prepared(paths: list[Path], processor: Any, step: int) -> Batches:
+    from PIL import Image, UnidentifiedImageError
+
+    for start in range(0, len(paths), step):
+        images = []
+        for path in paths[start : start + step]:
+            try:
+                with Image.open(path) as image:
+                    images.append(image.convert("RGB"))
+            except (OSError, UnidentifiedImageError, ValueError) as error:
+                raise DataError(f"{path}: expected an image, found {error}; remove or repair it") from error
+        yield {"pixel_values": processor(images, return_tensors="pt")["pixel_values"]}, None

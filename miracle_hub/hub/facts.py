@@ -1,0 +1,230 @@
+"""What a model card states: facts that somebody measured, and where they come from.
+
+Facts about the files are read from them. The others (evaluations, hardware, a certificate, …) are given by
+whoever measured them, travel in the card's metadata under the key `miracle`, and hold for the files of one
+SHA-256 only.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from miracle_hub.codec.artifact import read_quantization
+from miracle_hub.codec.inspection import Inspection, inspect_folder
+from miracle_hub.codec.network import STREAM, read_network
+from miracle_hub.codec.source import item_bits
+from miracle_hub.config import QUANT_METHOD, Code
+from miracle_hub.errors import DataError
+from miracle_hub.format.network import NetworkHeader, read_start
+
+_PACKAGES = ("miracle-hub", "torch")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One figure of the model.
+
+    Attributes:
+        what: data, split and unit, such as "STS-B test, Spearman × 100".
+        after: of the compressed model; `before` of what was compressed, None where nobody measured it.
+        command: what repeats it.
+    """
+
+    what: str
+    after: float
+    before: float | None = None
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card states; what is empty or None was not measured, and the card has no line of it.
+
+    Attributes:
+        n_bytes: of all safetensors files.
+        sha256: of the files of the weights, one after the other.
+        n_weights: that these stand for; None where only the module knows.
+        digest: of the decoded tensors.
+        code: the code's parameters, for people.
+        dense_bytes: of the files that were compressed, or else of the same tensors stored plainly.
+        versions: of the packages that compressed.
+        hardware: that compressed and evaluated.
+        plots: paths of PNGs, relative to the card.
+    """
+
+    n_bytes: int
+    sha256: str
+    n_weights: int | None = None
+    digest: str = ""
+    code: str = ""
+    seed: int | None = None
+    dense_bytes: int | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    hardware: str = ""
+    evaluations: tuple[Evaluation, ...] = ()
+    certificate: str = ""
+    limits: tuple[str, ...] = ()
+    plots: tuple[str, ...] = ()
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Of whole files."""
+        return 8 * self.n_bytes / self.n_weights if self.n_weights else None
+
+    def carried(self) -> dict[str, Any]:
+        """Those that cannot be read from the files again, as JSON has them, and the files they hold for."""
+        found = {name: value for name, value in asdict(self).items() if name in _CARRIED and value}
+        if self.evaluations:
+            found["evaluations"] = [{n: v for n, v in vars(e).items() if v} for e in self.evaluations]
+        return json.loads(json.dumps({"sha256": self.sha256, **found})) if found else {}
+
+    def with_carried(self, given: object, where: str) -> "CardFacts":
+        """These and what somebody else measured of the same files; of other files nothing is taken over.
+
+        Raises:
+            DataError: `given` is not what `carried` gives.
+        """
+        found = _checked(given, where)
+        if found.pop("sha256", self.sha256) != self.sha256:
+            return self
+        return replace(self, **found)
+
+
+_CARRIED = ("dense_bytes", "versions", "hardware", "evaluations", "certificate", "limits")
+
+
+def _checked(given: object, where: str) -> dict[str, Any]:
+    """Carried facts, typed; a stranger may have written them."""
+    texts: dict[str, type] = {"sha256": str, "hardware": str, "certificate": str, "dense_bytes": int}
+    lists = {"evaluations": _evaluation, "limits": _text}
+    if not isinstance(given, dict):
+        raise _unfit(where, "a JSON object of measured facts", given)
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        if name in texts and isinstance(value, texts[name]) and not isinstance(value, bool):
+            found[name] = value
+        elif name == "versions" and isinstance(value, dict):
+            found[name] = {_text(key, where): _text(number, where) for key, number in value.items()}
+        elif name in lists and isinstance(value, list):
+            found[name] = tuple(lists[name](each, where) for each in value)
+        else:
+            raise _unfit(where, f"facts named {', '.join(('sha256', *_CARRIED))}", {name: value})
+    return found
+
+
+def _evaluation(given: Any, where: str) -> Evaluation:
+    known = {f.name for f in fields(Evaluation)}
+    is_complete = isinstance(given, dict) and {"what", "after"} <= set(given) <= known
+    if not is_complete or not all(
+        isinstance(given.get(name, kind()), kind) for name, kind in (("what", str), ("command", str))
+    ):
+        raise _unfit(where, "evaluations with what, after and perhaps before and command", given)
+    numbers = (given["after"], given.get("before") or 0.0)
+    if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers):
+        raise _unfit(where, "numbers in before and after", given)
+    return Evaluation(**given)
+
+
+def _text(given: Any, where: str) -> str:
+    if not isinstance(given, str):
+        raise _unfit(where, "a text", given)
+    return given
+
+
+def _unfit(where: str, expected: str, found: object) -> DataError:
+    return DataError(f"{where}: expected {expected}, found {str(found)[:80]!r}; correct it, or leave it out")
+
+
+def read_facts(path: str | Path) -> dict[str, Any]:
+    """Facts that a user gives in a JSON file, for `CardFacts.with_carried`.
+
+    Raises:
+        DataError: it cannot be read, or is none of them.
+    """
+    try:
+        given = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: expected JSON, found {error}; correct the file") from error
+    _checked(given, str(path))
+    return given
+
+
+def facts_of_folder(folder: Path, inspection: Inspection | None = None) -> CardFacts:
+    """What the files of a compressed repository say of themselves.
+
+    Raises:
+        FormatError: and its subclasses: a file is not sound.
+    """
+    inspection = inspection or inspect_folder(folder)
+    files = weights_beside_card(folder)
+    coded = [tensor for tensor in inspection.tensors if not tensor.reason]
+    codes = {code for tensor in coded for code in tensor.codes}
+    if len(files) == 1 and any(tensor.name == STREAM for tensor in inspection.tensors):
+        return _facts_of_stream(files[0])
+    rotation = max((tensor.rotation for tensor in coded), default=1)
+    compressed = read_quantization(folder).get("quant_method") == QUANT_METHOD
+    return CardFacts(
+        n_bytes=inspection.file_bytes,
+        sha256=sha256_of(files),
+        n_weights=inspection.n_weights,
+        digest=inspection.digest if compressed else "",
+        code=_code_text(codes, rotation),
+        seed=_only_seed(codes),
+        dense_bytes=sum(t.n_weights * item_bits(t.dtype) // 8 for t in inspection.tensors),
+    )
+
+
+def facts_of_network(path: Path, header: NetworkHeader | None, n_weights: int) -> CardFacts:
+    """The same of a file of `save`, whose stream's header is read with the module; None: it has none."""
+    found = _facts_of_stream(path) if header else CardFacts(path.stat().st_size, sha256_of([path]))
+    if header is not None:
+        bits = header.code.message_bits(header.n_values)
+        code = f"{found.code}; a message of {bits:,} bits stands for {header.n_values:,} values"
+        found = replace(found, code=code, digest=f"{header.digest:016x}")
+    return replace(found, n_weights=n_weights)
+
+
+def _facts_of_stream(path: Path) -> CardFacts:
+    stream = read_network(path)[0] or b""
+    (window, step, weights, seed), n_tensors, _ = read_start(stream, str(path))
+    rate = f"{step / weights:.4g} bits per value"
+    code = f"one stream of {n_tensors} tensors, windows of {window} bits, {rate}"
+    return CardFacts(path.stat().st_size, sha256_of([path]), code=code, seed=seed)
+
+
+def versions() -> dict[str, str]:
+    """Of the packages by which this process compresses."""
+    return {name: version(name) for name in _PACKAGES}
+
+
+def weights_beside_card(folder: Path) -> list[Path]:
+    """The files that a card's SHA-256 is of."""
+    return sorted(path for path in folder.glob("*.safetensors") if path.is_file())
+
+
+def sha256_of(files: list[Path]) -> str:
+    """SHA-256 of files, one after the other."""
+    checksum = hashlib.sha256()
+    for file in files:
+        checksum.update(file.read_bytes())
+    return checksum.hexdigest()
+
+
+def _code_text(codes: set[Code], rotation: int) -> str:
+    if not codes:
+        return ""
+    windows = sorted({code.window_bits for code in codes})
+    rates = [code.bits_per_weight for code in codes]
+    low, high = (f"{rate:.4g}" for rate in (min(rates), max(rates)))
+    rate = f"{low} bits per weight" if low == high else f"{low} to {high} bits per weight, by tensor and row"
+    turned = f", Hadamard rotation up to {rotation} wide" if rotation > 1 else ""
+    return f"windows of {' and '.join(map(str, windows))} bits, {rate}{turned}"
+
+
+def _only_seed(codes: set[Code]) -> int | None:
+    seeds = {code.seed for code in codes}
+    return seeds.pop() if len(seeds) == 1 else None

@@ -1,0 +1,18 @@
+"""A few kills, races and small disks, so that the driver of `make chaos` stays alive."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_few_kills_races_and_small_disks_find_every_output_whole_or_absent() -> None:
+    options = ["--kills", "10", "--races", "2", "--disks", "3"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.chaos", *options], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.search(r"^(\d+) kills", done.stdout, re.MULTILINE)
+    assert found and int(found[1]) >= 10, done.stdout
