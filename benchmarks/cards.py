@@ -19,13 +19,14 @@ from record import RESULTS, ROOT
 
 import miracle_hub
 from miracle_hub.codec.inspection import Inspection
-from miracle_hub.hub.card import update_card
+from miracle_hub.hub.card import read_metadata, update_card
 from miracle_hub.hub.facts import CardFacts, Evaluation, facts_of_folder, facts_of_network
 from miracle_hub.hub.plots import write_plots
 from miracle_hub.hub.variational import stream_header
 
 CARDS = ROOT / "model_cards"
 _MINILM = "all-MiniLM-L6-v2-2-bits"
+_MINILM_BASE = "sentence-transformers/all-MiniLM-L6-v2"
 _RATE = 2.0
 _LENET = "lenet-5-mnist"
 _LENET_RUN = "mean-kl-12420-0"
@@ -78,7 +79,8 @@ def minilm() -> Path:
                 "No calibration data: what was minimized is the squared error of the weights.",
             ),
         )
-        update_card(out, facts, base="sentence-transformers/all-MiniLM-L6-v2")
+        head = read_metadata(out / "README.md")
+        update_card(out, facts, metadata=head, base=_MINILM_BASE, name=_MINILM_BASE)
         return Path(shutil.copy(out / "README.md", CARDS / f"{_MINILM}.md"))
 
 
@@ -93,17 +95,17 @@ def lenet(run: str = _LENET_RUN) -> Path:
     certificate = miracle_hub.certify_network(LeNet5(), path, batches, fitted=True)
     network = LeNet5()
     n_weights = sum(parameter.numel() for parameter in network.parameters())
-    command = f"python benchmarks/lenet.py --bits {options['bits']} --seed {options['seed']}"
+    command = lenet_command(options)
     facts = measured_by(facts_of_network(path, stream_header(path, network), n_weights), result)
     facts = replace(
         facts,
         dense_bytes=4 * n_weights,
         evaluations=(
-            Evaluation("MNIST test error, %", results["test_error"], None, command),
+            Evaluation("MNIST test error, %", round(results["test_error"], 4), None, command),
             Evaluation(
                 "MNIST error on 5,000 training images held back, %, before and after coding",
-                results["validation_error"],
-                results["validation_error_before_coding"],
+                round(results["validation_error"], 4),
+                round(results["validation_error_before_coding"], 4),
                 command,
             ),
         ),
@@ -116,6 +118,21 @@ def lenet(run: str = _LENET_RUN) -> Path:
         card = Path(folder)
         update_card(card, facts, metadata=head, name="LeNet-5 on MNIST", usage=_LENET_USAGE)
         return Path(shutil.copy(card / "README.md", CARDS / f"{_LENET}.md"))
+
+
+def lenet_command(options: dict[str, Any]) -> str:
+    """What repeats a run: its bits, its seed, and whatever else is not as by default."""
+    from lenet import arguments
+
+    given, sys.argv = sys.argv, sys.argv[:1]
+    try:
+        defaults = vars(arguments())
+    finally:
+        sys.argv = given
+    named = {name: value for name, value in options.items() if value != defaults.get(name)}
+    named = {name: options[name] for name in ("bits", "seed")} | named
+    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in named.items())
+    return f"python benchmarks/lenet.py {flags}"
 
 
 def _kl_plot(rows: list[dict[str, Any]], folder: Path) -> tuple[str, ...]:

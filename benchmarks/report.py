@@ -72,6 +72,7 @@ def speed() -> str:
     decode = {tuple(r["code"]): r["weights_per_second"] / 1e6 for r in throughput["decode"]}
     payload = {r["rotation"]: r["weights_per_second"] / 1e6 for r in throughput["payload"]}
     process, call, warm = (load_time[key] for key in ("process", "from_pretrained", "warm"))
+    verify = load("verify_time")["results"]
     machine = load("throughput")["machine"]
     return "\n".join(
         [
@@ -86,6 +87,8 @@ def speed() -> str:
             f"call alone {call['ratio']:.2f} times, a repeated call in the same process "
             f"{warm['compressed_seconds']:.2f} s against {warm['dense_seconds']:.2f} s (a dense load only "
             "maps the file);",
+            f"- `verify` of it, which reads and decodes every byte: {verify['call']['ratio']:.2f} times the "
+            f"first `from_pretrained` of a process, {verify['warm']['ratio']:.2f} times a repeated one;",
             f"- a {memory['checkpoint_bytes'] / 1e9:.2f} GB checkpoint in five shards compresses in "
             f"{memory['compress']['peak_rss_mb']:,} MB of resident memory (importing the package takes "
             f"{memory['import_only']['peak_rss_mb']:,} MB) and decompresses in "
@@ -116,11 +119,12 @@ def fine_tuning() -> str:
         )
     found = load("sst2")["results"]
     dense, coded = found["dense"], found["variational"]
+    rate, steps = coded["options"][0]["bits_per_weight"], f"{dense['steps']:,.0f}"
     step = load("variational_step")["results"]
     lines += [
         "",
-        f"all-MiniLM-L6-v2 with a head on SST-2, {dense['steps']:,} steps each: dense {dense['test']:.1f} %, "
-        f"at {found['options']['bits_per_weight']} bit per coded weight {coded['test']:.1f} % "
+        f"all-MiniLM-L6-v2 with a head on SST-2, {steps} steps each: dense {dense['test']:.1f} %, at {rate} "
+        f"bit per coded weight {coded['test']:.1f} % "
         f"({coded['bits_per_weight_whole_file']:.2f} bits over the whole file). A variational step (batch "
         f"32 × 64 tokens) takes {step['mean-kl']['seconds_ratio']:.2f} times the time and "
         f"{step['mean-kl']['memory_mb_ratio']:.2f} times the memory of a plain one. `make bench-fit` repeats "

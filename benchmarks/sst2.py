@@ -1,6 +1,7 @@
 """all-MiniLM-L6-v2 with a head on SST-2: one bit per coded weight against a dense fine-tuning of equal steps.
 
-    python benchmarks/sst2.py [--steps 1500 --bits-per-weight 1.0 --seed 0]
+    python benchmarks/sst2.py --seed 0       # both kinds: results/sst2/dense-0.json, variational-0.json
+    python benchmarks/sst2.py --report       # means over all runs so far → results/sst2.json
 
 Both see the same batches for the same number of steps, refits included. `dev.tsv`, a part of the official
 training set, is for choosing settings; `test.tsv`, the official development set, is read once, at the end.
@@ -8,13 +9,14 @@ training set, is for choosing settings; `test.tsv`, the official development set
 
 import argparse
 import json
+import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from record import DATA, record
+from record import DATA, RESULTS, record
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -124,23 +126,40 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--kl-block", type=int, default=128)
     p.add_argument("--kinds", default="dense,variational")
     p.add_argument("--threads", type=int, default=2)
-    p.add_argument("--name", default="sst2")
+    p.add_argument("--report", action="store_true")
     return p.parse_args()
 
 
-def main() -> None:
-    a = arguments()
+def one(a: argparse.Namespace) -> None:
+    """Both kinds, or those asked for; every run is a file."""
     torch.set_num_threads(a.threads)
-    run, found = Run(a), {"options": vars(a)}
+    run = Run(a)
     for kind in a.kinds.split(","):
         torch.manual_seed(a.seed)
         model = AutoModelForSequenceClassification.from_pretrained(source(), num_labels=2)
         started = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
-            found[kind] = getattr(run, kind)(model, folder)
-        found[kind]["seconds"] = time.monotonic() - started
-        print(json.dumps({kind: found[kind]}), flush=True)
-    record(a.name, found)
+            found = getattr(run, kind)(model, folder)
+        found |= {"seconds": time.monotonic() - started, "options": vars(a)}
+        print(json.dumps(found), flush=True)
+        record(f"sst2/{kind}-{a.seed}", found)
+
+
+def report() -> None:
+    """Means and single figures of all runs in results/sst2/."""
+    found: dict[str, dict[str, Any]] = {}
+    for kind in ("dense", "variational"):
+        paths = sorted((RESULTS / "sst2").glob(f"{kind}-*.json"))
+        runs = [json.loads(path.read_text())["results"] for path in paths]
+        names = [name for name in runs[0] if name != "options"]
+        found[kind] = {name: statistics.mean(run[name] for run in runs) for name in names}
+        found[kind] |= {"tests": [run["test"] for run in runs], "options": [run["options"] for run in runs]}
+    record("sst2", found)
+
+
+def main() -> None:
+    a = arguments()
+    report() if a.report else one(a)
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ def verify(source: Source, dense: Dense = None, revision: Revision = None, backe
         said = f"WRONG: {file.defect}" if file.defect else file.found
         typer.echo(_printable(f"{file.name}: {file.n_bytes:,} bytes, sha256 {file.sha256[:16]}…, {said}"))
     if found.defects:
-        typer.echo(_printable(f"{source}: not sound: {found.defects[0]}"), err=True)
+        typer.echo(_printable(f"miracle: {source}: not sound: {found.defects[0]}"), err=True)
         raise typer.Exit(1)
     typer.echo(f"{source}: every byte agrees\ndigest {found.digest}")
 

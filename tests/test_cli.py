@@ -90,6 +90,23 @@ def test_a_model_goes_through_all_three_verbs(run: Run, model: Path, tmp_path: P
     assert all(torch.equal(written[name], tensor) for name, tensor in decoded.items())
 
 
+def test_verify_has_a_line_for_every_file_and_says_in_its_status_whether_all_is_sound(
+    run: Run, model: Path, tmp_path: Path
+) -> None:
+    small, path = tmp_path / "small", tmp_path / "small" / "model.safetensors"
+    miracle_hub.compress(model, small, size="1.4kB", window_bits=8, progress=False)
+    digest, data = miracle_hub.inspect(small).digest, bytearray(path.read_bytes())
+    status, out, err = run("verify", small, "--dense", model)
+    assert (status, err) == (0, "") and out.endswith(f"{small}: every byte agrees\ndigest {digest}\n")
+    line = rf"{path.name}: {len(data):,} bytes, sha256 \w{{16}}…, 1 decoded, digest agrees, 1 plain, finite"
+    assert re.search(line, out) and out.count("\n") == 5  # README.md and config.json too
+    data[-1] ^= 1
+    path.write_bytes(data)
+    status, out, err = run("verify", small)
+    assert status == 1 and "model.safetensors: " in out and "WRONG: first.weight: " in out
+    assert err.startswith(f"miracle: {small}: not sound: first.weight: ") and err.count("\n") == 1
+
+
 def test_the_command_line_writes_what_the_function_writes(run: Run, model: Path, tmp_path: Path) -> None:
     excluded = ("--modules-to-not-convert", "norm", "--modules-to-not-convert", "bias")
     options = ("--bits-per-weight", 4, "--window-bits", 8, "--seed", 7, "--rotation", 4, "--no-progress")
@@ -116,6 +133,10 @@ def test_the_command_line_writes_what_the_function_writes(run: Run, model: Path,
         (("decompress", "{model}", "{empty}"), "the output folder exists"),
         (("inspect", "{empty}"), "expected model.safetensors or"),
         (("certify", "{model}", "--data", "d.tsv", "--fitted"), "expected a compressed repository"),
+        (("verify", "{empty}"), "not sound: {empty}: expected model.safetensors or"),
+        (("push", "{empty}", "user/name"), "expected model.safetensors or"),
+        (("push", "{model}", "user/name"), "expected a compressed folder, found one without any payload"),
+        (("compare", "{empty}", "{empty}", "--data", "d.txt"), "expected model.safetensors or"),
     ],
 )
 def test_an_error_is_one_line_on_standard_error_with_status_1(
@@ -125,7 +146,12 @@ def test_an_error_is_one_line_on_standard_error_with_status_1(
     places = {"empty": tmp_path / "empty", "out": tmp_path / "out", "model": model}
     status, out, err = run(*(argument.format(**places) for argument in arguments))
     assert status == 1 and out == ""
-    assert err.startswith("miracle: ") and message in err and err.count("\n") == 1 and err.endswith("\n")
+    assert (
+        err.startswith("miracle: ")
+        and message.format(**places) in err
+        and err.count("\n") == 1
+        and err.endswith("\n")
+    )
     assert not (tmp_path / "out").exists()
 
 

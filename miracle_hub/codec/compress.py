@@ -309,27 +309,27 @@ class _Writer:
     def write(self, stages: list[list[OutputFile]], progress: bool) -> list[str]:
         """The files of all stages; returns the digest of the first n stages, for every n."""
         n_weights = sum(plan.source.n_weights for plan in self.plans.values() if not plan.reason)
-        digests: list[dict[str, int]] = []
-        options = dict(unit="weights", unit_scale=True, desc="compress", disable=not progress)
-        with tqdm(total=n_weights * len(stages), **options) as bar:
-            for number, files in enumerate(stages, 1):
-                digests.append({})
-                by_entry = {stage_name(name, number): plan for name, plan in self.plans.items()}
-
-                def data(
-                    entry: Entry, number: int = number, by_entry: dict[str, TensorPlan] = by_entry
-                ) -> bytes:
-                    plan = by_entry[entry.name]
-                    raw, is_payload = self._data(plan, number)
-                    if is_payload:
-                        digests[-1][entry.name] = decode_header(raw, entry.name)[0].digest
-                        bar.update(plan.source.n_weights)
-                    return raw
-
-                for file in files:
-                    write_file(self.folder / file.name, file.entries, file.metadata, data)
+        total, off = n_weights * len(stages), not progress
+        with tqdm(total=total, unit="weights", unit_scale=True, desc="compress", disable=off) as bar:
+            digests = [self._write_stage(number, files, bar) for number, files in enumerate(stages, 1)]
         self._write_indices(stages)
         return stage_digests(digests)
+
+    def _write_stage(self, number: int, files: list[OutputFile], bar: tqdm) -> dict[str, int]:
+        """The files of one stage; returns the digests of its payloads."""
+        plans = {stage_name(name, number): plan for name, plan in self.plans.items()}
+        digests: dict[str, int] = {}
+
+        def data(entry: Entry) -> bytes:
+            raw, is_payload = self._data(plans[entry.name], number)
+            if is_payload:
+                digests[entry.name] = decode_header(raw, entry.name)[0].digest
+                bar.update(plans[entry.name].source.n_weights)
+            return raw
+
+        for file in files:
+            write_file(self.folder / file.name, file.entries, file.metadata, data)
+        return digests
 
     def _data(self, plan: TensorPlan, stage: int) -> tuple[bytes, bool]:
         """What the file holds of a tensor, and whether that is a payload."""

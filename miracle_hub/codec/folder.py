@@ -64,6 +64,32 @@ def temporary_beside(out: Path) -> Iterator[Path]:
             os.close(lock)
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Make a folder, if there is none, that no other run may use until the block ends.
+
+    Raises:
+        OutputExistsError: another run uses it.
+        OutputWriteError: it cannot be made.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = _lock(folder)
+    except BlockingIOError:
+        raise OutputExistsError(
+            f"{folder}: expected no other run that uses this folder, found one; wait for its end, or choose "
+            "another output"
+        ) from None
+    except OSError:  # there are no locks here
+        lock = None
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
 def refuse_overlap(source: Path, out: Path) -> None:
     """Raise if writing `out` could touch `source`.
 

@@ -187,11 +187,11 @@ def companion_files(folder: Path, weights: list[Path]) -> Iterator[Path]:
             relative.name in skipped or relative.name.endswith((".safetensors", ".index.json"))
         )
         if path.is_file() and not hidden and not top_weight and path.suffix not in _OTHER_WEIGHTS:
-            _refuse_leaving(path, folder)
+            refuse_leaving(path, folder)
             yield relative
 
 
-def _refuse_leaving(path: Path, folder: Path) -> None:
+def refuse_leaving(path: Path, folder: Path) -> None:
     """Raise if a file is a link to elsewhere: a copy would publish whatever a stranger's link points to.
 
     Raises:

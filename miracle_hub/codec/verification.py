@@ -14,7 +14,13 @@ from torch import Tensor
 
 from miracle_hub.codec.decompress import StoredTensor, read_stage_digests, stored_digest, stored_tensors
 from miracle_hub.codec.network import STREAM
-from miracle_hub.codec.source import SourceTensor, indexed_files, list_tensors, weight_files
+from miracle_hub.codec.source import (
+    SourceTensor,
+    indexed_files,
+    list_tensors,
+    refuse_leaving,
+    weight_files,
+)
 from miracle_hub.codec.stages import MAX_STAGES, stage_of
 from miracle_hub.codec.tensor import TORCH_DTYPES, decode_payload
 from miracle_hub.coding.backend import Backend, choose
@@ -24,7 +30,7 @@ from miracle_hub.format.network import read_start
 from miracle_hub.format.payload import is_payload
 
 _CHUNK = 1 << 20
-_GIT_DIGITS = 40
+_HASH = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 _INDEX_ENDING = ".safetensors.index.json"
 _STAGES_INDEX = re.compile(r"model\.stages-([1-9])\.safetensors\.index\.json")
 _SHARD = re.compile(r"model(\.stage-[1-9])?(-\d{5}-of-\d{5})?\.safetensors")
@@ -80,7 +86,7 @@ def verify_folder(path: Path, *, dense: Path | None = None, backend: str = "auto
     source = None if dense is None else list_tensors(weight_files(dense))
     for file in [path] if path.is_file() else list(visible_files(path)):
         name = file.name if path.is_file() else file.relative_to(path).as_posix()
-        n_bytes, sha256 = file.stat().st_size, file_sha256(file)
+        n_bytes, sha256 = file.stat().st_size, sha256_of(file)
         try:
             _check_cached(file, sha256)
             found, coded = _check_file(file, chosen)
@@ -99,18 +105,24 @@ def verify_folder(path: Path, *, dense: Path | None = None, backend: str = "auto
 
 
 def visible_files(folder: Path) -> Iterator[Path]:
-    """Every file of a folder but hidden ones, in order."""
+    """Every file of a folder but hidden ones, in order.
+
+    Raises:
+        SourceError: one is a link that leaves the folder.
+    """
     for path in sorted(folder.rglob("*")):
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            refuse_leaving(path, folder)
             yield path
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal."""
+def sha256_of(*paths: Path) -> str:
+    """SHA-256 of files, one after the other, hexadecimal; a piece of them is in memory at a time."""
     checksum = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            checksum.update(chunk)
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                checksum.update(chunk)
     return checksum.hexdigest()
 
 
@@ -121,10 +133,10 @@ def _check_cached(file: Path, sha256: str) -> None:
         ChecksumError: the blob has other content.
     """
     blob = file.resolve()
-    if not file.is_symlink() or blob.parent.name != "blobs":
+    if not file.is_symlink() or blob.parent.name != "blobs" or not _HASH.fullmatch(blob.name):
         return
     found = sha256
-    if len(blob.name) == _GIT_DIGITS:
+    if len(blob.name) != len(sha256):
         data = file.read_bytes()
         found = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
     if found != blob.name:

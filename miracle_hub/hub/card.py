@@ -11,10 +11,12 @@ from yaml import YAMLError
 
 from miracle_hub.codec.artifact import read_config, read_quantization
 from miracle_hub.codec.compress import Report
+from miracle_hub.codec.folder import temporary_beside
+from miracle_hub.codec.verification import sha256_of
 from miracle_hub.config import QUANT_METHOD
 from miracle_hub.errors import DataError
 from miracle_hub.format.container import writing
-from miracle_hub.hub.facts import CardFacts, facts_of_folder, sha256_of, versions, weights_beside_card
+from miracle_hub.hub.facts import CardFacts, facts_of_folder, versions, weights_beside_card
 
 # In the package, so that every installation has it; model_cards/template.md is a link to it.
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -77,23 +79,18 @@ def update_card(
     is_plugin = read_quantization(folder).get("quant_method") == QUANT_METHOD
     base = base or (head.get("base_model") if isinstance(head.get("base_model"), str) else None)
     data = _completed(head, facts, base, is_plugin and "model_type" in config)
-    section = rendered(
-        data,
-        facts,
-        base,
-        name,
-        usage or _usage(config, repo_id or PLACEHOLDER, is_plugin),
-        is_plugin,
-        repo_id,
-    )
+    usage = usage or ("" if is_plugin else _kept_usage(text, repo_id))
+    usage = usage or _usage(config, repo_id or PLACEHOLDER, is_plugin)
+    section = rendered(data, facts, base, name, usage, is_plugin, repo_id)
     if text.strip():
         own = _SECTION.search(section)
         assert own is not None
         has_own = _SECTION.search(text) is not None
         body = _SECTION.sub(lambda _: own[0], text) if has_own else f"{text.rstrip()}\n\n{own[0]}\n"
         section = f"---\n{data.to_yaml()}\n---\n{body}"
-    with writing(path):
-        path.write_text(section, encoding="utf-8")
+    with temporary_beside(path) as temporary, writing(path):  # a kill must not cost a user's own text
+        (temporary / path.name).write_text(section, encoding="utf-8")
+        (temporary / path.name).replace(path)
 
 
 def rendered(
@@ -148,6 +145,14 @@ def _completed(head: dict[str, Any], facts: CardFacts, base: str | None, loads: 
     return ModelCardData(ignore_metadata_errors=True, **head)
 
 
+def _kept_usage(text: str, repo_id: str) -> str:
+    """The code in a measured section that only its writer can know, with the repository's id of now."""
+    section = _SECTION.search(text)
+    code = re.search(r"```python\n(.*?)\n```", section[0], re.DOTALL) if section else None
+    call = re.compile(r'(from_pretrained|hf_hub_download|load_state_dict)\("[^"]*"')
+    return call.sub(lambda m: f'{m[1]}("{repo_id or PLACEHOLDER}"', code[1]) if code else ""
+
+
 def _usage(config: dict[str, Any], repo_id: str, is_plugin: bool) -> str:
     if not is_plugin:
         return f'import miracle_hub\n\nweights = miracle_hub.load_state_dict("{repo_id}")'
@@ -185,12 +190,12 @@ def stale_card(folder: Path) -> str:
     facts = read_metadata(folder / "README.md").get("miracle") if folder.is_dir() else None
     expected = facts.get("sha256") if isinstance(facts, dict) else None
     files = weights_beside_card(folder)
-    if expected is None or expected in (sha256_of(files), *(sha256_of([file]) for file in files)):
+    if expected is None or expected in (sha256_of(*files), *(sha256_of(file) for file in files)):
         return ""
     return (
-        f"{folder / 'README.md'}: expected weight files of SHA-256 {expected}, found {sha256_of(files)}; "
-        "they are damaged: download them again. If they were changed on purpose, remove `miracle` from the card's "
-        "head"
+        f"{folder / 'README.md'}: expected weight files of SHA-256 {expected}, found {sha256_of(*files)}; "
+        "they are damaged: download them again. If they were changed on purpose, remove `miracle` from the "
+        "card's head"
     )
 
 

@@ -5,19 +5,19 @@ whoever measured them, travel in the card's metadata under the key `miracle`, an
 SHA-256 only.
 """
 
-import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from miracle_hub.codec.artifact import read_quantization
 from miracle_hub.codec.inspection import Inspection, inspect_folder
 from miracle_hub.codec.network import STREAM, read_network
 from miracle_hub.codec.source import item_bits
-from miracle_hub.config import QUANT_METHOD, Code
+from miracle_hub.codec.verification import sha256_of
+from miracle_hub.config import Code
 from miracle_hub.errors import DataError
 from miracle_hub.format.network import NetworkHeader, read_start
 
@@ -54,6 +54,7 @@ class CardFacts:
         versions: of the packages that compressed.
         hardware: that compressed and evaluated.
         plots: paths of PNGs, relative to the card.
+        is_stream: of a network's stream, of which its files do not say everything.
     """
 
     n_bytes: int
@@ -69,6 +70,7 @@ class CardFacts:
     certificate: str = ""
     limits: tuple[str, ...] = ()
     plots: tuple[str, ...] = ()
+    is_stream: bool = False
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -77,9 +79,11 @@ class CardFacts:
 
     def carried(self) -> dict[str, Any]:
         """Those that cannot be read from the files again, as JSON has them, and the files they hold for."""
-        found = {name: value for name, value in asdict(self).items() if name in _CARRIED and value}
+        names = (*_CARRIED, *(_OF_MODULE if self.is_stream else ()))
+        found = {name: value for name, value in asdict(self).items() if name in names and value}
         if self.evaluations:
-            found["evaluations"] = [{n: v for n, v in vars(e).items() if v} for e in self.evaluations]
+            rows = [vars(evaluation).items() for evaluation in self.evaluations]
+            found["evaluations"] = [{n: v for n, v in row if v not in (None, "")} for row in rows]
         return json.loads(json.dumps({"sha256": self.sha256, **found})) if found else {}
 
     def with_carried(self, given: object, where: str) -> "CardFacts":
@@ -91,15 +95,20 @@ class CardFacts:
         found = _checked(given, where)
         if found.pop("sha256", self.sha256) != self.sha256:
             return self
+        if not self.is_stream:
+            found = {name: value for name, value in found.items() if name not in _OF_MODULE}
         return replace(self, **found)
 
 
 _CARRIED = ("dense_bytes", "versions", "hardware", "evaluations", "certificate", "limits")
+# What only the module of a network's stream knows.
+_OF_MODULE = ("n_weights", "digest", "code")
 
 
 def _checked(given: object, where: str) -> dict[str, Any]:
     """Carried facts, typed; a stranger may have written them."""
-    texts: dict[str, type] = {"sha256": str, "hardware": str, "certificate": str, "dense_bytes": int}
+    texts: dict[str, type] = dict.fromkeys(("sha256", "hardware", "certificate", "digest", "code"), str)
+    texts |= {"dense_bytes": int, "n_weights": int}
     lists = {"evaluations": _evaluation, "limits": _text}
     if not isinstance(given, dict):
         raise _unfit(where, "a JSON object of measured facts", given)
@@ -124,7 +133,7 @@ def _evaluation(given: Any, where: str) -> Evaluation:
     ):
         raise _unfit(where, "evaluations with what, after and perhaps before and command", given)
     numbers = (given["after"], given.get("before") or 0.0)
-    if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers):
+    if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
         raise _unfit(where, "numbers in before and after", given)
     return Evaluation(**given)
 
@@ -166,12 +175,11 @@ def facts_of_folder(folder: Path, inspection: Inspection | None = None) -> CardF
     if len(files) == 1 and any(tensor.name == STREAM for tensor in inspection.tensors):
         return _facts_of_stream(files[0])
     rotation = max((tensor.rotation for tensor in coded), default=1)
-    compressed = read_quantization(folder).get("quant_method") == QUANT_METHOD
     return CardFacts(
         n_bytes=inspection.file_bytes,
-        sha256=sha256_of(files),
+        sha256=sha256_of(*files),
         n_weights=inspection.n_weights,
-        digest=inspection.digest if compressed else "",
+        digest=inspection.digest if coded else "",
         code=_code_text(codes, rotation),
         seed=_only_seed(codes),
         dense_bytes=sum(t.n_weights * item_bits(t.dtype) // 8 for t in inspection.tensors),
@@ -180,7 +188,7 @@ def facts_of_folder(folder: Path, inspection: Inspection | None = None) -> CardF
 
 def facts_of_network(path: Path, header: NetworkHeader | None, n_weights: int) -> CardFacts:
     """The same of a file of `save`, whose stream's header is read with the module; None: it has none."""
-    found = _facts_of_stream(path) if header else CardFacts(path.stat().st_size, sha256_of([path]))
+    found = _facts_of_stream(path) if header else CardFacts(path.stat().st_size, sha256_of(path))
     if header is not None:
         bits = header.code.message_bits(header.n_values)
         code = f"{found.code}; a message of {bits:,} bits stands for {header.n_values:,} values"
@@ -193,7 +201,7 @@ def _facts_of_stream(path: Path) -> CardFacts:
     (window, step, weights, seed), n_tensors, _ = read_start(stream, str(path))
     rate = f"{step / weights:.4g} bits per value"
     code = f"one stream of {n_tensors} tensors, windows of {window} bits, {rate}"
-    return CardFacts(path.stat().st_size, sha256_of([path]), code=code, seed=seed)
+    return CardFacts(path.stat().st_size, sha256_of(path), code=code, seed=seed, is_stream=True)
 
 
 def versions() -> dict[str, str]:
@@ -204,14 +212,6 @@ def versions() -> dict[str, str]:
 def weights_beside_card(folder: Path) -> list[Path]:
     """The files that a card's SHA-256 is of."""
     return sorted(path for path in folder.glob("*.safetensors") if path.is_file())
-
-
-def sha256_of(files: list[Path]) -> str:
-    """SHA-256 of files, one after the other."""
-    checksum = hashlib.sha256()
-    for file in files:
-        checksum.update(file.read_bytes())
-    return checksum.hexdigest()
 
 
 def _code_text(codes: set[Code], rotation: int) -> str:

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from miracle_hub.codec.compress import Report
-from miracle_hub.codec.folder import refuse_existing
+from miracle_hub.codec.folder import alone_in, refuse_existing
 from miracle_hub.errors import DataError, MiracleError, OptionError, OutputWriteError
 from miracle_hub.format.container import WRITE_ERRORS
 from miracle_hub.hub.data import Split, read_split
@@ -96,22 +96,24 @@ def fit(
         DataError: the data lack a column, a label or any row.
         OptionError, BudgetError: an option is out of range.
         TrainingError: a loss is not finite.
-        OutputExistsError: `out` exists. OutputWriteError: it, or a checkpoint, cannot be written.
+        OutputExistsError: `out` exists, or another process is fitting it.
+        OutputWriteError: it, or a checkpoint, cannot be written.
     """
     _check(task, Path(out), overwrite)
     splits, folder = read_split(data, task, text_columns, label_column, seed), Path(f"{out}-fit")
     options: dict[str, Any] = dict(target_modules=target_modules, parametrization=parametrization, seed=seed)
     config = MiracleConfig(bits_per_weight=bits_per_weight, **options)
     arguments = _arguments(folder, epochs, steps, batch_size, learning_rate, seed, progress)
-    trainer = _trainer(source, splits, arguments, config, max_length)
-    checkpoint = folder / "coding.safetensors"
-    fitted = _train(trainer, folder, checkpoint, resume)
-    set_seed(seed)  # or where coding begins would depend on how often training was interrupted
-    coding = CodingOptions(groups, refit_steps, learning_rate / 3)
-    report = trainer.compress(
-        out, options=coding, checkpoint=checkpoint, log_folder=folder, overwrite=overwrite
-    )
-    return FitReport(report, fitted, _figures(trainer))
+    with alone_in(folder):
+        trainer = _trainer(source, splits, arguments, config, max_length)
+        checkpoint = folder / "coding.safetensors"
+        fitted = _train(trainer, folder, checkpoint, resume)
+        set_seed(seed)  # or where coding begins would depend on how often training was interrupted
+        coding = CodingOptions(groups, refit_steps, learning_rate / 3)
+        report = trainer.compress(
+            out, options=coding, checkpoint=checkpoint, log_folder=folder, overwrite=overwrite
+        )
+        return FitReport(report, fitted, _figures(trainer))
 
 
 def _check(task: str, out: Path, overwrite: bool) -> None:

@@ -9,7 +9,7 @@ from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
 from huggingface_hub.utils import filter_repo_objects
 from torch import nn
 
-from miracle_hub.codec.verification import file_sha256, visible_files
+from miracle_hub.codec.verification import sha256_of, visible_files
 from miracle_hub.errors import MissingWeightsError
 from miracle_hub.hub.card import PLACEHOLDER, carried_facts, update_card
 from miracle_hub.hub.facts import facts_of_network
@@ -100,7 +100,7 @@ class MiracleHubMixin(PyTorchModelHubMixin):
                 names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
             )
             return upload(
-                folder, repo_id, {name: file_sha256(folder / name) for name in chosen}, private=private,
+                folder, repo_id, {name: sha256_of(folder / name) for name in chosen}, private=private,
                 revision=branch, token=token, message=commit_message, path_in_repo=subfolder,
                 keep_card=variant is not None, create_pr=create_pr, delete_patterns=delete_patterns,
             )  # fmt: skip

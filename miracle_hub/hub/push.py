@@ -14,7 +14,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from miracle_hub.codec.inspection import inspect_folder
 from miracle_hub.codec.source import weight_files
-from miracle_hub.codec.verification import Verification, file_sha256, visible_files
+from miracle_hub.codec.verification import Verification, sha256_of, visible_files
 from miracle_hub.errors import DataError, RemoteMismatchError, SourceError, UploadError
 from miracle_hub.hub.api import verify
 from miracle_hub.hub.card import carried_facts, update_card
@@ -129,7 +129,7 @@ def _checksums(folder: Path, verification: Verification) -> dict[str, str]:
     for path in visible_files(folder):
         name = path.relative_to(folder).as_posix()
         is_new = name == "README.md" or name.startswith(f"{_PLOTS}/")
-        found[name] = verified[name] if name in verified and not is_new else file_sha256(path)
+        found[name] = verified[name] if name in verified and not is_new else sha256_of(path)
     return found
 
 

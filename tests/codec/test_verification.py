@@ -185,6 +185,14 @@ def test_the_dense_model_must_be_the_one_that_was_compressed(
         verify_folder(compressed, dense=model.parent / "nothing")
 
 
+def test_kept_files_of_every_version_are_sound() -> None:
+    golden = Path(__file__).parents[1] / "golden"
+    for path in sorted(golden.glob("repository_*[0-9]")):
+        assert verify_folder(path).defects == () and verify_folder(path).n_coded > 0
+    found = verify_folder(golden / "network_1.safetensors")
+    assert found.defects == () and found.n_coded > 0 and "CRC-32 agrees" in found.files[0].found
+
+
 def test_a_folder_without_weights_is_not_sound(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert "expected model.safetensors or" in only_defect(tmp_path)

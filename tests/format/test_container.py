@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from miracle_hub.errors import FormatError, OutputExistsError, OutputWriteError
@@ -71,6 +72,13 @@ def test_a_full_disk_names_the_file_and_says_what_to_do() -> None:
     assert str(raised.value) == (
         "/models/out: cannot be written: No space left on device; free some space and run it again"
     )
+
+
+def test_a_full_disk_is_named_when_safetensors_writes() -> None:
+    said = "Error while serializing: I/O error: No space left on device (os error 28)"
+    with pytest.raises(OutputWriteError, match=r"^/models/out: .* \(os error 28\); free some space"):
+        with writing(Path("/models/out")):
+            raise SafetensorError(said)
 
 
 def test_errors_of_our_own_pass_through_unchanged() -> None:

@@ -147,7 +147,7 @@ class LoopbackHub:
         repositories: by id, to look at what a client wrote.
         requests: every answered request as (method, path, status).
         faults: status, DROP_CONNECTION or Fault for every request whose path contains the key.
-        has_ranges: whether a part of a file can be had, as a client that resumes a download wants it.
+        without_ranges: repositories whose files can only be had whole, also by a client that has a part.
         uploads: LFS objects that have arrived, by SHA-256.
     """
 
@@ -155,7 +155,7 @@ class LoopbackHub:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[tuple[str, str, int]] = []
         self.faults: dict[str, int | Fault] = {}
-        self.has_ranges = True
+        self.without_ranges: set[str] = set()
         self.uploads: dict[str, bytes] = {}
         self._lock = threading.Lock()
         self._server = _server(self)
@@ -204,8 +204,9 @@ class LoopbackHub:
     def answer(self, method: str, url: str, headers: Message, body: bytes) -> Answer:
         """The answer to one request."""
         parts = urlsplit(url)
+        path = parts.path.removeprefix("/mirror")  # it is its own mirror, below another path
         for verb, pattern, respond in _ROUTES:
-            match = pattern.fullmatch(parts.path)
+            match = pattern.fullmatch(path)
             if match and method in (verb, "HEAD" if verb == "GET" else verb):
                 fields = {name: unquote(value) for name, value in match.groupdict().items()}
                 query = dict(parse_qsl(parts.query))
@@ -268,7 +269,7 @@ class LoopbackHub:
         if blob.is_lfs:
             headers |= {"X-Linked-ETag": f'"{blob.oid}"', "X-Linked-Size": str(len(blob.data))}
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range") or "")
-        if not wanted or not self.has_ranges:
+        if not wanted or repository.repo_id in self.without_ranges:
             return Answer(blob.data, headers=headers)
         first, last = int(wanted[1]), min(int(wanted[2] or len(blob.data)), len(blob.data) - 1)
         if first > last:
@@ -286,7 +287,9 @@ class LoopbackHub:
         url = f"{self.url}/{repo_id}"
         if repo_id in self.repositories:
             raise HubError(409, "Conflict", "You already created this model repo", url=url)
-        repository = Repository(repo_id, wanted.get("visibility") == "private")
+        # As later clients say it, and as those before 1.7 did.
+        is_private = wanted.get("visibility") == "private" or bool(wanted.get("private"))
+        repository = Repository(repo_id, is_private)
         repository.commit("main", {})
         self.repositories[repo_id] = repository
         return Answer.of_json({"id": repo_id, "name": repo_id, "url": url})

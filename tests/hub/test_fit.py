@@ -22,7 +22,9 @@ from transformers import (
 )
 
 import miracle_hub
+from miracle_hub.codec.folder import alone_in
 from miracle_hub.errors import DataError, OptionError, OutputExistsError
+from miracle_hub.hub.trainer import MiracleTrainer
 
 pytest.importorskip("datasets", reason="fit needs the package datasets: pip install '.[fit]'")
 WORDS = ["good", "bad", "film", "a", "the", "very", "movie", "is", "awful", "nice"]
@@ -121,6 +123,37 @@ def test_a_fit_that_is_killed_while_coding_goes_on_to_the_same_file(
     again, complaint = start(source, stopped, tsv, True).communicate()
     assert again.splitlines()[-1] == digest.splitlines()[-1], complaint
     assert (stopped / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_a_fit_that_stops_between_training_and_coding_goes_on_without_another_step(
+    source: Path, tsv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    options: dict[str, Any] = dict(data=tsv, steps=3, groups=2, refit_steps=2, progress=False)
+    whole = miracle_hub.fit(source, tmp_path / "whole", **options)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(MiracleTrainer, "compress", stop)
+        miracle_hub.fit(source, tmp_path / "out", **options)
+    # A checkpoint that a kill has cut short is passed over.
+    (tmp_path / "out-fit" / "checkpoint-9").mkdir()
+    (tmp_path / "out-fit" / "checkpoint-9" / "trainer_state.json").write_text('{"global_step": 9,')
+    again = miracle_hub.fit(source, tmp_path / "out", resume=True, **options)
+    assert again.report.digest == whole.report.digest
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_two_fits_of_one_output_do_not_share_their_checkpoints(
+    source: Path, tsv: Path, tmp_path: Path
+) -> None:
+    with alone_in(tmp_path / "out-fit"), pytest.raises(OutputExistsError) as raised:
+        miracle_hub.fit(source, tmp_path / "out", data=tsv, steps=1, progress=False)
+    assert str(raised.value) == (
+        f"{tmp_path / 'out-fit'}: expected no other run that uses this folder, found one; wait for its end, or "
+        "choose another output"
+    )
 
 
 def refused(source: Path, tmp_path: Path, text: str, name: str = "d.csv", **options: Any) -> str:

@@ -38,10 +38,7 @@ ERRORS: dict[str, tuple[str, str]] = {
     "./models/bert": ("SourceError", f"{NEITHER} this is no Hub id (name or owner/name)"),
     "n" * 300: ("SourceError", f"{NEITHER} this is no Hub id (name or owner/name)"),
     "user/unbranched": ("SourceError", "no branch, tag or commit 'retrained'; check the spelling"),
-    "user/failing": (
-        "SourceError",
-        f"{UNREADABLE} (LocalEntryNotFoundError: Got: HfHubHTTPError: Server error",
-    ),
+    "user/failing": ("SourceError", f"{UNREADABLE} (HfHubHTTPError: Server error"),
     "user/hanging-up": ("SourceError", f"{UNREADABLE} (RemoteProtocolError: Server disconnected"),
     "user/behind-a-portal": ("SourceError", f"{UNREADABLE} (JSONDecodeError: "),
     "user/cut-off": ("SourceError", UNREADABLE),

@@ -229,9 +229,15 @@ def test_save_pretrained_pushes_too(here: LoopbackHub, tmp_path: Path) -> None:
 
 @UPLOADS_WARN
 def test_a_folder_of_the_mixin_is_pushed_by_the_verb(here: LoopbackHub, tmp_path: Path) -> None:
-    model = coded()
-    model.save_pretrained(tmp_path)
-    miracle_hub.push(tmp_path, "user/digits", token=TOKEN)
+    model, out, facts = coded(), tmp_path / "out", tmp_path / "facts.json"
+    model.save_pretrained(out)
+    before = (out / "README.md").read_text()
+    facts.write_text('{"evaluations": [{"what": "errors, %", "after": 0}]}')
+    miracle_hub.push(out, "user/digits", facts=facts, token=TOKEN)
+    text = here.repositories["user/digits"].files()["README.md"].data.decode()
+    assert 'model = Digits.from_pretrained("user/digits")' in text and "- errors, %: 0\n" in text
+    rows = [line for line in before.splitlines() if line.startswith("| ")]
+    assert len(rows) == 8 and all(row in text for row in rows)  # what only the module knows, too
     assert torch.equal(Digits.from_pretrained("user/digits", cache_dir=tmp_path / "cache")(X), model(X))
 
 

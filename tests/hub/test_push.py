@@ -159,6 +159,14 @@ def test_a_folder_that_another_model_was_compressed_to_is_not_pushed(
     assert f"{dense_bytes:,} (" in card(hub).text
 
 
+def test_a_link_that_leaves_the_folder_is_not_pushed(hub: TamperingHub, out: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("of this machine")
+    (out / "vocab.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(SourceError, match="found a link that leaves it"):
+        push(out)
+    assert hub.repositories == {}
+
+
 def test_what_is_no_compressed_folder_is_not_pushed(hub: TamperingHub, made: Path, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="found one without any payload"):
         push(made / "source")

@@ -38,7 +38,7 @@ def test_stages_load_as_the_decompressed_folder_of_as_many(
     staged: tuple[Any, Path], stages: int | None, tmp_path: Path
 ) -> None:
     auto, folder = staged
-    arguments = {} if stages is None else {"stages": stages}
+    arguments: dict[str, Any] = {} if stages is None else {"stages": stages}
     miracle_hub.decompress(folder, tmp_path / "dense", progress=False, **arguments)
     model, info = auto.from_pretrained(folder, output_loading_info=True, **arguments)
     twin, twin_info = auto.from_pretrained(tmp_path / "dense", output_loading_info=True)

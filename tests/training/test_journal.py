@@ -1,6 +1,7 @@
 """What coding reports as it goes."""
 
 import csv
+import errno
 import json
 import math
 from pathlib import Path
@@ -72,6 +73,23 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     message = str(raised.value)
     assert message.startswith(f"{tmp_path / 'file' / 'logs'}: the journal could not be written (")
     assert message.endswith("); choose another folder, or make room")
+
+
+def test_a_write_that_fails_leaves_the_rows_of_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(tmp_path)
+    journal.add(ROWS[0])
+
+    def full(self: Path, text: str) -> None:
+        self.write_bytes(text[:5].encode())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(OutputWriteError, match="No space left on device"):
+        patched.setattr(Path, "write_text", full)
+        journal.add(ROWS[1])
+    assert len(read(tmp_path)[1]) == 1
+    assert {path.name for path in tmp_path.iterdir()} == FILES - {"coding.png"}
 
 
 def test_coding_reports_group_after_group(tmp_path: Path) -> None:

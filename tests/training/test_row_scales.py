@@ -87,7 +87,7 @@ def test_weights_of_unlike_rows_are_drawn_with_equal_relative_noise() -> None:
 def test_the_file_holds_a_scale_per_row_and_decodes_to_the_model(
     parametrization: str, code: str, tmp_path: Path
 ) -> None:
-    model = wide(parametrization=parametrization, code=code)
+    model: Any = wide(parametrization=parametrization, code=code)
     miracle_hub.code_model(model, progress=False)
     miracle_hub.save(model, tmp_path / "model.safetensors")
     for stream in streams_of(model):
