@@ -151,8 +151,8 @@ def test_two_fits_of_one_output_do_not_share_their_checkpoints(
     with alone_in(tmp_path / "out-fit"), pytest.raises(OutputExistsError) as raised:
         miracle_hub.fit(source, tmp_path / "out", data=tsv, steps=1, progress=False)
     assert str(raised.value) == (
-        f"{tmp_path / 'out-fit'}: expected no other run that uses this folder, found one; wait for its end, or "
-        "choose another output"
+        f"{tmp_path / 'out-fit'}: expected no other run that uses this folder, found one; wait for its end, "
+        "or choose another output"
     )
 
 
