@@ -1,7 +1,7 @@
 """all-MiniLM-L6-v2 with a head on SST-2: one bit per coded weight against a dense fine-tuning of equal steps.
 
-Linear layers are fitted and coded at one bit; embeddings stay dense while training, and are coded at the end with
-what is left of the whole file's budget.
+Linear layers are fitted and coded at one bit; embeddings stay dense while training, and are coded at the end
+with what is left of the whole file's budget.
 
     python benchmarks/sst2.py --seed 0       # both kinds: results/sst2/dense-0.json, variational-0.json
     python benchmarks/sst2.py --report       # means over all runs so far → results/sst2.json

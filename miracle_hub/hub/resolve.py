@@ -68,7 +68,7 @@ def snapshot(repo_id: str, *, revision: str | None, **options: Any) -> Path:
 
 
 def _download(repo_id: str, **options: Any) -> Path:
-    """`snapshot_download`, also where clients before 2.0 give up for good.
+    """`snapshot_download`, also where older clients (1.5 is one) give up for good.
 
     Those keep what a broken download has left and go on from its end, even where it is longer than the file.
     """

@@ -72,8 +72,8 @@ def _once(name: str, make: Callable[[Path], object]) -> Path:
 def _save_dense(folder: Path) -> None:
     """A tiny BERT with its tokenizer."""
     folder.mkdir()
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *_WORDS]))
-    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *_WORDS]
+    BertTokenizer({word: i for i, word in enumerate(vocabulary)}).save_pretrained(folder)
     torch.manual_seed(0)
     sizes: dict[str, Any] = dict(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64

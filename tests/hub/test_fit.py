@@ -35,10 +35,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny BERT with its tokenizer."""
     folder = tmp_path_factory.mktemp("bert")
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    (folder / "vocab.txt").write_text("\n".join(vocabulary))
-    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    BertTokenizer({word: i for i, word in enumerate(vocabulary)}).save_pretrained(folder)
     torch.manual_seed(0)
-    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    sizes: dict[str, Any] = dict(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+    )
     BertModel(BertConfig(vocab_size=len(vocabulary), max_position_embeddings=64, **sizes)).save_pretrained(
         folder
     )
@@ -74,7 +75,9 @@ def test_a_classifier_learns_within_its_budget_and_loads_plainly(
 
 def test_a_language_model_is_fitted_to_text(source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "llama"
-    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    sizes: dict[str, Any] = dict(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
     LlamaForCausalLM(LlamaConfig(vocab_size=20, pad_token_id=0, **sizes)).save_pretrained(folder)
     BertTokenizer.from_pretrained(source).save_pretrained(folder)
     (tmp_path / "text.txt").write_text("\n".join(text for text, _ in sentences(200)))

@@ -415,7 +415,12 @@ def test_a_changed_buffer_is_parsed_again(llama: Repository, model: Any) -> None
 def test_a_model_can_be_copied_and_pickled(
     architecture: str, duplicate: Callable, repositories: Repositories
 ) -> None:
-    model = load(repositories(architecture))
+    repository = repositories(architecture)
+    try:
+        duplicate(repository.auto.from_pretrained(repository.source))
+    except AttributeError as error:
+        pytest.skip(f"this version of transformers cannot do it with a dense model: {error}")
+    model = load(repository)
     twin = duplicate(model)
     assert torch.equal(output(twin), output(model))
     assert_same_weights(twin.dequantize(), copy.deepcopy(model).dequantize())
