@@ -163,6 +163,8 @@ def one_kill(seed: int, number: int, kills: Counter[str]) -> int:
                 break
             left = check_left(verb, folder)
             kills[f"{verb.name}: {left}"] += 1
+            if left == "whole":
+                break
         check_next_run(verb, folder, check_left(verb, folder))
     except BaseException:
         print(f"seed {seed}, number {number}: {verb.name}, killed at {moments}, left {left}; {folder}")

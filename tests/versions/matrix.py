@@ -25,6 +25,8 @@ ROWS: dict[str, list[str]] = {
 TESTS = ["loading", "loading_backends", "loading_dtypes_and_devices", "loading_errors", "plugin"]
 TESTS += ["keep_compressed", "stages", "staged_hub", "hub", "hub_errors", "hub_faults", "loopback", "push"]
 TESTS += ["mixin", "trainer", "fit"]
+# datasets 4, the last that takes huggingface_hub 1.5, leaves CSV files open.
+OPTIONS = {"oldest": ["-W", "ignore:unclosed file:ResourceWarning"]}
 # It makes an environment from what is installed in that of the tests, which here is borrowed.
 SKIPPED = "tests/hub/test_plugin.py::test_in_an_environment_without_the_package_loading_fails"
 _VERSIONS = """
@@ -59,7 +61,18 @@ def test(name: str) -> dict[str, object]:
     python = environment(name)
     versions = json.loads(run(python, "-c", _VERSIONS))
     files = [f"tests/hub/test_{test}.py" for test in TESTS]
-    output = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--deselect", SKIPPED, *files)
+    output = run(
+        python,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--deselect",
+        SKIPPED,
+        *OPTIONS.get(name, []),
+        *files,
+    )
     print(output)
     counts = {kind: 0 for kind in ("passed", "failed", "error", "skipped")}
     counts |= {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|error|skipped)", output)}
@@ -72,8 +85,8 @@ def main() -> None:
         print(f"{name}:", *(f"{key} {value}" for key, value in row.items()))
     if any(row["failed"] or row["error"] or not row["passed"] for row in rows.values()):
         sys.exit("a pair that the package allows does not pass")
-    before = json.loads(PASSED.read_text()) if PASSED.exists() else {}
-    PASSED.write_text(json.dumps(before | rows, indent=1) + "\n")
+    rows = (json.loads(PASSED.read_text()) if PASSED.exists() else {}) | rows
+    PASSED.write_text(json.dumps({name: rows[name] for name in ROWS if name in rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

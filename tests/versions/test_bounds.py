@@ -14,7 +14,7 @@ def number(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("."))
 
 
-def tested(package: str) -> list[tuple[int, ...]]:
+def passing(package: str) -> list[tuple[int, ...]]:
     return sorted(number(row[package]) for row in PASSED.values())
 
 
@@ -27,14 +27,14 @@ def bounds(package: str) -> dict[str, tuple[int, ...]]:
 
 def test_the_bounds_are_the_oldest_and_newest_versions_that_pass() -> None:
     for package in ("transformers", "huggingface_hub"):
-        found, least = bounds(package), tested(package)[0]
+        found, least = bounds(package), passing(package)[0]
         assert least[: len(found[">="])] == found[">="] and not any(least[len(found[">="]) :]), package
-        major = tested(package)[-1][0]
+        major = passing(package)[-1][0]
         assert found["<"] == (major + 1,), package
 
 
 def test_every_pair_passed() -> None:
     assert PASSED.keys() == runpy.run_path(str(Path(__file__).with_name("matrix.py")))["ROWS"].keys()
     assert all(row["passed"] and not row["failed"] and not row["error"] for row in PASSED.values())
-    assert {version[0] for version in tested("huggingface_hub")} == {1, 2}
-    assert any(version[:2] == (5, 17) for version in tested("transformers"))
+    assert {version[0] for version in passing("huggingface_hub")} == {1, 2}
+    assert any(version[:2] == (5, 17) for version in passing("transformers"))
