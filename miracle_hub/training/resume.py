@@ -52,28 +52,35 @@ class Checkpoint:
         rows = [dataclasses.asdict(row) for row in coder.journal.rows]
         position = {"group": coder.group, "step": coder.step, "last_loss": coder.last_loss, "rows": rows}
         metadata = {"options": _options(coder), "position": json.dumps(position)}
-        # A folder, for safetensors writes to another name first: what a killed process leaves is found again.
-        partial = self.path.with_name(f".{self.path.name}.partial")
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            save_file(tensors, partial / "state", {**metadata, "crc": _crc(tensors, metadata)})
-            (partial / "state").replace(self.path)
+            self._clear_up()
+            self._partial.mkdir(parents=True)
+            save_file(tensors, self._partial / "state", {**metadata, "crc": _crc(tensors, metadata)})
+            (self._partial / "state").replace(self.path)
         except (OSError, SafetensorError) as error:
             raise OutputWriteError(
                 f"{self.path}: the checkpoint could not be written ({error}); the one before is still there: "
                 "make room and run again"
             ) from error
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            self._clear_up()
+
+    @property
+    def _partial(self) -> Path:
+        """A folder, for safetensors writes to another name first: what a kill leaves is found again."""
+        return self.path.with_name(f".{self.path.name}.partial")
+
+    def _clear_up(self) -> None:
+        shutil.rmtree(self._partial, ignore_errors=True)
 
     def read(self, coder: "_Coder") -> "Saved | None":
-        """What was saved, if anything was, checked to be of this run; nothing is changed.
+        """What was saved, if anything was, checked to be of this run, which is not changed.
 
         Raises:
             FormatError: the file is damaged, or none of ours.
             OptionError: it is that of another model, or of a run with other options.
         """
+        self._clear_up()
         if not self.path.exists():
             return None
         tensors, metadata = self._contents()

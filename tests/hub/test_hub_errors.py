@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from .client import Client, stopped_url
-from .loopback import DROP_CONNECTION, LoopbackHub
+from .loopback import DROP_CONNECTION, Fault, LoopbackHub
 
 TRY = """
 import json, sys, time
@@ -22,7 +22,7 @@ for source, revision in json.loads(sys.argv[1]):
         found[source] = [type(error).__name__, str(error), time.monotonic() - start]
 print(json.dumps(found))
 """
-FAULTS = {
+FAULTS: dict[str, int | Fault] = {
     "user/failing": 500,
     "user/hanging-up": DROP_CONNECTION,
     "user/behind-a-portal": 200,  # an empty answer that is no JSON
