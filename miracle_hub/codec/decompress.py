@@ -184,7 +184,8 @@ def decompress_folder(
         if len(files) > 1:
             write_index(temporary, files)
         _write_dense_config(source, temporary)
-    return sum(path.stat().st_size for path in out.rglob("*.safetensors"))
+        n_bytes = sum(path.stat().st_size for path in temporary.rglob("*.safetensors"))
+    return n_bytes
 
 
 def _write_dense_config(source: Path, target: Path) -> None:

@@ -1,6 +1,6 @@
 """A whole network's stream ⇄ its tensors, and the one file that holds it with whatever is stored plainly."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -97,8 +97,16 @@ def spec_of(name: str, tensor: Tensor, sharing: Sharing | None = None) -> Tensor
     return TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), kind, n_values)
 
 
-def write_network(path: Path, coded: Mapping[str, bytes], plain: Mapping[str, Tensor]) -> None:
-    """One safetensors file of coded entries and plain tensors.
+def write_network(
+    path: Path,
+    coded: Mapping[str, bytes],
+    plain: Mapping[str, Tensor],
+    check: Callable[[Path], None] = lambda written: None,
+) -> int:
+    """One safetensors file of coded entries and plain tensors; returns its bytes.
+
+    Args:
+        check: called on what was written before it gets its name, which it does not if this raises.
 
     Raises:
         FormatError: a plain tensor has the stream's name, or a dtype that safetensors has not.
@@ -116,9 +124,13 @@ def write_network(path: Path, coded: Mapping[str, bytes], plain: Mapping[str, Te
     entries += [Entry(name, "U8", (len(data),), len(data)) for name, data in coded.items()]
     everything = {**raw, **coded}
     with temporary_beside(path) as temporary:
-        write_file(temporary / path.name, entries, {}, lambda entry: everything[entry.name])
+        written = temporary / path.name
+        write_file(written, entries, {}, lambda entry: everything[entry.name])
+        check(written)
+        n_bytes = written.stat().st_size
         with writing(path):
-            (temporary / path.name).replace(path)
+            written.replace(path)
+    return n_bytes
 
 
 def read_network(path: Path) -> tuple[bytes | None, dict[str, Tensor]]:

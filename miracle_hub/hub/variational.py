@@ -87,14 +87,16 @@ def save(model: nn.Module, path: str | Path) -> int:
     coded = {member.name for stream in variational.streams for member in stream.members}
     entries = _coded_entries(variational, messages)
     plain = {name: t for name, t in _stored(dense).items() if name not in coded}
-    write_network(path, entries, plain)
-    again = read_state(path, dense)
-    for name, tensor in _stored(dense).items():
-        if not torch.equal(again[name].cpu(), tensor.cpu()):
-            raise ChecksumError(
-                f"{path}: {name}: what was written does not decode to the model's weights; report this"
-            )
-    return path.stat().st_size
+
+    def check(written: Path) -> None:
+        again = read_state(written, dense)
+        for name, tensor in _stored(dense).items():
+            if not torch.equal(again[name].cpu(), tensor.cpu()):
+                raise ChecksumError(
+                    f"{path}: {name}: what was written does not decode to the model's weights; report this"
+                )
+
+    return write_network(path, entries, plain, check)
 
 
 def load(path: str | Path, model: nn.Module) -> nn.Module:

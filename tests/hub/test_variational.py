@@ -272,6 +272,7 @@ def test_what_is_read_back_must_be_what_was_coded(tmp_path: Path, monkeypatch: p
         ChecksumError, match="head.bias: what was written does not decode to the model's weights"
     ):
         miracle_hub.save(model, tmp_path / "net.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_keywords_a_config_and_transformers_config_make_the_same_model() -> None:
