@@ -98,7 +98,7 @@ class Run:
         a, out = self.a, Path(folder) / "coded"
         config = MiracleConfig(
             bits_per_weight=a.bits_per_weight, kl_block_weights=a.kl_block, window_bits=a.window_bits,
-            target_modules=a.target_modules, seed=a.seed,
+            target_modules=a.target_modules, parametrization=a.parametrization, seed=a.seed,
         )  # fmt: skip
         miracle_hub.make_variational(model, config)
         trainer = self.trainer(MiracleTrainer, model, folder, a.steps, a.lr)
@@ -107,7 +107,9 @@ class Run:
         print(json.dumps({"dev_before_coding": before}), flush=True)
         options = CodingOptions(a.groups, a.refit, a.refit_lr)
         whole = a.whole_file_bits_per_weight or None
-        report = trainer.compress(out, options=options, bits_per_weight=whole, log_folder=folder)
+        report = trainer.compress(
+            out, options=options, bits_per_weight=whole, log_folder=folder, distill=bool(a.distill)
+        )
         return {
             "dev_before_coding": before,
             "file_bytes": report.compressed_bytes,
@@ -118,15 +120,17 @@ class Run:
 
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--steps", type=int, default=1500)
-    p.add_argument("--groups", type=int, default=30)
-    p.add_argument("--refit", type=int, default=10)
-    p.add_argument("--lr", type=float, default=2e-4)
-    p.add_argument("--refit-lr", type=float, default=1e-4)
+    p.add_argument("--steps", type=int, default=1200)
+    p.add_argument("--groups", type=int, default=31)
+    p.add_argument("--refit", type=int, default=60)
+    p.add_argument("--lr", type=float, default=1e-4)
+    p.add_argument("--refit-lr", type=float, default=5e-4)
     p.add_argument("--dense-lr", type=float, default=1e-4)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--bits-per-weight", type=float, default=1.0)
     p.add_argument("--target-modules", default="all-linear")
+    p.add_argument("--parametrization", default="test-channel")
+    p.add_argument("--distill", type=int, default=1)
     p.add_argument("--whole-file-bits-per-weight", type=float, default=2.0, help="0: leave embeddings plain")
     p.add_argument("--window-bits", type=int, default=14)
     p.add_argument("--kl-block", type=int, default=128)

@@ -124,7 +124,7 @@ def fit(
     task: Task = "text-classification",
     bits_per_weight: Annotated[float, typer.Option(help="Message bits per coded weight.")] = 1.0,
     target_modules: Targets = "all-matrices",
-    parametrization: Annotated[str, typer.Option(help="mean-kl or mean-var.")] = "mean-kl",
+    parametrization: Annotated[str, typer.Option(help="test-channel, mean-kl or mean-var.")] = "test-channel",
     text_columns: TextColumns = None,
     label_column: LabelColumn = "label",
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,

@@ -58,7 +58,7 @@ def fit(
     task: str = "text-classification",
     bits_per_weight: float = 1.0,
     target_modules: str = "all-matrices",
-    parametrization: str = "mean-kl",
+    parametrization: str = "test-channel",
     text_columns: list[str] | None = None,
     label_column: str = "label",
     epochs: float = 1.0,

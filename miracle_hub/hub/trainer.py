@@ -1,5 +1,7 @@
 """The Hugging Face Trainer for variational models: KL in the loss, its annealing, and coding at the end."""
 
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from transformers import Trainer, TrainerCallback
 from miracle_hub.codec.compress import Report
 from miracle_hub.codec.folder import refuse_existing
 from miracle_hub.errors import OptionError
+from miracle_hub.hub.distillation import Teacher
 from miracle_hub.hub.variational import compress_model
 from miracle_hub.training.coder import CodingOptions, check_finite, code_model
 from miracle_hub.training.journal import Journal
@@ -80,6 +83,7 @@ class MiracleTrainer(Trainer):
         options: CodingOptions | None = None,
         size: str | int | None = None,
         bits_per_weight: float | None = None,
+        distill: bool = True,
         validate: bool = False,
         checkpoint: str | Path | None = None,
         log_folder: str | Path | None = None,
@@ -88,11 +92,13 @@ class MiracleTrainer(Trainer):
         """Code the model, refitting what is left on the training data, and write `out`.
 
         Args:
-            options: of coding; by default the Trainer's learning rate is that of the refits.
+            options: of coding; by default refits have the Trainer's learning rate.
             size, bits_per_weight: of the whole files, met by coding the other tensors without training; None
                 means that they stay plain.
+            distill: refits hold the model to what it was before coding, instead of to labels.
             validate: evaluate after every group; the loss goes to the journal.
-            checkpoint: a file to go on from if this is interrupted; it is removed at the end.
+            checkpoint: a file to go on from if this is interrupted; it is removed at the end, as is the
+                folder that has its name and "-teacher".
             log_folder: where coding.csv, coding.json and coding.png go.
 
         Raises:
@@ -102,9 +108,13 @@ class MiracleTrainer(Trainer):
         refuse_existing(Path(out), overwrite)
         model = self._plain_model()
         options = options or CodingOptions(learning_rate=self.args.learning_rate)
+        has_refits = self.train_dataset is not None and options.refit_steps > 0
+        teacher_folder = Path(f"{checkpoint}-teacher") if checkpoint is not None else None
+        is_resumed = checkpoint is not None and Path(checkpoint).exists()
+        teacher = Teacher(model, teacher_folder, is_resumed) if distill and has_refits else None
         code_model(
             model,
-            self._loss_of_batch if self.train_dataset is not None else None,
+            partial(self._loss_of_batch, teacher=teacher) if has_refits else None,
             options=options,
             validate=(lambda: self.evaluate()["eval_loss"]) if validate else None,
             journal=Journal(Path(log_folder) if log_folder is not None else None),
@@ -117,6 +127,7 @@ class MiracleTrainer(Trainer):
         )  # fmt: skip
         if checkpoint is not None:
             Path(checkpoint).unlink(missing_ok=True)
+            shutil.rmtree(f"{checkpoint}-teacher", ignore_errors=True)
         return report
 
     @property
@@ -126,7 +137,7 @@ class MiracleTrainer(Trainer):
     def _plain_model(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
 
-    def _loss_of_batch(self, number: int) -> Tensor:
+    def _loss_of_batch(self, number: int, teacher: Teacher | None) -> Tensor:
         """The loss of the refits' batch of that number: the same whenever it is asked for."""
         data: Any = self.train_dataset
         if not hasattr(data, "__len__"):
@@ -140,5 +151,7 @@ class MiracleTrainer(Trainer):
         inputs = self._prepare_inputs(collate([data[row] for row in rows]))
         model = self._plain_model()
         with self.compute_loss_context_manager():
+            if teacher is not None:
+                return teacher.loss(model, inputs)
             loss: Any = super().compute_loss(model, inputs)
         return loss

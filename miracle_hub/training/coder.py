@@ -1,7 +1,7 @@
 """Coding with refits: code a group of blocks, fix it, fit what is left to it, until everything is coded."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,8 @@ class CodingOptions:
             left can always make up for what was coded: after g of G groups a share of (1 - g/G)² is left.
         refit_steps: steps of the optimizer after every group but the last.
         learning_rate: of the refits' Adam; it falls from group to group, to a tenth.
-        order: of blocks (sliding codes: of streams): "random", or "largest-kl" first.
+        order: "random", a part of every stream in every group, blocks of a block code at random; or
+            "largest-kl", streams one after the other, and blocks, by their KL.
 
     Raises:
         OptionError: an option is none.
@@ -202,28 +203,27 @@ class _Coder:
         self.last_loss = float(loss.detach())
 
     def _next_runs(self) -> list[Run]:
-        """The next group: whole blocks, for the rest of one would have the KL of what is coded too."""
+        """The next group: a part of every stream, or all of the streams of largest KL."""
         share_left = max(0.0, 1 - (self.group + 1) / self.options.groups) ** 2
-        wanted = math.ceil(self.n_values - self.n_coded() - share_left * self.n_values)
-        runs: list[Run] = []
-        for stream, steps in self._uncoded():
-            own = self.streams[stream]
-            block, width = own.posterior.block_weights, own.code.step_weights
-            n_steps = max(1, -(-wanted // block)) * (block // width)
-            runs.append(Run(stream, steps[:n_steps].sort().values))
-            wanted -= len(runs[-1].steps) * width
+        coded = [int(_flags(stream).sum()) for stream in self.streams]
+        left = [i for i, stream in enumerate(self.streams) if coded[i] < stream.n_values]
+        if self.options.order == "random":
+            sizes = [stream.n_values for stream in self.streams]
+            return [self._run(i, math.ceil(sizes[i] - coded[i] - share_left * sizes[i])) for i in left]
+        wanted, runs = math.ceil(self.n_values - sum(coded) - share_left * self.n_values), []
+        for i in sorted(left, key=lambda i: (not coded[i], -float(self.streams[i].kl_nats().detach().sum()))):
+            runs.append(self._run(i, wanted))
+            wanted -= len(runs[-1].steps) * self.streams[i].code.step_weights
             if wanted <= 0:
                 break
         return runs
 
-    def _uncoded(self) -> Iterator[tuple[int, Tensor]]:
-        """Streams in the order of coding, each with its steps in the order of coding."""
-        order = torch.randperm(len(self.streams), generator=torch.Generator().manual_seed(0)).tolist()
-        if self.options.order == "largest-kl":
-            order = sorted(order, key=lambda i: -float(self.streams[i].kl_nats().detach().sum()))
-        started = [i for i in order if 0 < int(_flags(self.streams[i]).sum()) < self.streams[i].n_values]
-        for i in [*started, *(i for i in order if not bool(_flags(self.streams[i]).any()))]:
-            yield i, self._uncoded_steps(i)
+    def _run(self, number: int, wanted: int) -> Run:
+        """About so many values of a stream, in whole blocks: the rest of one would have all of its KL."""
+        stream = self.streams[number]
+        block, width = stream.posterior.block_weights, stream.code.step_weights
+        n_steps = max(1, -(-wanted // block)) * (block // width)
+        return Run(number, self._uncoded_steps(number)[:n_steps].sort().values)
 
     def _uncoded_steps(self, number: int) -> Tensor:
         """Blocks in random order or by KL; windows that overlap one after the other."""

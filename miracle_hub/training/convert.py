@@ -3,7 +3,6 @@
 import copy
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -106,8 +105,7 @@ def posterior_samples(model: nn.Module, n: int) -> list[nn.Module]:
     variational, copies = variational_of(model), []
     for _ in range(n):
         variational.next_draw()
-        with torch.no_grad():
-            values = {i: stream.draw(variational.seed()) for i, stream in enumerate(variational.streams)}
+        values = {i: stream.sample(variational.seed()) for i, stream in enumerate(variational.streams)}
         copies.append(_make_dense(copy.deepcopy(model), values))
     return copies
 

@@ -1,7 +1,7 @@
-"""The two parametrizations of a stream's posterior, and how each starts from given weights.
+"""The parametrizations of a stream's posterior, and how each starts from given weights.
 
-Both draw weights from counted noise, tell their KL per block, and give mean and variance per value in units
-of the prior, which is what encoders take.
+All give the weights of a step of training, tell their KL per block, and give mean and variance per value in
+units of the prior, which is what encoders take.
 """
 
 import math
@@ -27,7 +27,7 @@ class MeanKL(nn.Module):
     mean (1 - D)·w and variance D·(1 - D)·ρ₀² for weights of variance ρ₀², D = 2^(-2·rate).
     """
 
-    standardized = True
+    standardized, is_noiseless = True, False
 
     def __init__(self, weights: Tensor, scales: Tensor, block_weights: int, block_kl_nats: float) -> None:
         """
@@ -73,7 +73,7 @@ class MeanVar(nn.Module):
     Source: Havasi et al. 2019 (arXiv:1810.00440), section 3.3.
     """
 
-    standardized = False
+    standardized, is_noiseless = False, False
 
     def __init__(self, weights: Tensor, scales: Tensor, block_weights: int, block_kl_nats: float) -> None:
         super().__init__()
@@ -93,7 +93,40 @@ class MeanVar(nn.Module):
         return block_kl_nats(self.mean, self.log_std, log_scales, self.block_weights)
 
 
-POSTERIORS = {"mean-kl": MeanKL, "mean-var": MeanVar}
+class TestChannel(nn.Module):
+    """Weights that are fitted without noise; q is the Gaussian test channel around what they are by then.
+
+    q = N((1 - D)·w, D·ρ²), D = 2^(-2·rate) and ρ² = 1 - D times the mean square of a scale's weights, has the
+    budget as its mean KL. For what is coded, refits of the rest make up; without them it is plain rounding.
+
+    Source: Cover and Thomas 2006, section 10.3.2, for the channel; Zhou et al. 2017 (arXiv:1702.03044) for
+    weights that are trained around those that are coded.
+    """
+
+    standardized, is_noiseless = False, True
+
+    def __init__(self, weights: Tensor, scales: Tensor, block_weights: int, block_kl_nats: float) -> None:
+        super().__init__()
+        self.block_weights, self.block_kl_nats = block_weights, block_kl_nats
+        self.share = test_channel_share(block_kl_nats / block_weights)
+        self.weight = nn.Parameter(weights.float().clone())
+
+    def draw(self, log_scale: Tensor, seed: Tensor, stream_id: int) -> Tensor:
+        return self.weight
+
+    def moments(self, log_scales: Tensor) -> tuple[Tensor, Tensor]:
+        mean = self.share * self.weight.detach() * (-log_scales).exp()
+        return mean, torch.full_like(mean, 1 - self.share)
+
+    def kl_nats(self, log_scales: Tensor) -> Tensor:
+        """KL of every block, `[blocks]`, without gradients."""
+        mean, variance = self.moments(log_scales)
+        each = 0.5 * (mean.square() + variance - 1 - variance.log())
+        missing = -each.numel() % self.block_weights
+        return nn.functional.pad(each, (0, missing)).view(-1, self.block_weights).sum(1)
+
+
+POSTERIORS = {"mean-kl": MeanKL, "mean-var": MeanVar, "test-channel": TestChannel}
 
 
 def test_channel_share(kl_nats_per_weight: float) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from miracle_hub.coding.draw import draw_mean_var
 from miracle_hub.coding.matrix import ROW_SCALE_COLUMNS, matrix_columns
 from miracle_hub.coding.order import permutation
 from miracle_hub.coding.posterior import Cost, Posterior, Prior, importance_cost
@@ -71,15 +72,11 @@ class Stream(nn.Module):
             for i, (m, w) in enumerate(zip(members, weights, strict=True))
         ]
         self.scale_columns = _scale_columns(members[0].shape) if has_row_scales else 0
-        rate = block_kl_nats / block_weights
-        if self.scale_columns:
-            scale = _initial_scales(values[0].view(-1, self.scale_columns), rate)
-        else:
-            scale = torch.cat([_initial_scales(v.view(1, -1), rate) for v in values])
+        self.share = test_channel_share(block_kl_nats / block_weights)
         in_order = torch.cat(values)[self.order] if self.is_permuted else values[0]
-        self.log_scales = nn.Parameter(scale.log() / RATE)
-        make = POSTERIORS[parametrization]
-        self.posterior = make(in_order, self.value_log_scales().detach().exp(), block_weights, block_kl_nats)
+        scales, make = self._scales_of(in_order), POSTERIORS[parametrization]
+        self.log_scales = nn.Parameter(scales.log() / RATE, requires_grad=not make.is_noiseless)
+        self.posterior = make(in_order, self.by_value(scales), block_weights, block_kl_nats)
 
     def _place_members(self) -> None:
         """Buffers that say which value of the stream, with which sign, every weight takes."""
@@ -99,6 +96,17 @@ class Stream(nn.Module):
             self.register_buffer(f"sign_{i}", signs, persistent=False)
             first += member.sharing.n_values
 
+    def _scales_of(self, values: Tensor) -> Tensor:
+        """√(1 - D) of the size of a member's or row's weights; some size where all are 0, as biases are."""
+        if self.scale_columns:
+            power = values.view(-1, self.scale_columns).square().mean(1)
+        elif self.is_permuted:
+            sums = values.new_zeros(len(self.members)).index_add_(0, self.owner, values.square())
+            power = sums / torch.bincount(self.owner, minlength=len(self.members))
+        else:
+            power = values.square().mean().view(1)
+        return torch.where(power > 0, (self.share * power).sqrt(), 0.01)
+
     def scales(self) -> Tensor:
         """The prior's scale of every member `[members]`, or row `[rows]`; exact once it is fixed."""
         return (RATE * self.log_scales).exp() if self.fixed_scales is None else self.fixed_scales
@@ -117,6 +125,8 @@ class Stream(nn.Module):
     @torch.no_grad()
     def begin_coding(self) -> None:
         """Round the scales as the file holds them, and fix them: what is coded depends on them."""
+        if self.posterior.is_noiseless and self.coded is None:
+            self.log_scales.copy_(self._scales_of(self.posterior.weight).log() / RATE)
         if self.coded is None:
             self.fixed_scales = rounded_scales(self.scales().detach())
             self.log_scales.requires_grad_(False)
@@ -146,8 +156,19 @@ class Stream(nn.Module):
     def mean(self) -> Tensor:
         """The posterior's mean, or what is coded, in stream order; without gradients."""
         with torch.no_grad():
+            if self.posterior.is_noiseless:
+                return self._with_coded(self.posterior.weight)
             mean = self.posterior.moments(self.value_log_scales())[0]
             return self._with_coded(mean * self.by_value(self.scales()))
+
+    def sample(self, seed: Tensor) -> Tensor:
+        """A draw of the posterior, or what is coded, in stream order; without gradients."""
+        with torch.no_grad():
+            if not self.posterior.is_noiseless:
+                return self.draw(seed)
+            mean, variance = self.posterior.moments(self.value_log_scales())
+            values = draw_mean_var(mean, 0.5 * variance.log(), seed, self.number)
+            return self._with_coded(values * self.by_value(self.scales()))
 
     def _with_coded(self, values: Tensor) -> Tensor:
         if self.is_coded is None or self.coded is None:
@@ -228,10 +249,3 @@ class _ScaledRows(torch.autograd.Function):
         rows = grad.view(scales.numel(), -1)
         by_scales = torch.einsum("rc,rc->r", rows, scaled.view_as(rows)) / scales
         return (rows * scales[:, None]).view(-1), by_scales, None
-
-
-def _initial_scales(rows: Tensor, kl_nats_per_weight: float) -> Tensor:
-    """√(1 - D) of the size of every row's weights; some size where all are 0, as biases are."""
-    power = rows.square().mean(1)
-    scale = (test_channel_share(kl_nats_per_weight) * power).sqrt()
-    return torch.where(power > 0, scale, 0.01)

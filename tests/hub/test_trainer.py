@@ -49,7 +49,8 @@ def classifier(**options: Any) -> Any:
         attention_probs_dropout_prob=0.0,
     )
     return make_variational(
-        BertForSequenceClassification(config), MiracleConfig(bits_per_weight=1.5, **options)
+        BertForSequenceClassification(config),
+        MiracleConfig(bits_per_weight=1.5, **{"parametrization": "mean-kl", **options}),
     )
 
 
@@ -133,7 +134,7 @@ def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path: P
     assert torch.equal(*ends)
 
 
-@pytest.mark.parametrize("parametrization", ["mean-kl", "mean-var"])
+@pytest.mark.parametrize("parametrization", ["mean-kl", "mean-var", "test-channel"])
 def test_what_it_compresses_loads_with_plain_from_pretrained(tmp_path: Path, parametrization: str) -> None:
     model = classifier(parametrization=parametrization)
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

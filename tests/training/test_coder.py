@@ -29,6 +29,9 @@ COMBINATIONS: list[dict[str, Any]] = [
         ("network", "sliding", "mean-var", "best"),
         ("network", "block", "mean-kl", "best"),
         ("network", "block", "mean-var", "sample"),
+        ("tensor", "sliding", "test-channel", "best"),
+        ("tensor", "block", "test-channel", "sample"),
+        ("network", "sliding", "test-channel", "best"),
     ]
 ]
 
@@ -112,7 +115,7 @@ def test_shared_weights_are_coded_too(kind: str) -> None:
 def test_one_group_and_more_groups_than_values(groups: int, streams: str, kind: str) -> None:
     model = variational_net(streams=streams, code=kind)
     journal = code(model, groups=groups, refit_steps=1 if groups == 1 else 0)
-    n_blocks = sum(stream.kl_nats().numel() for stream in streams_of(model))
+    n_blocks = max(stream.kl_nats().numel() for stream in streams_of(model))
     assert len(journal.rows) == (1 if groups == 1 else n_blocks)
     assert_weights_are_the_messages(model)
 
@@ -292,10 +295,10 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_and_leaves_the_state_before
     streams: str, kind: str, what: str
 ) -> None:
     model = variational_net(streams=streams, parametrization="mean-var")
-    bad = Bad(model, 7, kind)
+    bad = Bad(model, 4, kind)
     with pytest.raises(TrainingError) as raised:
         code_model(model, bad, options=CodingOptions(groups=4, refit_steps=3), progress=False)
-    assert str(raised.value).startswith(f"refit step 7 after group 3: expected a finite {what}")
+    assert str(raised.value).startswith(f"refit step 4 after group 2: expected a finite {what}")
     assert str(raised.value).endswith(
         "; the model is as it was after the step before: lower the learning rate, or look at the batch"
     )

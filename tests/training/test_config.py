@@ -137,7 +137,7 @@ def test_a_block_code_has_as_many_blocks_as_the_budget_pays_for(n_values: int, r
         (
             {"parametrization": "mean"},
             OptionError,
-            "parametrization: expected one of ('mean-kl', 'mean-var'), found 'mean'",
+            "parametrization: expected one of ('mean-kl', 'mean-var', 'test-channel'), found 'mean'",
         ),
         ({"streams": "layer"}, OptionError, "streams: expected one of ('tensor', 'network'), found 'layer'"),
         ({"selection": "first"}, OptionError, "selection: expected one of ('best', 'sample'), found 'first'"),

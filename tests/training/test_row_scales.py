@@ -13,7 +13,12 @@ from miracle_hub.training.config import VariationalConfig
 
 from .networks import decoded, part_of, streams_of
 
-OPTIONS: dict[str, Any] = {"bits_per_weight": 2.0, "window_bits": 8, "target_modules": "all-matrices"}
+OPTIONS: dict[str, Any] = {
+    "bits_per_weight": 2.0,
+    "window_bits": 8,
+    "target_modules": "all-matrices",
+    "parametrization": "mean-kl",
+}
 
 
 class Wide(nn.Module):
@@ -82,7 +87,7 @@ def test_weights_of_unlike_rows_are_drawn_with_equal_relative_noise() -> None:
     torch.testing.assert_close(noise / noise[0], torch.logspace(0, 3, 65), rtol=0.25, atol=0)
 
 
-@pytest.mark.parametrize("parametrization", ["mean-kl", "mean-var"])
+@pytest.mark.parametrize("parametrization", ["mean-kl", "mean-var", "test-channel"])
 @pytest.mark.parametrize("code", ["sliding", "block"])
 def test_the_file_holds_a_scale_per_row_and_decodes_to_the_model(
     parametrization: str, code: str, tmp_path: Path
