@@ -134,6 +134,7 @@ def fit(
     max_length: Annotated[int, typer.Option(help="Tokens of a text, or of a window.")] = 128,
     groups: Annotated[int, typer.Option(help="Groups that are coded one after the other.")] = 40,
     refit_steps: Annotated[int, typer.Option(help="Steps after every group.")] = 10,
+    distill: Annotated[bool, typer.Option(help="Refits hold to the fitted model, not to labels.")] = True,
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted fit.")] = False,
     overwrite: Overwrite = False,
@@ -144,7 +145,8 @@ def fit(
         source, out, data=data, task=task, bits_per_weight=bits_per_weight, target_modules=target_modules,
         parametrization=parametrization, text_columns=text_columns, label_column=label_column, epochs=epochs,
         steps=steps, batch_size=batch_size, learning_rate=learning_rate, max_length=max_length, groups=groups,
-        refit_steps=refit_steps, seed=seed, resume=resume, overwrite=overwrite, progress=progress,
+        refit_steps=refit_steps, distill=distill, seed=seed, resume=resume, overwrite=overwrite,
+        progress=progress,
     )  # fmt: skip
     size = f"{found.report.compressed_bytes:,} bytes, {found.report.bits_per_weight:.4f} bits per weight"
     typer.echo(f"{out}: {size}\nbefore coding {_figures(found.fitted)}; as written {_figures(found.coded)}")

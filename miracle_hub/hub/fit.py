@@ -68,6 +68,7 @@ def fit(
     max_length: int = 128,
     groups: int = 40,
     refit_steps: int = 10,
+    distill: bool = True,
     seed: int = 0,
     resume: bool = False,
     overwrite: bool = False,
@@ -87,9 +88,10 @@ def fit(
         label_column: of a classification: whole numbers from 0 on, or names of classes.
         epochs: passes over the data.
         steps: of the optimizer; above 0 they count instead of epochs.
-        learning_rate: of the fit; refits have a third of it.
+        learning_rate: of the fit; see `MiracleTrainer.refit_learning_rate` for that of refits.
         max_length: tokens of a text, or of a language model's window.
         groups, refit_steps: see `training.coder.CodingOptions`.
+        distill: refits hold the model to what the fit made of it, instead of to labels.
         resume: go on where an interrupted fit of the same arguments was.
 
     Raises:
@@ -109,10 +111,11 @@ def fit(
         checkpoint = folder / "coding.safetensors"
         fitted = _train(trainer, folder, checkpoint, resume)
         set_seed(seed)  # or where coding begins would depend on how often training was interrupted
-        coding = CodingOptions(groups, refit_steps, learning_rate / 3)
+        rate = trainer.refit_learning_rate(distill)
         report = trainer.compress(
-            out, options=coding, checkpoint=checkpoint, log_folder=folder, overwrite=overwrite
-        )
+            out, options=CodingOptions(groups, refit_steps, rate), distill=distill, checkpoint=checkpoint,
+            log_folder=folder, overwrite=overwrite,
+        )  # fmt: skip
         return FitReport(report, fitted, _figures(trainer))
 
 
