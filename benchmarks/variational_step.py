@@ -14,7 +14,7 @@ from pathlib import Path
 
 from record import record
 
-KINDS = ("dense", "mean-kl", "mean-var")
+KINDS = ("dense", "test-channel", "mean-kl", "mean-var")
 BATCH, TOKENS, CLASSES = 32, 64, 2
 
 

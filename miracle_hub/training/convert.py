@@ -198,6 +198,7 @@ def _stream(group: list[Target], sharings: list[Sharing], config: VariationalCon
     weights = [target.parameter for target in group]
     code = config.code_for(n_values, where)
     has_row_scales = config.streams == "tensor" and config.scales == "row"
+    assert config.parametrization is not None
     arguments = (config.parametrization, config.kl_block_weights, number, has_row_scales)
     stream = Stream(members, weights, code, *arguments)
     if not any(target.parameter.requires_grad for target in group):
