@@ -247,15 +247,15 @@ def coded() -> list[dict[str, Any]]:
 
 
 def fits() -> list[dict[str, Any]]:
-    """Where every fit in results/lenet-fit/ ended."""
-    return [
-        {
-            name: run["options"][name]
-            for name in ("parametrization", "bits", "steps", "lr", "beta_rate", "seed")
-        }
-        | run["curve"][-1]
-        for run in found_in("lenet-fit")
-    ]
+    """Where every fit ended, and its first step within 1.2 % of validation error and 1 % of the budget."""
+    names = ("parametrization", "bits", "steps", "lr", "beta_rate", "seed")
+    found = []
+    for run in found_in("lenet-fit") + found_in("lenet"):
+        budget = 1.01 * run["options"]["bits"]
+        good = [p["step"] for p in run["curve"] if p["validation"] <= 1.2 and p["kl_bits"] <= budget]
+        chosen = {name: run["options"][name] for name in names}
+        found.append({**chosen, "steps_to_1.2_percent": min(good, default=None), **run["curve"][-1]})
+    return found
 
 
 def main() -> None:
