@@ -23,6 +23,7 @@ from miracle_hub.codec.inspection import inspect_folder
 from miracle_hub.codec.network import decode_stream_entry, encode_stream_entry
 from miracle_hub.codec.packed import PackedMatrix, is_packable
 from miracle_hub.codec.tensor import check_payload, decode_payload
+from miracle_hub.codec.verification import verify_folder
 from miracle_hub.coding.digest import digest
 from miracle_hub.config import Code
 from miracle_hub.errors import MiracleError
@@ -68,6 +69,7 @@ def read_file(data: bytes) -> None:
         allowed(load_state_dict, path, verify=verify)
     allowed(inspect_folder, path)
     allowed(read_state, path, MODULE)
+    allowed(verify_folder, path, backend="cpu")
 
 
 def read_sealed_file(data: bytes) -> None:
@@ -209,7 +211,9 @@ def read_repository(name: str, data: bytes) -> None:
     folder = WORK / source.name
     shutil.copytree(source, folder, dirs_exist_ok=True)
     (folder / name).write_bytes(data[1:])
-    allowed(load_state_dict, folder)
+    loaded = allowed(load_state_dict, folder)
+    verification = allowed(verify_folder, folder, backend="cpu")
+    assert loaded is not None or verification is None or verification.defects, "what is sound loads"
     allowed(inspect_folder, folder)
     allowed(decompress_folder, folder, WORK / "dense", max_shard_size="5GB", overwrite=True, progress=False)
 
