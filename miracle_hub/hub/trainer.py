@@ -14,7 +14,7 @@ from miracle_hub.codec.folder import refuse_existing
 from miracle_hub.errors import OptionError
 from miracle_hub.hub.distillation import Teacher
 from miracle_hub.hub.variational import compress_model
-from miracle_hub.training.coder import CodingOptions, check_finite, code_model
+from miracle_hub.training.coder import CodingOptions, check_finite, code_model, undone_if_not_finite
 from miracle_hub.training.journal import Journal
 from miracle_hub.training.resume import Checkpoint
 from miracle_hub.training.variational import Variational, variational_of
@@ -62,6 +62,11 @@ class MiracleTrainer(Trainer):
             check_finite(loss, f"step {self.state.global_step}")
             loss = loss + self.variational.penalty() * self._share_of_step(num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The Trainer's; a loss that is not finite leaves no trace in buffers."""
+        with undone_if_not_finite(self._plain_model()):
+            return super().training_step(*args, **kwargs)
 
     def _share_of_step(self, num_items_in_batch: Any) -> float:
         """So that a step's micro-batches add up to one penalty, whoever divides the loss by their number."""

@@ -1,7 +1,8 @@
 """Coding with refits: code a group of blocks, fix it, fit what is left to it, until everything is coded."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -170,16 +171,10 @@ class _Coder:
 
     def _refit_step(self) -> None:
         """One step of the optimizer, or none at all."""
-        own = {id(buffer) for buffer in self.variational.buffers()}
-        buffers = [(b, b.clone()) for b in self.model.buffers() if id(b) not in own]
-        draw_number = self.variational.draw_number
         try:
-            self._optimize((self.group - 1) * self.options.refit_steps + self.step)
+            with undone_if_not_finite(self.model):
+                self._optimize((self.group - 1) * self.options.refit_steps + self.step)
         except TrainingError:
-            # A batch norm, for one, has taken the bad batch into its averages.
-            for buffer, before in buffers:
-                buffer.copy_(before)
-            self.variational.draw_number = draw_number
             self.optimizer.zero_grad()
             if self.checkpoint is not None:
                 self.checkpoint.save(self)
@@ -286,6 +281,22 @@ def message_of(stream: Stream) -> Tensor:
             "code_model(model, …) first"
         )
     return pack_states(stream.states.cpu().long().numpy(), stream.code)
+
+
+@contextmanager
+def undone_if_not_finite(model: nn.Module) -> Iterator[None]:
+    """Give buffers back what they had if a loss is not finite: batch norms average bad batches too."""
+    variational = variational_of(model)
+    own = {id(buffer) for buffer in variational.buffers()}
+    buffers = [(b, b.clone()) for b in model.buffers() if id(b) not in own]
+    draw_number = variational.draw_number
+    try:
+        yield
+    except TrainingError:
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        variational.draw_number = draw_number
+        raise
 
 
 def check_finite(value: Tensor, where: str, what: str = "loss") -> None:

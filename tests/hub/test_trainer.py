@@ -186,12 +186,14 @@ def test_the_plain_trainer_fits_mean_kl_with_tied_weights(tmp_path: Path) -> Non
 
 def test_a_loss_that_is_nan_stops_with_the_step_and_a_sound_model(tmp_path: Path) -> None:
     model = classifier()
+    model.register_buffer("n_batches", torch.zeros(()))  # as a batch norm counts them
     trainer = MiracleTrainer(model=model, args=arguments(tmp_path, learning_rate=0.0), train_dataset=ROWS)
     forward, calls = model.forward, []
 
     @wraps(forward)
     def third_is_nan(**inputs: Any) -> Any:
         calls.append(None)
+        model.n_batches += 1
         outputs = forward(**inputs)
         outputs.loss = outputs.loss * (float("nan") if len(calls) == 3 else 1.0)
         return outputs
@@ -200,6 +202,7 @@ def test_a_loss_that_is_nan_stops_with_the_step_and_a_sound_model(tmp_path: Path
     with pytest.raises(TrainingError, match="^step 2: expected a finite loss, found nan; the model is as it"):
         trainer.train()
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    assert float(model.n_batches) == 2
 
 
 def test_a_model_without_posteriors_is_refused(tmp_path: Path) -> None:
