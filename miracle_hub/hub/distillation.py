@@ -1,6 +1,7 @@
 """What a model said before it was coded, for refits to hold it to: more per batch than labels tell."""
 
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miracle_hub.codec.folder import output_folder
 from miracle_hub.errors import OptionError
 from miracle_hub.training.convert import posterior_mean
+from miracle_hub.training.resume import crc_of, read_sealed, write_sealed
 
 
 class Teacher:
@@ -20,42 +21,74 @@ class Teacher:
     states; here these have equal weights, the error of each relative to its own variance.
     """
 
-    def __init__(self, model: nn.Module, folder: Path | None = None, is_resumed: bool = False) -> None:
+    def __init__(self, model: nn.Module, path: Path | None = None, is_resumed: bool = False) -> None:
         """
         Args:
-            folder: where the copy is kept for a coding run that is resumed.
+            path: where the copy is kept for a coding run that is resumed.
             is_resumed: it is there, and `model` is not what it was.
 
         Raises:
-            OutputWriteError: the copy cannot be written. OSError: it is no longer there.
+            OutputWriteError: the copy cannot be written. FormatError: it is gone, or damaged.
         """
         self.dense: Any = posterior_mean(model)
-        if folder is not None and is_resumed:
-            self.dense = type(self.dense).from_pretrained(folder).to(next(model.parameters()).device)
-        elif folder is not None:
-            with output_folder(folder, overwrite=True) as temporary:
-                self.dense.save_pretrained(temporary)
+        if path is not None and is_resumed:
+            self.dense.load_state_dict(read_sealed(path)[0], strict=False)  # tied ones are there once
+        elif path is not None:
+            write_sealed(path, _tensors(self.dense), {})
         self.dense.eval().requires_grad_(False)
+        self.crc = crc_of(_tensors(self.dense), {})
 
     def loss(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-        """KL of the outputs from the teacher's, in nats, plus the relative squared error of hidden states.
+        """Difference of the outputs from the teacher's, plus the relative squared error of hidden states.
+
+        That of the outputs is the KL of classes in nats, or, of a regression, the squared error.
 
         Raises:
             OptionError: the model's outputs have no logits.
         """
+        # With labels, from which a decoder has its inputs, and the config its kind of problem.
+        options: Any = {**inputs, "output_hidden_states": True, "return_dict": True}
         with torch.no_grad():
-            wanted = self.dense(**inputs, output_hidden_states=True)
-        found = model(**inputs, output_hidden_states=True)
-        if getattr(found, "logits", None) is None:
+            wanted = dict(self.dense(**options))
+        found = dict(model(**options))
+        if "logits" not in found:
             raise OptionError(
-                f"distill: expected a model whose outputs have logits, found {type(found).__name__} of "
-                f"{', '.join(found)}; pass distill=False"
+                "distill: expected a model whose outputs have logits, found "
+                f"{', '.join(found) or 'none'}; pass distill=False"
             )
-        mask = inputs.get("attention_mask")
-        states = zip((found.hidden_states or ())[1:], (wanted.hidden_states or ())[1:], strict=True)
-        errors = [_relative_error(_real(x, mask), _real(y, mask)) for x, y in states]
-        loss = _difference(_real(found.logits, mask), _real(wanted.logits, mask))
+        masks = _masks(inputs)
+        loss = self._difference(*(_logits(o["logits"], masks["hidden_states"]) for o in (found, wanted)))
+        errors = [
+            _relative_error(*(_real(states, mask) for states in pair))
+            for name, mask in masks.items()
+            for pair in zip((found.get(name) or ())[1:], (wanted.get(name) or ())[1:], strict=True)
+        ]
         return loss + torch.stack(errors).mean() if errors else loss
+
+    def _difference(self, found: Tensor, wanted: Tensor) -> Tensor:
+        """Between logits of classes, or of many a yes or no, or, of a regression, between numbers."""
+        kind = getattr(self.dense.config, "problem_type", None)
+        if kind == "regression" or wanted.shape[-1] == 1:
+            return F.mse_loss(found, wanted)
+        if kind == "multi_label_classification":
+            # The KL of two sigmoids is their cross entropy less the entropy of the wanted one.
+            yes, cross_entropy = wanted.sigmoid(), F.binary_cross_entropy_with_logits
+            entropy = cross_entropy(wanted, yes, reduction="sum")
+            return (cross_entropy(found, yes, reduction="sum") - entropy) / len(wanted)
+        return F.kl_div(found.log_softmax(-1), wanted.softmax(-1), reduction="batchmean")
+
+
+def _tensors(dense: nn.Module) -> dict[str, Tensor]:
+    """Parameters, tied ones once, and buffers, on the CPU."""
+    kept, named = set(dense.state_dict()), chain(dense.named_parameters(), dense.named_buffers())
+    return {name: t.detach().cpu().contiguous() for name, t in named if name in kept}
+
+
+def _masks(inputs: Mapping[str, Any]) -> dict[str, Tensor | None]:
+    """Which tokens are no padding, by the name of the states that are theirs."""
+    mask, labels = inputs.get("attention_mask"), inputs.get("labels")
+    decoder = inputs.get("decoder_attention_mask", labels != -100 if labels is not None else None)
+    return {"hidden_states": mask, "encoder_hidden_states": mask, "decoder_hidden_states": decoder}
 
 
 def _real(states: Tensor, mask: Tensor | None) -> Tensor:
@@ -65,12 +98,10 @@ def _real(states: Tensor, mask: Tensor | None) -> Tensor:
     return states.flatten(0, -2).float()
 
 
+def _logits(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Rows `[n, classes]`; of a segmentation `[images, classes, height, width]`."""
+    return _real(logits.movedim(1, -1) if logits.ndim == 4 else logits, mask)
+
+
 def _relative_error(found: Tensor, wanted: Tensor) -> Tensor:
-    return (found - wanted).square().mean() / wanted.var()
-
-
-def _difference(found: Tensor, wanted: Tensor) -> Tensor:
-    """Between logits of classes, or, of a regression, between numbers."""
-    if wanted.shape[-1] == 1:
-        return F.mse_loss(found, wanted)
-    return F.kl_div(found.log_softmax(-1), wanted.softmax(-1), reduction="batchmean")
+    return (found - wanted).square().mean() / wanted.var().clamp(min=1e-12)  # some layers are constant

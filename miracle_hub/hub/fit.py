@@ -24,7 +24,7 @@ from transformers import (
 from miracle_hub.codec.compress import Report
 from miracle_hub.codec.folder import alone_in, refuse_existing
 from miracle_hub.errors import DataError, MiracleError, OptionError, OutputWriteError
-from miracle_hub.format.container import WRITE_ERRORS
+from miracle_hub.format.container import WRITE_ERRORS, writing
 from miracle_hub.hub.data import Split, read_split
 from miracle_hub.hub.quantizer import MiracleConfig
 from miracle_hub.hub.trainer import MiracleTrainer
@@ -128,15 +128,20 @@ def _check(task: str, out: Path, overwrite: bool) -> None:
 
 def _train(trainer: MiracleTrainer, folder: Path, checkpoint: Path, resume: bool) -> dict[str, float]:
     """Train, or go on training, unless coding has begun; the evaluation's figures."""
+    figures = folder / "fitted.json"
     if not resume:
         checkpoint.unlink(missing_ok=True)
-    if not checkpoint.exists():
-        last = _last_checkpoint(folder) if resume else None
-        if last is not None and last.is_done:
-            trainer._load_from_checkpoint(str(last.folder))  # train() would make a step more
-        else:
-            _train_or_name_a_full_disk(trainer, folder, last)
-    return _figures(trainer)
+    if checkpoint.exists() and figures.exists():
+        return json.loads(figures.read_text(encoding="utf-8"))
+    last = _last_checkpoint(folder) if resume else None
+    if last is not None and last.is_done:
+        trainer._load_from_checkpoint(str(last.folder))  # train() would make a step more
+    else:
+        _train_or_name_a_full_disk(trainer, folder, last)
+    found = _figures(trainer)
+    with writing(figures):
+        figures.write_text(json.dumps(found), encoding="utf-8")
+    return found
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The Hugging Face Trainer for variational models: KL in the loss, its annealing, and coding at the end."""
 
-import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ _REFIT_RATES = {True: 5.0, False: 1 / 3}
 
 
 class AnnealingCallback(TrainerCallback):
-    """Moves β of every block after each step of the optimizer; nothing to do for Mean-KL."""
+    """Moves β of every block after each step of the optimizer; nothing to do but for Mean-Var."""
 
     def on_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
@@ -36,7 +37,8 @@ class AnnealingCallback(TrainerCallback):
 class MiracleTrainer(Trainer):
     """A Trainer whose loss has the weighted KL of a variational model, and that can code it.
 
-    Mean-KL models need it for `compress` only: their KL is fixed, so that the plain Trainer fits them too.
+    Only Mean-Var needs it to be fitted: the KL of others is fixed, so that the plain Trainer fits them.
+    Refits have this class's loss, or a teacher's: a subclass's `compute_loss` is that of the fit alone.
     The learning rate is that of a dense fine-tuning; posteriors are never decayed.
     """
 
@@ -47,6 +49,7 @@ class MiracleTrainer(Trainer):
         """
         super().__init__(*args, **kwargs)
         self.add_callback(AnnealingCallback())
+        self._teacher: Teacher | None = None
         variational_of(self._plain_model())
 
     def compute_loss(
@@ -101,13 +104,13 @@ class MiracleTrainer(Trainer):
         """Code the model, refitting what is left on the training data, and write `out`.
 
         Args:
-            options: of coding; by default refits have `refit_learning_rate(distill)`.
+            options: of coding; without a learning rate refits have `refit_learning_rate(distill)`.
             size, bits_per_weight: of the whole files, met by coding the other tensors without training; None
                 means that they stay plain.
             distill: refits hold the model to what it was before coding, instead of to labels.
             validate: evaluate after every group; the loss goes to the journal.
             checkpoint: a file to go on from if this is interrupted; it is removed at the end, as is the
-                folder that has its name and "-teacher".
+                teacher, whose file has "-teacher" appended.
             log_folder: where coding.csv, coding.json and coding.png go.
 
         Raises:
@@ -116,18 +119,21 @@ class MiracleTrainer(Trainer):
         """
         refuse_existing(Path(out), overwrite)
         model = self._plain_model()
-        options = options or CodingOptions(learning_rate=self.refit_learning_rate(distill))
-        has_refits = self.train_dataset is not None and options.refit_steps > 0
-        teacher_folder = Path(f"{checkpoint}-teacher") if checkpoint is not None else None
-        is_resumed = checkpoint is not None and Path(checkpoint).exists()
-        teacher = Teacher(model, teacher_folder, is_resumed) if distill and has_refits else None
+        options = options or CodingOptions()
+        if options.learning_rate is None:
+            options = replace(options, learning_rate=self.refit_learning_rate(distill))
+        loss, description = None, ""
+        if self.train_dataset is not None and options.refit_steps > 0:
+            teacher = self._teacher_of(model, checkpoint) if distill else None
+            loss, description = partial(self._loss_of_batch, teacher=teacher), teacher.crc if teacher else ""
+        self._check_data(loss, validate)
         code_model(
             model,
-            partial(self._loss_of_batch, teacher=teacher) if has_refits else None,
+            loss,
             options=options,
             validate=(lambda: self.evaluate()["eval_loss"]) if validate else None,
             journal=Journal(Path(log_folder) if log_folder is not None else None),
-            checkpoint=Checkpoint(checkpoint) if checkpoint is not None else None,
+            checkpoint=Checkpoint(checkpoint, loss=description) if checkpoint is not None else None,
             progress=not self.args.disable_tqdm,
         )
         report = compress_model(
@@ -136,8 +142,35 @@ class MiracleTrainer(Trainer):
         )  # fmt: skip
         if checkpoint is not None:
             Path(checkpoint).unlink(missing_ok=True)
-            shutil.rmtree(f"{checkpoint}-teacher", ignore_errors=True)
+            Path(f"{checkpoint}-teacher").unlink(missing_ok=True)
         return report
+
+    def _teacher_of(self, model: nn.Module, checkpoint: str | Path | None) -> Teacher:
+        """What the model was before it was coded, though an attempt before has coded a part of it."""
+        if self._teacher is None or not any(stream.coded is not None for stream in self.variational.streams):
+            path = None if checkpoint is None else Path(f"{checkpoint}-teacher")
+            is_resumed = checkpoint is not None and Path(checkpoint).exists()
+            self._teacher = Teacher(model, path, is_resumed)
+        return self._teacher
+
+    def _check_data(self, loss: Callable[[int], Tensor] | None, validate: bool) -> None:
+        """Refuse before anything is coded what refits or evaluations would fail at.
+
+        Raises:
+            OptionError: data are missing, or the model does not suit distillation.
+        """
+        if validate and (self.eval_dataset is None or isinstance(self.eval_dataset, dict)):
+            raise OptionError(
+                f"validate: expected one eval_dataset, found {type(self.eval_dataset).__name__}; give the "
+                "Trainer one, or leave validate out"
+            )
+        if loss is not None:
+            model = self._plain_model()
+            was_training = model.training
+            with torch.no_grad(), torch.random.fork_rng():
+                model.eval()
+                loss(0)
+            model.train(was_training)
 
     def refit_learning_rate(self, distill: bool) -> float:
         """What suits refits: without noise and towards a teacher more than the fit's learning rate."""
@@ -154,10 +187,11 @@ class MiracleTrainer(Trainer):
     def _loss_of_batch(self, number: int, teacher: Teacher | None) -> Tensor:
         """The loss of the refits' batch of that number: the same whenever it is asked for."""
         data: Any = self.train_dataset
-        if not hasattr(data, "__len__"):
+        if not hasattr(data, "__len__") or not len(data):
             raise OptionError(
-                "train_dataset: expected one with a length for refits, found an iterable one; pass "
-                "CodingOptions(refit_steps=0) or a map-style data set"
+                "train_dataset: expected a map-style one with at least one row for refits, found "
+                f"{'an empty' if hasattr(data, '__len__') else 'an iterable'} one; pass another, or "
+                "CodingOptions(refit_steps=0)"
             )
         generator = torch.Generator().manual_seed(self.args.seed * 2**32 + number)
         rows = torch.randint(len(data), (self.args.train_batch_size,), generator=generator).tolist()

@@ -40,7 +40,7 @@ def make_variational(
     """Give a model's weights Gaussian posteriors, in place, and return it.
 
     Make the optimizer after this: the parameters are others. In training mode every forward pass has a draw
-    of the weights; in evaluation mode they are the posterior's means.
+    of the weights (the test channel has no noise), in evaluation mode they are the posterior's means.
 
     Args:
         config: or the same as keywords: `make_variational(model, bits_per_weight=1.0)`.
@@ -217,7 +217,7 @@ def compress_model(
     with temporary_beside(out) as temporary:
         folder = temporary / out.name
         with writing(folder):
-            dense.save_pretrained(folder)
+            dense.save_pretrained(folder, save_original_format=False)  # or names are not those of payloads
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
         kept = variational.config.modules_to_save

@@ -18,6 +18,7 @@ from miracle_hub.training.resume import Checkpoint
 from miracle_hub.training.stream import Stream
 from miracle_hub.training.variational import Variational, variational_of
 
+_LEARNING_RATE = 3e-4
 ORDERS = ("random", "largest-kl")
 # Steps of a sliding code that are searched beyond a group, in windows: survivors have merged by then.
 _LOOK_AHEAD_WINDOWS = 16
@@ -31,7 +32,8 @@ class CodingOptions:
         groups: how many groups the values of all streams are coded in. They get smaller, so that what is
             left can always make up for what was coded: after g of G groups a share of (1 - g/G)² is left.
         refit_steps: steps of the optimizer after every group but the last.
-        learning_rate: of the refits' Adam; it falls from group to group, to a tenth.
+        learning_rate: of the refits' Adam; it falls from group to group, to a tenth. None means 3e-4, or what
+            suits a Trainer.
         order: "random", a part of every stream in every group, blocks of a block code at random; or
             "largest-kl", streams one after the other, and blocks, by their KL.
 
@@ -41,17 +43,21 @@ class CodingOptions:
 
     groups: int = 60
     refit_steps: int = 60
-    learning_rate: float = 3e-4
+    learning_rate: float | None = None
     order: str = "random"
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
             raise OptionError(f"order: expected one of {ORDERS}, found {self.order!r}; choose one of them")
-        if self.groups < 1 or self.refit_steps < 0 or not self.learning_rate > 0:
+        are_counts = isinstance(self.groups, int) and isinstance(self.refit_steps, int)
+        if not are_counts or self.groups < 1 or self.refit_steps < 0 or not 0 < self.rate() < math.inf:
             raise OptionError(
                 "groups, refit_steps, learning_rate: expected at least one group, no negative number of "
                 f"steps and a positive rate, found {self.groups}, {self.refit_steps} and {self.learning_rate}"
             )
+
+    def rate(self) -> float:
+        return _LEARNING_RATE if self.learning_rate is None else self.learning_rate
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,9 @@ class _Coder:
         for stream in self.streams:
             stream.begin_coding()
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(parameters, lr=self.options.learning_rate)
+        # The usual eps of 1e-8 is 0 in float16.
+        eps = max([1e-8, *(torch.finfo(p.dtype).tiny for p in parameters)])
+        self.optimizer = torch.optim.Adam([{"params": parameters}], lr=self.options.rate(), eps=eps)
         if saved is not None:
             saved.restore(self)
         else:
@@ -155,7 +163,8 @@ class _Coder:
 
     def refit(self, bar: tqdm) -> None:
         """Fit what is not coded to what is."""
-        steps = 0 if self.loss is None or self.is_done() else self.options.refit_steps
+        is_frozen = not self.optimizer.param_groups[0]["params"]
+        steps = 0 if self.loss is None or is_frozen or self.is_done() else self.options.refit_steps
         self.model.train()
         for module in self.frozen:
             module.train(False)
@@ -184,7 +193,7 @@ class _Coder:
         assert self.loss is not None
         where = f"refit step {number} after group {self.group}"
         for group in self.optimizer.param_groups:
-            group["lr"] = self.options.learning_rate * max(0.1, 1 - self.group / self.options.groups)
+            group["lr"] = self.options.rate() * max(0.1, 1 - self.group / self.options.groups)
         self.optimizer.zero_grad()
         loss = self.loss(number)
         total = loss + self.variational.penalty()

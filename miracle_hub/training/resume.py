@@ -25,12 +25,13 @@ if TYPE_CHECKING:
 class Checkpoint:
     """Keeps the state of a coding run in a file, which is replaced as a whole or not at all."""
 
-    def __init__(self, path: str | Path, every_seconds: float = 60.0) -> None:
+    def __init__(self, path: str | Path, every_seconds: float = 60.0, loss: str = "") -> None:
         """
         Args:
             every_seconds: at least so long between two writings; 0 writes after every step.
+            loss: what refits have; a run goes on with the same only.
         """
-        self.path, self.every_seconds = Path(path), every_seconds
+        self.path, self.every_seconds, self.loss = Path(path), every_seconds, loss
         self.saved_at = time.monotonic()
 
     def save_if_due(self, coder: "_Coder", now: bool = False) -> None:
@@ -52,26 +53,7 @@ class Checkpoint:
         rows = [dataclasses.asdict(row) for row in coder.journal.rows]
         position = {"group": coder.group, "step": coder.step, "last_loss": coder.last_loss, "rows": rows}
         metadata = {"options": _options(coder), "position": json.dumps(position)}
-        try:
-            self._clear_up()
-            self._partial.mkdir(parents=True)
-            save_file(tensors, self._partial / "state", {**metadata, "crc": _crc(tensors, metadata)})
-            (self._partial / "state").replace(self.path)
-        except (OSError, SafetensorError) as error:
-            raise OutputWriteError(
-                f"{self.path}: the checkpoint could not be written ({error}); the one before is still there: "
-                "make room and run again"
-            ) from error
-        finally:
-            self._clear_up()
-
-    @property
-    def _partial(self) -> Path:
-        """A folder, for safetensors writes to another name first: what a kill leaves is found again."""
-        return self.path.with_name(f".{self.path.name}.partial")
-
-    def _clear_up(self) -> None:
-        shutil.rmtree(self._partial, ignore_errors=True)
+        write_sealed(self.path, tensors, metadata)
 
     def read(self, coder: "_Coder") -> "Saved | None":
         """What was saved, if anything was, checked to be of this run, which is not changed.
@@ -80,10 +62,10 @@ class Checkpoint:
             FormatError: the file is damaged, or none of ours.
             OptionError: it is that of another model, or of a run with other options.
         """
-        self._clear_up()
+        _clear_up(self.path)
         if not self.path.exists():
             return None
-        tensors, metadata = self._contents()
+        tensors, metadata = read_sealed(self.path)
         if metadata["options"] != (expected := _options(coder)):
             raise OptionError(
                 f"{self.path}: expected the checkpoint of a run with {expected}, found one with "
@@ -97,24 +79,6 @@ class Checkpoint:
                 f"{', '.join(dict.fromkeys(different[:4]))}; use the model of that run, or another file"
             )
         return saved
-
-    def _contents(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        try:
-            with safe_open(self.path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                metadata = file.metadata() or {}
-        except (OSError, SafetensorError) as error:
-            raise FormatError(
-                f"{self.path}: expected the checkpoint of a coding run, found a file that cannot be read "
-                f"({error}); delete it to start anew"
-            ) from error
-        crc = metadata.pop("crc", None)
-        if crc != _crc(tensors, metadata):
-            raise FormatError(
-                f"{self.path}: expected the checkpoint of a coding run with CRC-32 {crc}, found "
-                f"{_crc(tensors, metadata)}; the file is damaged or not ours: delete it to start anew"
-            )
-        return tensors, metadata
 
 
 @dataclass(frozen=True)
@@ -162,7 +126,10 @@ def _options(coder: "_Coder") -> str:
     """What must be equal for a run to go on: the options, and what is coded."""
     members = [[member.name, list(member.shape)] for stream in coder.streams for member in stream.members]
     config = dataclasses.asdict(coder.variational.config)
-    return json.dumps({"config": config, "coding": dataclasses.asdict(coder.options), "tensors": members})
+    coding = dataclasses.asdict(coder.options)
+    if coder.checkpoint is not None and coder.checkpoint.loss:
+        coding["loss"] = coder.checkpoint.loss
+    return json.dumps({"config": config, "coding": coding, "tensors": members})
 
 
 def _signature(state: dict[str, Tensor]) -> set[tuple[str, str]]:
@@ -171,7 +138,60 @@ def _signature(state: dict[str, Tensor]) -> set[tuple[str, str]]:
     return {(name, f"{tuple(t.shape)} {t.dtype}") for name, t in kept.items()}
 
 
-def _crc(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+def write_sealed(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a checkpoint with the CRC-32 of all of it, in one step.
+
+    Raises:
+        OutputWriteError: it could not be written; the one before is still there.
+    """
+    try:
+        _clear_up(path)
+        _partial(path).mkdir(parents=True)
+        save_file(tensors, _partial(path) / "state", {**metadata, "crc": crc_of(tensors, metadata)})
+        (_partial(path) / "state").replace(path)
+    except (OSError, SafetensorError) as error:
+        raise OutputWriteError(
+            f"{path}: the checkpoint could not be written ({error}); the one before is still there: "
+            "make room, see that no other run uses it, and run again"
+        ) from error
+    finally:
+        _clear_up(path)
+
+
+def read_sealed(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What `write_sealed` wrote.
+
+    Raises:
+        FormatError: the file is gone, damaged, or none of ours.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise FormatError(
+            f"{path}: expected the checkpoint of a coding run, found a file that cannot be read "
+            f"({error}); delete it to start anew"
+        ) from error
+    crc = metadata.pop("crc", None)
+    if crc != crc_of(tensors, metadata):
+        raise FormatError(
+            f"{path}: expected the checkpoint of a coding run with CRC-32 {crc}, found "
+            f"{crc_of(tensors, metadata)}; the file is damaged or not ours: delete it to start anew"
+        )
+    return tensors, metadata
+
+
+def _partial(path: Path) -> Path:
+    """A folder, for safetensors writes to another name first: what a kill leaves is found again."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def _clear_up(path: Path) -> None:
+    shutil.rmtree(_partial(path), ignore_errors=True)
+
+
+def crc_of(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     """CRC-32 of everything in a checkpoint, since safetensors files have none."""
     crc = zlib.crc32(json.dumps(sorted(metadata.items())).encode())
     for name, tensor in sorted(tensors.items()):

@@ -12,7 +12,7 @@ from miracle_hub.coding.draw import draw_mean_var
 from miracle_hub.coding.matrix import ROW_SCALE_COLUMNS, matrix_columns
 from miracle_hub.coding.order import permutation
 from miracle_hub.coding.posterior import Cost, Posterior, Prior, importance_cost
-from miracle_hub.coding.scales import rounded_scales
+from miracle_hub.coding.scales import SMALLEST_SCALE, rounded_scales
 from miracle_hub.coding.sharing import Sharing, expand
 from miracle_hub.config import Code
 from miracle_hub.training.posterior import POSTERIORS, RATE, test_channel_share
@@ -71,6 +71,8 @@ class Stream(nn.Module):
             _shared_values(w, m.sharing, code.seed, i)
             for i, (m, w) in enumerate(zip(members, weights, strict=True))
         ]
+        # Zeros stay zeros in a fit without noise; with it, they need some room to move.
+        self.scale_of_zeros = SMALLEST_SCALE if POSTERIORS[parametrization].is_noiseless else 0.01
         self.scale_columns = _scale_columns(members[0].shape) if has_row_scales else 0
         self.share = test_channel_share(block_kl_nats / block_weights)
         in_order = torch.cat(values)[self.order] if self.is_permuted else values[0]
@@ -105,11 +107,15 @@ class Stream(nn.Module):
             power = sums / torch.bincount(self.owner, minlength=len(self.members))
         else:
             power = values.square().mean().view(1)
-        return torch.where(power > 0, (self.share * power).sqrt(), 0.01)
+        return torch.where(power > 0, (self.share * power).sqrt(), self.scale_of_zeros)
 
     def scales(self) -> Tensor:
         """The prior's scale of every member `[members]`, or row `[rows]`; exact once it is fixed."""
-        return (RATE * self.log_scales).exp() if self.fixed_scales is None else self.fixed_scales
+        if self.fixed_scales is not None:
+            return self.fixed_scales
+        if self.posterior.is_noiseless:  # they follow the weights until they are fixed
+            return self._scales_of(self.posterior.weight.detach())
+        return (RATE * self.log_scales).exp()
 
     def by_value(self, scales: Tensor) -> Tensor:
         """`[members]` or `[rows]` → `[n]` in stream order; `[1]` as it is."""
@@ -119,8 +125,8 @@ class Stream(nn.Module):
 
     def value_log_scales(self) -> Tensor:
         """log ρ of every value in stream order, `[n]` or `[1]`."""
-        log_scales = RATE * self.log_scales if self.fixed_scales is None else self.fixed_scales.log()
-        return self.by_value(log_scales)
+        is_fitted = self.fixed_scales is None and not self.posterior.is_noiseless
+        return self.by_value(RATE * self.log_scales if is_fitted else self.scales().log())
 
     @torch.no_grad()
     def begin_coding(self) -> None:
@@ -157,7 +163,7 @@ class Stream(nn.Module):
         """The posterior's mean, or what is coded, in stream order; without gradients."""
         with torch.no_grad():
             if self.posterior.is_noiseless:
-                return self._with_coded(self.posterior.weight)
+                return self._with_coded(self.posterior.weight.detach())
             mean = self.posterior.moments(self.value_log_scales())[0]
             return self._with_coded(mean * self.by_value(self.scales()))
 

@@ -21,7 +21,7 @@ class Variational(nn.Module):
     While training, every forward pass of the model has a draw of its own; a weight that is used twice in it,
     or computed again for gradient checkpointing, is the same weight, because noise is a function of the
     number of the draw. (So, with gradient checkpointing, `backward` comes before the next forward pass.) In
-    evaluation the weights are the posterior's means, without gradients.
+    evaluation the weights are the posterior's means, without gradients. The test channel has no noise.
     """
 
     def __init__(self, streams: Sequence[Stream], config: VariationalConfig) -> None:

@@ -148,7 +148,7 @@ def fit(folder: Path) -> None:
         found.save_steps = 3
         return found
 
-    fit_module._arguments, Checkpoint.__init__.__defaults__ = frequent, (0.0,)
+    fit_module._arguments, Checkpoint.__init__.__defaults__ = frequent, (0.0, "")
     try:
         with redirect_stdout(StringIO()):  # the Trainer prints its figures
             miracle_hub.fit(

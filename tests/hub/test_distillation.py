@@ -1,15 +1,27 @@
 """Refits that hold a model to what it was: the loss, whom it suits, and resumed runs."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
-from miracle_hub import CodingOptions, MiracleTrainer, make_variational
-from miracle_hub.errors import OptionError, TrainingError
+from miracle_hub import (
+    CodingOptions,
+    MiracleTrainer,
+    make_variational,
+    posterior_mean,
+    remove_variational,
+)
+from miracle_hub.errors import FormatError, OptionError, TrainingError
 from miracle_hub.hub.distillation import Teacher
 
 from .test_trainer import ROWS, arguments, classifier
@@ -75,15 +87,10 @@ def test_a_regression_is_held_to_its_number() -> None:
 def test_a_model_without_logits_says_to_pass_distill_false() -> None:
     model = classifier().eval()
     teacher = Teacher(model)
-    bare = SimpleNamespace(hidden_states=None, last_hidden_state=None)
     with pytest.raises(
         OptionError, match="distill: expected a model whose outputs have logits, found .*distill=False$"
     ):
-        teacher.loss(lambda **_: _Outputs(vars(bare)), INPUTS)  # pyright: ignore[reportArgumentType]
-
-
-class _Outputs(dict):
-    logits = None
+        teacher.loss(lambda **_: {"last_hidden_state": 0}, INPUTS)  # pyright: ignore[reportArgumentType]
 
 
 def test_without_it_refits_have_the_labels(tmp_path: Path) -> None:
@@ -117,10 +124,125 @@ def test_a_run_that_is_resumed_has_the_teacher_of_its_beginning_and_ends_with_th
 
     monkeypatch.setattr(Teacher, "loss", seventh_is_nan)
     fitted.train()
-    with pytest.raises(TrainingError, match="refit step 6 after group 2"):
+    with pytest.raises(TrainingError, match="refit step 5 after group 2"):
         fitted.compress(tmp_path / "out", options=options, checkpoint=state)
     # As `fit` does, the next run codes a model that was not fitted: all that counts is in the files.
     trainer().compress(tmp_path / "out", options=options, checkpoint=state)
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert not state.exists() and not Path(f"{state}-teacher").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "shift", "expected"),
+    [("regression", 100.0, 10_000.0), ("multi_label_classification", 5.0, None)],
+)
+def test_a_common_shift_counts_where_outputs_are_no_classes(
+    kind: str, shift: float, expected: float | None
+) -> None:
+    model = classifier(parametrization="test-channel").eval()
+    model.config.problem_type = kind
+    teacher = Teacher(model)
+    with torch.no_grad():
+        p = model(**INPUTS).logits.double().sigmoid()
+        model.classifier.bias += shift
+        q = model(**INPUTS).logits.double().sigmoid()
+    kl = float((p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum(1).mean())
+    found = float(teacher.loss(model, INPUTS).detach())
+    assert found == pytest.approx(kl if expected is None else expected, rel=1e-3)
+
+
+def test_an_encoder_with_a_decoder_is_held_to_what_both_said(tmp_path: Path) -> None:
+    config = T5Config(vocab_size=50, d_model=16, d_ff=32, d_kv=8, num_layers=1, num_heads=2)
+    config.decoder_start_token_id = 0
+    model: Any = make_variational(T5ForConditionalGeneration(config), bits_per_weight=2.0)
+    rows = [{**row, "labels": row["input_ids"]} for row in ROWS]
+    trainer = MiracleTrainer(model=model, args=arguments(tmp_path / "t"), train_dataset=rows)
+    trainer.compress(tmp_path / "out", options=CodingOptions(groups=2, refit_steps=2))
+    T5ForConditionalGeneration.from_pretrained(tmp_path / "out")
+
+
+def test_what_refits_cannot_use_is_refused_before_anything_is_coded(tmp_path: Path) -> None:
+    trainer = MiracleTrainer(model=classifier(), args=arguments(tmp_path / "t"), train_dataset=ROWS)
+    with pytest.raises(OptionError, match="^validate: expected one eval_dataset, found NoneType; "):
+        trainer.compress(tmp_path / "out", validate=True)
+    trainer.train_dataset = []
+    with pytest.raises(OptionError, match="^train_dataset: expected .* found an empty one; "):
+        trainer.compress(tmp_path / "out")
+    assert all(stream.coded is None for stream in trainer.variational.streams)
+
+
+@pytest.mark.parametrize("defect", ["flipped", "gone", "other", "no distillation"])
+def test_a_run_is_not_resumed_with_another_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, defect: str
+) -> None:
+    state, kept = tmp_path / "state", tmp_path / "state-teacher"
+    options: dict[str, Any] = {"options": CodingOptions(groups=4, refit_steps=2), "checkpoint": state}
+    loss, calls = Teacher.loss, []
+
+    def fourth_is_nan(self: Teacher, *given: Any) -> torch.Tensor:
+        calls.append(None)
+        return loss(self, *given) * (float("nan") if len(calls) == 4 else 1)
+
+    trainer = trainer_of(classifier(), tmp_path / "t")
+    with monkeypatch.context() as patch, pytest.raises(TrainingError):
+        patch.setattr(Teacher, "loss", fourth_is_nan)
+        trainer.compress(tmp_path / "out", **options)
+    data = bytearray(kept.read_bytes())
+    if defect == "flipped":
+        data[-3] ^= 1
+        kept.write_bytes(data)
+    elif defect == "gone":
+        kept.unlink()
+    elif defect == "other":
+        other = classifier()
+        with torch.no_grad():
+            other.classifier.bias += 1
+        Teacher(other, kept)
+    expected = FormatError if defect in ("flipped", "gone") else OptionError
+    with pytest.raises(expected, match="state"):
+        again = trainer_of(classifier(), tmp_path / "t")
+        again.compress(tmp_path / "out", distill=defect != "no distillation", **options)
+    assert state.exists()
+    if defect == "no distillation":
+        again.compress(tmp_path / "out", **options)
+
+
+def test_after_a_failure_the_teacher_is_still_the_model_before_coding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, loss, calls, teachers = trainer_of(classifier(), tmp_path / "t"), Teacher.loss, [], set()
+
+    def fourth_is_nan(self: Teacher, *given: Any) -> torch.Tensor:
+        calls.append(None)
+        teachers.add(self.crc)
+        return loss(self, *given) * (float("nan") if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(Teacher, "loss", fourth_is_nan)
+    with pytest.raises(TrainingError):
+        trainer.compress(tmp_path / "out", options=CodingOptions(groups=4, refit_steps=2))
+    trainer.compress(tmp_path / "out", options=CodingOptions(groups=4, refit_steps=2))
+    assert len(teachers) == 1
+
+
+def test_a_model_whose_files_have_other_names_is_written(tmp_path: Path) -> None:
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=8,
+        patch_size=4, num_labels=2,
+    )  # fmt: skip
+    model: Any = make_variational(ViTForImageClassification(config), bits_per_weight=2.0)
+    rows = [{"pixel_values": torch.randn(3, 8, 8), "labels": i % 2} for i in range(16)]
+    trainer = MiracleTrainer(model=model, args=arguments(tmp_path / "t"), train_dataset=rows)
+    trainer.compress(tmp_path / "out", options=CodingOptions(groups=2, refit_steps=1))
+    loaded = ViTForImageClassification.from_pretrained(tmp_path / "out").state_dict()
+    for name, tensor in posterior_mean(model).state_dict().items():
+        if tensor.ndim > 1 and "projection" not in name:
+            assert torch.equal(loaded[name], tensor) or torch.equal(loaded[name], tensor.half().float()), name
+
+
+def test_a_float16_model_survives_its_refits(tmp_path: Path) -> None:
+    half = remove_variational(classifier()).half()
+    trainer = trainer_of(make_variational(half, bits_per_weight=2.0), tmp_path / "t")
+    trainer.compress(tmp_path / "out", options=CodingOptions(groups=3, refit_steps=5))
+    weights = posterior_mean(trainer.model).state_dict()
+    assert all(bool(t.isfinite().all()) for t in weights.values())

@@ -94,7 +94,7 @@ import sys
 import miracle_hub
 source, out, data, resume = sys.argv[1:]
 options = dict(steps=2, groups=4, refit_steps=5, progress=False, resume=resume == "True")
-miracle_hub.training.resume.Checkpoint.__init__.__defaults__ = (0.0,)
+miracle_hub.training.resume.Checkpoint.__init__.__defaults__ = (0.0, "")
 print(miracle_hub.fit(source, out, data=data, **options).report.digest)
 """
 

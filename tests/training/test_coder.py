@@ -354,7 +354,7 @@ def test_a_model_without_posteriors_is_refused() -> None:
         (
             {"groups": 0},
             "groups, refit_steps, learning_rate: expected at least one group, no negative number of steps "
-            "and a positive rate, found 0, 60 and 0.0003",
+            "and a positive rate, found 0, 60 and None",
         ),
         ({"refit_steps": -1}, "groups, refit_steps, learning_rate: expected at least one group, "),
         ({"learning_rate": math.nan}, "groups, refit_steps, learning_rate: expected at least one group, "),

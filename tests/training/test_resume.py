@@ -263,7 +263,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint_before(
             run(variational_net(**CONFIGS["network"]), started)
     assert str(raised.value) == (
         f"{started}: the checkpoint could not be written ([Errno 28] No space left on device); the one "
-        "before is still there: make room and run again"
+        "before is still there: make room, see that no other run uses it, and run again"
     )
     assert started.read_bytes() == before
     assert list(started.parent.iterdir()) == [started]
@@ -297,7 +297,7 @@ def test_a_loss_that_is_not_finite_leaves_a_checkpoint_of_the_step_before(tmp_pa
 
 def test_a_checkpoint_may_be_moved_and_is_a_plain_safetensors_file(started: Path, tmp_path: Path) -> None:
     shutil.move(started, tmp_path / "elsewhere")
-    found = resume.Checkpoint(tmp_path / "elsewhere")._contents()[0]
+    found = resume.read_sealed(tmp_path / "elsewhere")[0]
     assert all(isinstance(tensor, Tensor) for tensor in found.values())
     assert issubclass(FormatError, MiracleError)
     assert len(run(variational_net(**CONFIGS["network"]), tmp_path / "elsewhere").rows) == 4

@@ -57,9 +57,9 @@ def test_the_mean_kl_is_the_budget_and_draws_miss_the_weights_by_the_channels_di
 def test_scales_are_of_the_weights_as_they_are_when_coding_begins() -> None:
     model = wide()
     stream = streams_of(model)[0]
+    before = stream.scales()
     with torch.no_grad():
         stream.posterior.weight.mul_(3)
-    before = stream.scales()
     code_model(model, options=CodingOptions(groups=2), progress=False)
     torch.testing.assert_close(stream.scales(), 3 * before, rtol=2**-8, atol=0)
     rows = stream.posterior.weight.detach().view(64, 256)
@@ -98,3 +98,31 @@ def test_refits_make_up_for_a_third_of_what_coding_costs() -> None:
         return float(loss(0).detach())
 
     assert missed(20) < missed(0) * 2 / 3
+
+
+def test_before_coding_kl_and_samples_are_of_the_weights_as_they_are() -> None:
+    stream = streams_of(wide())[0]
+    with torch.no_grad():
+        stream.posterior.weight.mul_(3)
+    weight = stream.posterior.weight.detach()
+    assert float(stream.kl_nats().sum()) == pytest.approx(stream.n_values * math.log(2), rel=1e-5)
+    missed = (stream.sample(torch.tensor(0)) - weight).square().mean() / weight.square().mean()
+    assert float(missed) == pytest.approx(0.25, rel=0.05)
+
+
+def test_rows_of_zeros_stay_zeros_as_far_as_scales_go() -> None:
+    model = wide()
+    stream = streams_of(model)[0]
+    with torch.no_grad():
+        stream.posterior.weight.view(64, 256)[::2] = 0
+    code_model(model, options=CodingOptions(groups=2), progress=False)
+    rows = model[0].weight.detach()  # pyright: ignore
+    assert float(rows[::2].abs().max()) < 1e-18 < 1e-3 < float(rows[1::2].square().mean().sqrt())
+
+
+def test_a_network_that_is_frozen_is_coded_without_refits() -> None:
+    model = conv_net()
+    model.requires_grad_(False)
+    make_variational(model, VariationalConfig(bits_per_weight=3.0, window_bits=6, target_modules="all"))
+    code_model(model, loss_of(model), options=CodingOptions(groups=3, refit_steps=2), progress=False)
+    assert not model.conv.weight.requires_grad
