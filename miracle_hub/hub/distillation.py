@@ -21,22 +21,27 @@ class Teacher:
     states; here these have equal weights, the error of each relative to its own variance.
     """
 
-    def __init__(self, model: nn.Module, path: Path | None = None, is_resumed: bool = False) -> None:
+    def __init__(self, model: nn.Module, kept: Path | None = None) -> None:
         """
         Args:
-            path: where the copy is kept for a coding run that is resumed.
-            is_resumed: it is there, and `model` is not what it was.
+            kept: where the copy is, of a run that is resumed: `model` is then not what it was.
 
         Raises:
-            OutputWriteError: the copy cannot be written. FormatError: it is gone, or damaged.
+            FormatError: the copy is gone, or damaged.
         """
         self.dense: Any = posterior_mean(model)
-        if path is not None and is_resumed:
-            self.dense.load_state_dict(read_sealed(path)[0], strict=False)  # tied ones are there once
-        elif path is not None:
-            write_sealed(path, _tensors(self.dense), {})
+        if kept is not None:
+            self.dense.load_state_dict(read_sealed(kept)[0], strict=False)  # tied ones are there once
         self.dense.eval().requires_grad_(False)
         self.crc = crc_of(_tensors(self.dense), {})
+
+    def keep(self, path: Path) -> None:
+        """Write the copy, for a run that goes on after an interruption.
+
+        Raises:
+            OutputWriteError: it cannot be written.
+        """
+        write_sealed(path, _tensors(self.dense), {})
 
     def loss(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         """Difference of the outputs from the teacher's, plus the relative squared error of hidden states.

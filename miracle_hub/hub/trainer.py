@@ -107,7 +107,7 @@ class MiracleTrainer(Trainer):
             options: of coding; without a learning rate refits have `refit_learning_rate(distill)`.
             size, bits_per_weight: of the whole files, met by coding the other tensors without training; None
                 means that they stay plain.
-            distill: refits hold the model to what it was before coding, instead of to labels.
+            distill: refits hold the model to a dense copy of what it was before coding, instead of to labels.
             validate: evaluate after every group; the loss goes to the journal.
             checkpoint: a file to go on from if this is interrupted; it is removed at the end, as is the
                 teacher, whose file has "-teacher" appended.
@@ -147,10 +147,13 @@ class MiracleTrainer(Trainer):
 
     def _teacher_of(self, model: nn.Module, checkpoint: str | Path | None) -> Teacher:
         """What the model was before it was coded, though an attempt before has coded a part of it."""
-        if self._teacher is None or not any(stream.coded is not None for stream in self.variational.streams):
-            path = None if checkpoint is None else Path(f"{checkpoint}-teacher")
+        path = None if checkpoint is None else Path(f"{checkpoint}-teacher")
+        has_begun = any(stream.coded is not None for stream in self.variational.streams)
+        if self._teacher is None or not has_begun:
             is_resumed = checkpoint is not None and Path(checkpoint).exists()
-            self._teacher = Teacher(model, path, is_resumed)
+            self._teacher = Teacher(model, path if is_resumed else None)
+        if path is not None:
+            self._teacher.keep(path)
         return self._teacher
 
     def _check_data(self, loss: Callable[[int], Tensor] | None, validate: bool) -> None:

@@ -198,7 +198,7 @@ def test_a_run_is_not_resumed_with_another_teacher(
         other = classifier()
         with torch.no_grad():
             other.classifier.bias += 1
-        Teacher(other, kept)
+        Teacher(other).keep(kept)
     expected = FormatError if defect in ("flipped", "gone") else OptionError
     with pytest.raises(expected, match="state"):
         again = trainer_of(classifier(), tmp_path / "t")
