@@ -24,7 +24,7 @@ ROWS: dict[str, list[str]] = {
 }
 TESTS = ["loading", "loading_backends", "loading_dtypes_and_devices", "loading_errors", "plugin"]
 TESTS += ["keep_compressed", "stages", "staged_hub", "hub", "hub_errors", "hub_faults", "loopback", "push"]
-TESTS += ["mixin", "trainer", "fit"]
+TESTS += ["mixin", "trainer", "distillation", "fit"]
 # datasets 4, the last that takes huggingface_hub 1.5, leaves CSV files open.
 OPTIONS = {"oldest": ["-W", "ignore:unclosed file:ResourceWarning"]}
 # It makes an environment from what is installed in that of the tests, which here is borrowed.
