@@ -131,6 +131,8 @@ def _load(data: str | Path) -> Any:
         ) from error
     path = Path(data)
     try:
+        if path.suffix in _FORMATS and not path.exists():  # rather than ask the Hub for it
+            raise FileNotFoundError("no such file")
         if path.is_file() and path.suffix in _FORMATS:
             kind, options = _FORMATS[path.suffix]
             return dict(load_dataset(kind, data_files=str(path), **options))
