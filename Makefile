@@ -72,7 +72,6 @@ bench-fit: setup
 		$(BIN)/python benchmarks/lenet.py --bits 8048 --conv2 12 --fc1 300 --fc2 1.43 --seed $$seed; done
 	$(BIN)/python benchmarks/lenet.py --parametrization mean-var --beta-rate 1e-3
 	$(BIN)/python benchmarks/lenet.py --fit-only --parametrization mean-var --name mean-var-published
-	$(BIN)/python benchmarks/lenet.py --fit-only --steps 30000 --every 1000
 	$(BIN)/python benchmarks/lenet.py --report
 	$(BIN)/python benchmarks/cards.py lenet
 	$(BIN)/python benchmarks/report.py

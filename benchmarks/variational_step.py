@@ -58,6 +58,7 @@ def measure(kind: str, steps: int) -> dict[str, float]:
 
 
 def main() -> None:
+    """Every kind in processes of its own, and the ratios to the dense one."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kind", choices=KINDS)
     parser.add_argument("--steps", type=int, default=8)

@@ -1,6 +1,7 @@
 """What a model said before it was coded, for refits to hold it to: more per batch than labels tell."""
 
 from collections.abc import Mapping
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,11 @@ class Teacher:
         if kept is not None:
             self.dense.load_state_dict(read_sealed(kept)[0], strict=False)  # tied ones are there once
         self.dense.eval().requires_grad_(False)
-        self.crc = crc_of(_tensors(self.dense), {})
+
+    @cached_property
+    def crc(self) -> str:
+        """CRC-32 of the copy: a run goes on with the same teacher only."""
+        return crc_of(_tensors(self.dense), {})
 
     def keep(self, path: Path) -> None:
         """Write the copy, for a run that goes on after an interruption.

@@ -122,20 +122,19 @@ class MiracleTrainer(Trainer):
         options = options or CodingOptions()
         if options.learning_rate is None:
             options = replace(options, learning_rate=self.refit_learning_rate(distill))
-        loss, description = None, ""
+        loss, crc = None, ""
         if self.train_dataset is not None and options.refit_steps > 0:
             teacher = self._teacher_of(model, checkpoint) if distill else None
-            loss, description = partial(self._loss_of_batch, teacher=teacher), teacher.crc if teacher else ""
+            loss = partial(self._loss_of_batch, teacher=teacher)
+            crc = teacher.crc if teacher and checkpoint else ""
         self._check_data(loss, validate)
         code_model(
-            model,
-            loss,
-            options=options,
+            model, loss, options=options,
             validate=(lambda: self.evaluate()["eval_loss"]) if validate else None,
             journal=Journal(Path(log_folder) if log_folder is not None else None),
-            checkpoint=Checkpoint(checkpoint, loss=description) if checkpoint is not None else None,
+            checkpoint=Checkpoint(checkpoint, loss=crc) if checkpoint is not None else None,
             progress=not self.args.disable_tqdm,
-        )
+        )  # fmt: skip
         report = compress_model(
             model, out, size=size, bits_per_weight=bits_per_weight, tokenizer=self.processing_class,
             overwrite=overwrite, progress=not self.args.disable_tqdm,

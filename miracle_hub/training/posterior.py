@@ -111,9 +111,6 @@ class TestChannel(nn.Module):
         self.share = test_channel_share(block_kl_nats / block_weights)
         self.weight = nn.Parameter(weights.float().clone())
 
-    def draw(self, log_scale: Tensor, seed: Tensor, stream_id: int) -> Tensor:
-        return self.weight
-
     def moments(self, log_scales: Tensor) -> tuple[Tensor, Tensor]:
         mean = self.share * self.weight.detach() * (-log_scales).exp()
         return mean, torch.full_like(mean, 1 - self.share)

@@ -171,7 +171,7 @@ def read_sealed(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (OSError, SafetensorError) as error:
         raise FormatError(
             f"{path}: expected the checkpoint of a coding run, found a file that cannot be read "
-            f"({error}); delete it to start anew"
+            f"({error}); delete it to start anew (of a teacher: its checkpoint too)"
         ) from error
     crc = metadata.pop("crc", None)
     if crc != crc_of(tensors, metadata):

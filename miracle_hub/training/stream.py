@@ -131,8 +131,6 @@ class Stream(nn.Module):
     @torch.no_grad()
     def begin_coding(self) -> None:
         """Round the scales as the file holds them, and fix them: what is coded depends on them."""
-        if self.posterior.is_noiseless and self.coded is None:
-            self.log_scales.copy_(self._scales_of(self.posterior.weight).log() / RATE)
         if self.coded is None:
             self.fixed_scales = rounded_scales(self.scales().detach())
             self.log_scales.requires_grad_(False)
@@ -150,6 +148,8 @@ class Stream(nn.Module):
 
     def draw(self, seed: Tensor) -> Tensor:
         """Values in stream order: a draw of the posterior, or what is coded."""
+        if self.posterior.is_noiseless:
+            return self._with_coded(self.posterior.weight)
         if not self.is_permuted and not self.scale_columns:
             return self._with_coded(self.posterior.draw(self.value_log_scales()[0], seed, self.number))
         values = self.posterior.draw(self.log_scales.new_zeros(()), seed, self.number)
