@@ -85,13 +85,14 @@ class Run:
         self.curve: list[dict] = []
         self.seconds: dict[str, float] = {}
 
-    def batch(self, number: int, first: int) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed((self.a.seed * 2 + first) * 2**32 + number)
+    def batch(self, number: int) -> tuple[Tensor, Tensor]:
+        """The same for every seed, which is that of first weights, noise, shared values and candidates."""
+        generator = torch.Generator().manual_seed(number)
         at = self.train[torch.randint(len(self.train), (self.a.batch,), generator=generator)]
         return normalized(self.x[at]), self.y[at]
 
-    def loss(self, number: int, first: int = 0) -> Tensor:
-        x, y = self.batch(number, first)
+    def loss(self, number: int) -> Tensor:
+        x, y = self.batch(number)
         with torch.autocast("cpu", torch.bfloat16, enabled=bool(self.a.bfloat16)):
             return F.cross_entropy(self.model(x).float(), y)
 
@@ -131,7 +132,7 @@ class Run:
         a, started = self.a, time.monotonic()
         options = miracle_hub.CodingOptions(a.groups, a.refit, a.refit_lr, a.order)
         journal = miracle_hub.code_model(
-            self.model, lambda i: self.loss(i, 1), options=options, validate=self.validation, progress=False
+            self.model, self.loss, options=options, validate=self.validation, progress=False
         )
         self.seconds["code"] = time.monotonic() - started
         return [dict(vars(row)) for row in journal.rows]

@@ -158,6 +158,17 @@ def _mean_kl_backward(grad_w, tau, rate, share, eps, kl2, scale, grad_tau):
 
 
 @_jit
+def _touched(grad):
+    """From where to where a gradient is not 0; 0 and 0 if it is nowhere."""
+    low, high = 0, grad.shape[0]
+    while high and grad[high - 1] == _f4(0.0):
+        high -= 1
+    while low < high and grad[low] == _f4(0.0):
+        low += 1
+    return low, high
+
+
+@_jit
 def _softmax_backward(grad_w, rate, share, by_kappa, block_weights, grad_alpha):
     """Gradient of alpha from that of log κ, by_kappa · grad_w / 2."""
     for i in range(grad_w.shape[0]):
@@ -188,11 +199,21 @@ def mean_kl(tau, alpha, rate, table, key, block_weights, width, kl2, scale, firs
 def mean_kl_backward(
     grad_w, tau, alpha, rate, table, key, block_weights, width, kl2, scale, first, stop, grad_tau, grad_alpha
 ):
-    """The mirror of `mean_kl`; returns the gradient of log scale."""
+    """The mirror of `mean_kl`; returns the gradient of log scale.
+
+    Blocks without a gradient, as most of an embedding's are, are passed over at both ends of a chunk.
+    """
     words, eps = np.empty((4, _CHUNK // 8), np.uint64), np.empty(_CHUNK, np.float32)
     share, n_chunk, by_scale = np.empty(_CHUNK, np.float32), _CHUNK // width, np.float64(0.0)
-    for block in range(first, stop, n_chunk):
-        a, b = block * block_weights, min(min(block + n_chunk, stop) * block_weights, tau.shape[0])
+    aligned = max(1, 8 // width)  # blocks that share a call of Philox
+    for chunk in range(first, stop, n_chunk):
+        a, b = chunk * block_weights, min(min(chunk + n_chunk, stop) * block_weights, tau.shape[0])
+        grad_tau[a:b], grad_alpha[a:b] = _f4(0.0), _f4(0.0)
+        low, high = _touched(grad_w[a:b])
+        block = chunk + low // block_weights // aligned * aligned
+        a, b = block * block_weights, min(a - (-high // block_weights) * block_weights, b)
+        if not high:
+            continue
         fill_noise(block * width // 8, table, key, words, eps)
         _pack(eps, width, block_weights, b - a)
         _shares(alpha[a:b], rate, block_weights, share)

@@ -14,6 +14,7 @@ from miracle_hub.codec.compress import Report
 from miracle_hub.codec.folder import refuse_existing
 from miracle_hub.errors import OptionError
 from miracle_hub.hub.distillation import Teacher
+from miracle_hub.hub.refit_batches import RefitBatches
 from miracle_hub.hub.variational import compress_model
 from miracle_hub.training.coder import CodingOptions, check_finite, code_model, undone_if_not_finite
 from miracle_hub.training.journal import Journal
@@ -125,7 +126,7 @@ class MiracleTrainer(Trainer):
         loss, crc = None, ""
         if self.train_dataset is not None and options.refit_steps > 0:
             teacher = self._teacher_of(model, checkpoint) if distill else None
-            loss = partial(self._loss_of_batch, teacher=teacher)
+            loss = partial(self._loss_of_batch, batches=RefitBatches(self), teacher=teacher)
             crc = teacher.crc if teacher and checkpoint else ""
         self._check_data(loss, validate)
         code_model(
@@ -186,19 +187,10 @@ class MiracleTrainer(Trainer):
     def _plain_model(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
 
-    def _loss_of_batch(self, number: int, teacher: Teacher | None) -> Tensor:
+    def _loss_of_batch(self, number: int, batches: RefitBatches, teacher: Teacher | None) -> Tensor:
         """The loss of the refits' batch of that number: the same whenever it is asked for."""
-        data: Any = self.train_dataset
-        if not hasattr(data, "__len__") or not len(data):
-            raise OptionError(
-                "train_dataset: expected a map-style one with at least one row for refits, found "
-                f"{'an empty' if hasattr(data, '__len__') else 'an iterable'} one; pass another, or "
-                "CodingOptions(refit_steps=0)"
-            )
-        generator = torch.Generator().manual_seed(self.args.seed * 2**32 + number)
-        rows = torch.randint(len(data), (self.args.train_batch_size,), generator=generator).tolist()
         collate = self._get_collator_with_removed_columns(self.data_collator)
-        inputs = self._prepare_inputs(collate([data[row] for row in rows]))
+        inputs = self._prepare_inputs(collate(batches.rows(number)))
         model = self._plain_model()
         with self.compute_loss_context_manager():
             if teacher is not None:

@@ -151,15 +151,24 @@ class _Coder:
         """Code the next blocks, unless a resumed run is in the middle of their refit."""
         if self.step:
             return
-        kl_nats, log_weight = 0.0, 0.0
-        for run in self._next_runs():
-            group_kl, group_weight = self._code_run(run)
-            kl_nats, log_weight = kl_nats + group_kl, log_weight + group_weight
+        parts = [self._code_run(run) for run in self._next_runs()]
+        block_kl_bits = torch.cat([kl_nats for kl_nats, _ in parts]) / math.log(2)
+        kl_bits, log_weight_bits = float(block_kl_bits.sum()), sum(w for _, w in parts) / math.log(2)
         self.group += 1
         self.model.eval()
-        validation = math.nan if validate is None else float(validate())
-        kl_bits, gap = kl_nats / math.log(2), (log_weight - kl_nats) / math.log(2)
-        self.journal.add(Row(self.group, self.n_coded(), kl_bits, gap, self.last_loss, validation))
+        self.journal.add(
+            Row(
+                group=self.group,
+                coded_values=self.n_coded(),
+                blocks=len(block_kl_bits),
+                kl_bits=kl_bits,
+                least_block_kl_bits=float(block_kl_bits.min()),
+                largest_block_kl_bits=float(block_kl_bits.max()),
+                log_weight_gap_bits=log_weight_bits - kl_bits,
+                loss=self.last_loss,
+                validation=math.nan if validate is None else float(validate()),
+            )
+        )
 
     def refit(self, bar: tqdm) -> None:
         """Fit what is not coded to what is."""
@@ -241,8 +250,8 @@ class _Coder:
         order = torch.randperm(stream.code.steps(stream.n_values), generator=seed)
         return order[torch.isin(order, left)]
 
-    def _code_run(self, run: Run) -> tuple[float, float]:
-        """Encode and fix; returns KL and log importance weight of what was coded, in nats."""
+    def _code_run(self, run: Run) -> tuple[Tensor, float]:
+        """Encode and fix; returns KL per block, `[blocks]`, and log importance weight of it all, in nats."""
         stream = self.streams[run.stream]
         cost, n, width = stream.cost(), len(run.steps), stream.code.step_weights
         searched, entry = self._search(stream, run.steps)
@@ -266,16 +275,17 @@ class _Coder:
         return searched, int(stream.states[first - 1]) & ((1 << code.overlap_bits) - 1)
 
     @torch.no_grad()
-    def _fix(self, run: Run, states: Tensor, z: Tensor, values: Tensor) -> tuple[float, float]:
+    def _fix(self, run: Run, states: Tensor, z: Tensor, values: Tensor) -> tuple[Tensor, float]:
         stream = self.streams[run.stream]
         mean, variance = (x[values].double() for x in stream.moments())
         log_weight = 0.5 * (z.square() - (z - mean).square() / variance - variance.log()).sum()
-        kl = 0.5 * (mean.square() + variance - 1 - variance.log()).sum()
+        kl = 0.5 * (mean.square() + variance - 1 - variance.log())
+        blocks, block_of_value = (values // stream.posterior.block_weights).unique(return_inverse=True)
         assert stream.coded is not None and stream.is_coded is not None and stream.states is not None
         at = values.to(stream.coded.device)
         stream.coded[at], stream.is_coded[at] = z.to(stream.coded.device), True
         stream.states[run.steps.to(stream.states.device)] = states.to(stream.states)
-        return float(kl), float(log_weight)
+        return kl.new_zeros(len(blocks)).index_add_(0, block_of_value, kl), float(log_weight)
 
 
 def message_of(stream: Stream) -> Tensor:

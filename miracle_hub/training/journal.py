@@ -19,7 +19,9 @@ class Row:
     Attributes:
         group: its number, from 1.
         coded_values: values that are coded after it.
-        kl_bits: KL of its posterior to the prior when it was coded.
+        blocks: how many blocks it has.
+        kl_bits: KL of its posterior to the prior when it was coded; of all its blocks together.
+        least_block_kl_bits, largest_block_kl_bits: that of single blocks.
         log_weight_gap_bits: log2 q/p of the chosen candidates, less that KL: near 0 if the message is as long
             as it must be, below if it is too short.
         loss: of the last refit step before it.
@@ -28,7 +30,10 @@ class Row:
 
     group: int
     coded_values: int
+    blocks: int
     kl_bits: float
+    least_block_kl_bits: float
+    largest_block_kl_bits: float
     log_weight_gap_bits: float
     loss: float
     validation: float
@@ -64,7 +69,7 @@ class Journal:
         self._write(True)
 
     def plot(self, path: Path) -> None:
-        """KL and log weight gap per group, and loss and validation over coding, as a PNG.
+        """KL and log weight gap per block, and loss and validation, over coding, as a PNG.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -74,8 +79,12 @@ class Journal:
         figure = Figure(figsize=(7, 6), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True)
         share = [row.coded_values / self.rows[-1].coded_values for row in self.rows]
-        upper.plot(share, [row.kl_bits for row in self.rows], label="KL of the group, bits")
-        upper.plot(share, [row.log_weight_gap_bits for row in self.rows], label="log weight gap, bits")
+        least = [row.least_block_kl_bits for row in self.rows]
+        largest = [row.largest_block_kl_bits for row in self.rows]
+        upper.fill_between(share, least, largest, alpha=0.3, label="least to largest")
+        upper.plot(share, [row.kl_bits / row.blocks for row in self.rows], label="KL of a block, bits, mean")
+        gaps = [row.log_weight_gap_bits / row.blocks for row in self.rows]
+        upper.plot(share, gaps, label="log weight gap of a block, bits, mean")
         lower.plot(share, [row.loss for row in self.rows], label="loss")
         if not all(math.isnan(row.validation) for row in self.rows):
             lower.twinx().plot(share, [row.validation for row in self.rows], "C1", label="validation")

@@ -20,7 +20,7 @@ def test_values_and_gradients_are_those_of_float64(block_weights: int, n_scales:
     ]
     inputs[1] = inputs[1] + inputs[2]
     inputs = [x.requires_grad_() for x in (t.detach() for t in inputs)]
-    found = block_kl_nats(*inputs, block_weights)
+    found = block_kl_nats(inputs[0], inputs[1], inputs[2], block_weights)
     grad = torch.randn_like(found)
     found.backward(grad)
     mean, log_std, log_scales = doubles = [x.detach().double().requires_grad_() for x in inputs]

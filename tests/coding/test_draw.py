@@ -91,6 +91,27 @@ def test_mean_kl_keeps_its_digits_near_the_prior(kl: float, tau: float) -> None:
     check_mean_kl(tau * (1 + 0.1 * normal(64, 0)), 3 * normal(64, 1), 1.0, kl, 4)
 
 
+@pytest.mark.parametrize("block_weights", [1, 3, 30, 128, 1000])
+@pytest.mark.parametrize("touched", [slice(0, 0), slice(0, 1), slice(4095, 4097), slice(5000, 9001)])
+def test_blocks_without_a_gradient_have_none_and_leave_that_of_others(
+    block_weights: int, touched: slice
+) -> None:
+    """As the rows of an embedding whose tokens are in no sentence of a batch."""
+    n, rest = 9001, (RATES[1], LOG_SCALE, 0.7 * block_weights, block_weights, seed_of(SEED), STREAM_ID)
+    tau, alpha, grad_w = 0.05 * normal(n, 1), 0.01 * normal(n, 2), normal(n, 3)
+    some = torch.zeros(n)
+    some[touched] = grad_w[touched]
+    found = draw_mean_kl_backward(some, tau, alpha, *rest)
+    others = draw_mean_kl_backward(grad_w - some, tau, alpha, *rest)
+    together = draw_mean_kl_backward(grad_w, tau, alpha, *rest)
+    assert all(relative(a + b, c) <= 1e-6 for a, b, c in zip(found, others, together, strict=True))
+    blocks = some.new_zeros(-(-n // block_weights) * block_weights)
+    blocks[: len(some)] = some
+    is_touched = (blocks.view(-1, block_weights) != 0).any(1).repeat_interleave(block_weights)[:n]
+    assert not found[0][~is_touched].any() and not found[1][~is_touched].any()
+    assert torch.equal(found[0][touched], together[0][touched])
+
+
 @pytest.mark.parametrize("tau", [50.0, -200.0])
 def test_a_mean_at_the_end_of_its_reach_is_at_rest(tau: float) -> None:
     check_mean_kl(torch.full((64,), tau), normal(64, 1), 1.0, 8.0, 8, moves=False)

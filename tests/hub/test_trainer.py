@@ -174,12 +174,12 @@ def test_a_repository_of_a_given_size_codes_the_other_tensors_too(tmp_path: Path
 def test_the_plain_trainer_fits_mean_kl_with_tied_weights(tmp_path: Path) -> None:
     config = GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=16)
     model: Any = make_variational(GPT2LMHeadModel(config), bits_per_weight=2.0)
-    rows = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in ROWS]
+    rows: Any = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in ROWS]
     options: dict[str, Any] = dict(save_strategy="steps", save_steps=2)
     Trainer(model=model, args=arguments(tmp_path / "t", **options), train_dataset=rows).train()
     trainer = MiracleTrainer(model=model, args=arguments(tmp_path / "t"), train_dataset=rows)
     trainer.compress(tmp_path / "out", options=CodingOptions(groups=2, refit_steps=1))
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(loaded.lm_head.weight, posterior_mean(model).lm_head.weight)  # pyright: ignore
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
 

@@ -172,6 +172,21 @@ def test_the_journal_has_the_kl_and_the_importance_weights_of_torchs_distributio
     assert abs(row.kl_bits - stream.code.message_bits(473)) < 32 * 3
 
 
+@pytest.mark.parametrize("kind", ["sliding", "block"])
+@pytest.mark.parametrize("streams", ["network", "tensor"])
+def test_the_journal_tells_the_kl_of_single_blocks(kind: str, streams: str) -> None:
+    model = variational_net(streams=streams, code=kind, parametrization="mean-var")
+    for stream in streams_of(model):
+        stream.begin_coding()  # which rounds the scales
+    kl_bits = torch.cat([stream.kl_nats().detach() for stream in streams_of(model)]) / math.log(2)
+    rows = code(model, groups=3).rows
+    assert len(rows) > 1 and sum(row.blocks for row in rows) == len(kl_bits)
+    assert min(row.least_block_kl_bits for row in rows) == pytest.approx(float(kl_bits.min()), rel=1e-5)
+    assert max(row.largest_block_kl_bits for row in rows) == pytest.approx(float(kl_bits.max()), rel=1e-5)
+    for row in rows:
+        assert row.least_block_kl_bits <= row.kl_bits / row.blocks <= row.largest_block_kl_bits
+
+
 def test_the_best_candidates_have_larger_importance_weights_than_sampled_ones() -> None:
     gaps = {}
     for selection in ("best", "sample"):

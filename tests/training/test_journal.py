@@ -17,8 +17,8 @@ from .networks import loss_of, variational_net
 
 FILES = {"coding.csv", "coding.json", "coding.png"}
 ROWS = [
-    Row(1, 10, 30.5, -2.0, math.nan, 0.5),
-    Row(2, 15, 15.0, -math.inf, 1.25, math.nan),
+    Row(1, 10, 2, 30.5, 15.0, 15.5, -2.0, math.nan, 0.5),
+    Row(2, 15, 1, 15.0, 15.0, 15.0, -math.inf, 1.25, math.nan),
 ]
 
 
@@ -41,7 +41,10 @@ def test_files_hold_every_row_as_soon_as_it_is_known(tmp_path: Path) -> None:
     # JSON has neither NaN nor infinity.
     assert plain == [
         dict(zip(vars(ROWS[0]), values, strict=True))
-        for values in [(1, 10, 30.5, -2.0, None, 0.5), (2, 15, 15.0, None, 1.25, None)]
+        for values in [
+            (1, 10, 2, 30.5, 15.0, 15.5, -2.0, None, 0.5),
+            (2, 15, 1, 15.0, 15.0, 15.0, None, 1.25, None),
+        ]
     ]
     journal.finish()
     assert {path.name for path in folder.iterdir()} == FILES
