@@ -13,6 +13,7 @@ from miracle_hub.coding.cpu import decode_stream
 from miracle_hub.coding.encode import encode_states, pack_states
 from miracle_hub.coding.posterior import Cost
 from miracle_hub.errors import OptionError, TrainingError
+from miracle_hub.training.curvature import measure_curvature
 from miracle_hub.training.journal import Journal, Row
 from miracle_hub.training.resume import Checkpoint
 from miracle_hub.training.stream import Stream
@@ -20,6 +21,7 @@ from miracle_hub.training.variational import Variational, variational_of
 
 _LEARNING_RATE = 3e-4
 ORDERS = ("random", "largest-kl")
+_CURVATURE_BATCHES = 16  # inputs of MiniLM's layers differ by factors of 5 to 50: a few hundred rows tell
 # Steps of a sliding code that are searched beyond a group, in windows: survivors have merged by then.
 _LOOK_AHEAD_WINDOWS = 16
 
@@ -137,9 +139,12 @@ class _Coder:
         self.optimizer = torch.optim.Adam([{"params": parameters}], lr=self.options.rate(), eps=eps)
         if saved is not None:
             saved.restore(self)
-        else:
-            share_left = 1 - self.n_coded() / self.n_values
-            self.group = math.floor(self.options.groups * (1 - math.sqrt(share_left)))
+            return
+        share_left = 1 - self.n_coded() / self.n_values
+        self.group = math.floor(self.options.groups * (1 - math.sqrt(share_left)))
+        if not self.n_coded() and self.loss is not None:
+            n_refits = (self.options.groups - 1) * self.options.refit_steps  # there may be no more batches
+            measure_curvature(self.model, self.loss, min(_CURVATURE_BATCHES, n_refits))
 
     def n_coded(self) -> int:
         return sum(int(_flags(stream).sum()) for stream in self.streams)

@@ -116,7 +116,7 @@ def _make_dense(model: nn.Module, values: dict[int, Tensor]) -> nn.Module:
     variational.kept = values
     dense: dict[tuple[int, int], nn.Parameter] = {}
     for module in list(model.modules()):
-        for name, drawn in _drawn(module):
+        for name, drawn in drawn_attributes(module):
             key = (drawn.stream, drawn.member)
             if key not in dense:
                 dense[key] = nn.Parameter(variational.weight(*key).detach().clone())
@@ -129,7 +129,7 @@ def _make_dense(model: nn.Module, values: dict[int, Tensor]) -> nn.Module:
     return model
 
 
-def _drawn(module: nn.Module) -> list[tuple[str, Drawn]]:
+def drawn_attributes(module: nn.Module) -> list[tuple[str, Drawn]]:
     """Attributes of a module that are variational."""
     held: Any = getattr(module, "parametrizations", {})
     return [(name, chain[0]) for name, chain in held.items() if isinstance(chain[0], Drawn)]

@@ -96,24 +96,45 @@ class MeanVar(nn.Module):
 class TestChannel(nn.Module):
     """Weights that are fitted without noise; q is the Gaussian test channel around what they are by then.
 
-    q = N((1 - D)·w, D·ρ²), D = 2^(-2·rate) and ρ² = 1 - D times the mean square of a scale's weights, has the
-    budget as its mean KL. For what is coded, refits of the rest make up; without them it is plain rounding.
+    q = N((1 - v)·w, v·ρ²), where ρ is the prior's scale and v = 1/(1 + curvature/λ) a column's noise, is the
+    best description of w under squared errors that cost as much as `curvature` says; λ is such that the mean
+    KL is the budget. Of equal curvatures v is D = 2^(-2·rate), for ρ² is 1 - D times the mean square of a
+    scale's weights. For what is coded, refits of the rest make up; without them it is plain rounding.
 
-    Source: Cover and Thomas 2006, section 10.3.2, for the channel; Zhou et al. 2017 (arXiv:1702.03044) for
-    weights that are trained around those that are coded.
+    Buffers: `curvature`, of the columns of the weights as a matrix, relative to their mean.
+
+    Source: Cover and Thomas 2006, sections 10.3.2 and 10.7, for the channel; Zhou et al. 2017
+    (arXiv:1702.03044) for weights that are trained around those that are coded.
     """
 
     standardized, is_noiseless = False, True
+    curvature: Tensor
 
     def __init__(self, weights: Tensor, scales: Tensor, block_weights: int, block_kl_nats: float) -> None:
         super().__init__()
         self.block_weights, self.block_kl_nats = block_weights, block_kl_nats
-        self.share = test_channel_share(block_kl_nats / block_weights)
         self.weight = nn.Parameter(weights.float().clone())
+        self.register_buffer("curvature", torch.ones(1))
 
     def moments(self, log_scales: Tensor) -> tuple[Tensor, Tensor]:
-        mean = self.share * self.weight.detach() * (-log_scales).exp()
-        return mean, torch.full_like(mean, 1 - self.share)
+        wanted = (self.weight.detach() * (-log_scales).exp()).view(-1, self.curvature.numel())
+        variance = self._variances(wanted.float().square().mean(0))
+        return ((1 - variance) * wanted).view(-1), variance.expand_as(wanted).reshape(-1)
+
+    def _variances(self, power: Tensor) -> Tensor:
+        """v of every column, from the mean square of what it is to describe; log λ by bisection."""
+        power, curvature = power.double().cpu(), self.curvature.double().cpu()
+
+        def variances(log_noise: float) -> Tensor:
+            return 1 / (1 + curvature * math.exp(-log_noise))
+
+        low, high = -60.0, 60.0
+        for _ in range(50):  # halves of a range over which the KL falls
+            v = variances(middle := (low + high) / 2)
+            kl_nats = float(0.5 * ((1 - v).square() * power + v - 1 - v.log()).mean())
+            is_above = kl_nats > self.block_kl_nats / self.block_weights
+            low, high = (middle, high) if is_above else (low, middle)
+        return variances(high).to(self.weight)
 
     def kl_nats(self, log_scales: Tensor) -> Tensor:
         """KL of every block, `[blocks]`, without gradients."""

@@ -79,6 +79,8 @@ class Stream(nn.Module):
         scales, make = self._scales_of(in_order), POSTERIORS[parametrization]
         self.log_scales = nn.Parameter(scales.log() / RATE, requires_grad=not make.is_noiseless)
         self.posterior = make(in_order, self.by_value(scales), block_weights, block_kl_nats)
+        if make.is_noiseless and not self.is_permuted:
+            self.posterior.curvature = torch.ones(math.prod(members[0].shape[1:]))
 
     def _place_members(self) -> None:
         """Buffers that say which value of the stream, with which sign, every weight takes."""
