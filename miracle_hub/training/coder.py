@@ -90,7 +90,8 @@ def code_model(
 
     Raises:
         TrainingError: the loss or a gradient is not finite; nothing is changed by that step.
-        OptionError: the checkpoint is that of another model, or of a run with other options.
+        OptionError: the checkpoint is that of another model, or of a run with other options; the learning
+            rate may be another.
         FormatError: the checkpoint is damaged.
         OutputWriteError: the checkpoint or the journal cannot be written.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import shutil
 import time
 import zlib
@@ -17,6 +18,8 @@ from torch import Tensor
 from miracle_hub.errors import FormatError, OptionError, OutputWriteError
 from miracle_hub.training.journal import Row
 from miracle_hub.training.stream import CODING_BUFFERS
+
+_LOGGER = logging.getLogger("miracle_hub")
 
 if TYPE_CHECKING:
     from miracle_hub.training.coder import _Coder
@@ -52,6 +55,7 @@ class Checkpoint:
         tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
         rows = [dataclasses.asdict(row) for row in coder.journal.rows]
         position = {"group": coder.group, "step": coder.step, "last_loss": coder.last_loss, "rows": rows}
+        position["learning_rate"] = coder.options.rate()
         metadata = {"options": _options(coder), "position": json.dumps(position)}
         write_sealed(self.path, tensors, metadata)
 
@@ -93,7 +97,12 @@ class Saved:
         return {k.removeprefix(start): t for k, t in self.tensors.items() if k.startswith(start)}
 
     def restore(self, coder: "_Coder") -> None:
-        """Put a run, whose streams are being coded, where it was."""
+        """Put a run, whose streams are being coded, where it was.
+
+        Its refits may go on at another learning rate, which is what a loss that was not finite asks for.
+        """
+        if (before := self.position["learning_rate"]) != (rate := coder.options.rate()):
+            _LOGGER.warning("refits go on at a learning rate of %g, after %g until now", rate, before)
         coder.model.load_state_dict(self.part("model"))
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in self.part("optimizer").items():
@@ -123,10 +132,11 @@ def _random_states(coder: "_Coder") -> dict[str, Tensor]:
 
 
 def _options(coder: "_Coder") -> str:
-    """What must be equal for a run to go on: the options, and what is coded."""
+    """What must be equal for a run to go on: the options but for the learning rate, and what is coded."""
     members = [[member.name, list(member.shape)] for stream in coder.streams for member in stream.members]
     config = dataclasses.asdict(coder.variational.config)
     coding = dataclasses.asdict(coder.options)
+    del coding["learning_rate"]
     if coder.checkpoint is not None and coder.checkpoint.loss:
         coding["loss"] = coder.checkpoint.loss
     return json.dumps({"config": config, "coding": coding, "tensors": members})

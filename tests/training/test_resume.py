@@ -295,6 +295,15 @@ def test_a_loss_that_is_not_finite_leaves_a_checkpoint_of_the_step_before(tmp_pa
     assert calls == [4, 5, 6, 7, 8]
 
 
+def test_a_run_may_go_on_at_another_learning_rate_and_says_so(
+    started: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which is what the error of a loss that is not finite advises."""
+    lower = CodingOptions(OPTIONS.groups, OPTIONS.refit_steps, learning_rate=1e-5)
+    assert len(run(variational_net(**CONFIGS["network"]), started, options=lower).rows) == 4
+    assert caplog.messages == ["refits go on at a learning rate of 1e-05, after 0.0003 until now"]
+
+
 def test_a_checkpoint_may_be_moved_and_is_a_plain_safetensors_file(started: Path, tmp_path: Path) -> None:
     shutil.move(started, tmp_path / "elsewhere")
     found = resume.read_sealed(tmp_path / "elsewhere")[0]
