@@ -76,21 +76,21 @@ class Journal:
         """
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(7, 6), layout="constrained")
-        upper, lower = figure.subplots(2, 1, sharex=True)
+        figure = Figure(figsize=(7, 8), layout="constrained")
+        upper, middle, lower = figure.subplots(3, 1, sharex=True)
         share = [row.coded_values / self.rows[-1].coded_values for row in self.rows]
         least = [row.least_block_kl_bits for row in self.rows]
         largest = [row.largest_block_kl_bits for row in self.rows]
         upper.fill_between(share, least, largest, alpha=0.3, label="least to largest")
         upper.plot(share, [row.kl_bits / row.blocks for row in self.rows], label="KL of a block, bits, mean")
         gaps = [row.log_weight_gap_bits / row.blocks for row in self.rows]
-        upper.plot(share, gaps, label="log weight gap of a block, bits, mean")
+        middle.plot(share, gaps, label="log weight gap of a block, bits, mean")
         lower.plot(share, [row.loss for row in self.rows], label="loss")
         if not all(math.isnan(row.validation) for row in self.rows):
             lower.twinx().plot(share, [row.validation for row in self.rows], "C1", label="validation")
             lower.plot([], [], "C1", label="validation (right)")
         lower.set_xlabel("share of the values that is coded")
-        for axes in (upper, lower):
+        for axes in (upper, middle, lower):
             axes.legend()
         figure.savefig(path, dpi=110)
 
