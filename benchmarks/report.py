@@ -141,7 +141,7 @@ def fits() -> str:
             cell = f"{reached:,}" if reached else f"never ({fit['kl_bits']:,.0f} bits at the end)"
             found.setdefault(f"{fit['parametrization']} of {fit['steps']:,}{rate}", []).append(cell)
     lines = [f"- {name}: {', '.join(cells)}" for name, cells in sorted(found.items())]
-    head = "First of every 2,000 steps with 1.2 % of validation error within 12,420 bits, per seed:"
+    head = "First of every 2,000 steps of a fit with 1.2 % of validation error within 12,420 bits, per seed:"
     return "\n".join([head, "", *lines])
 
 

@@ -122,9 +122,9 @@ class Run:
 def arguments() -> argparse.Namespace:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--steps", type=int, default=1200)
+    p.add_argument("--steps", type=int, default=2400)
     p.add_argument("--groups", type=int, default=31)
-    p.add_argument("--refit", type=int, default=60)
+    p.add_argument("--refit", type=int, default=70)
     p.add_argument("--lr", type=float, default=1e-4)
     p.add_argument("--refit-lr", type=float, default=5e-4)
     p.add_argument("--dense-lr", type=float, default=1e-4)

@@ -14,12 +14,17 @@ from miracle_hub.errors import OptionError
 from miracle_hub.training.convert import posterior_mean
 from miracle_hub.training.resume import crc_of, read_sealed, write_sealed
 
+# A batch says more of hidden states than of its few outputs, whose gradients are large and rare. MiniLM on
+# SST-2 at 1 bit, after 15 of 31 groups with 30 refits each, KL of outputs in nats and error of hidden states:
+# 0.078 and 0.274 at a weight of 1, 0.065 and 0.243 at 3, 0.063 and 0.223 at 10, 0.061 and 0.213 at 100.
+_HIDDEN_WEIGHT = 10.0
+
 
 class Teacher:
     """A dense copy of a variational transformers model as it was before coding.
 
     Source: Hinton et al. 2015 (arXiv:1503.02531) for outputs, Jiao et al. 2020 (arXiv:1909.10351) for hidden
-    states; here these have equal weights, the error of each relative to its own variance.
+    states; here the error of each state is relative to its own variance, and their mean counts tenfold.
     """
 
     def __init__(self, model: nn.Module, kept: Path | None = None) -> None:
@@ -49,7 +54,7 @@ class Teacher:
         write_sealed(path, _tensors(self.dense), {})
 
     def loss(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-        """Difference of the outputs from the teacher's, plus the relative squared error of hidden states.
+        """Difference of the outputs from the teacher's, plus ten times the relative error of hidden states.
 
         That of the outputs is the KL of classes in nats, or, of a regression, the squared error.
 
@@ -73,7 +78,7 @@ class Teacher:
             for name, mask in masks.items()
             for pair in zip((found.get(name) or ())[1:], (wanted.get(name) or ())[1:], strict=True)
         ]
-        return loss + torch.stack(errors).mean() if errors else loss
+        return loss + _HIDDEN_WEIGHT * torch.stack(errors).mean() if errors else loss
 
     def _difference(self, found: Tensor, wanted: Tensor) -> Tensor:
         """Between logits of classes, or of many a yes or no, or, of a regression, between numbers."""
