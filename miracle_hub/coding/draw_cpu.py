@@ -207,13 +207,13 @@ def mean_kl_backward(
     share, n_chunk, by_scale = np.empty(_CHUNK, np.float32), _CHUNK // width, np.float64(0.0)
     aligned = max(1, 8 // width)  # blocks that share a call of Philox
     for chunk in range(first, stop, n_chunk):
-        a, b = chunk * block_weights, min(min(chunk + n_chunk, stop) * block_weights, tau.shape[0])
-        grad_tau[a:b], grad_alpha[a:b] = _f4(0.0), _f4(0.0)
-        low, high = _touched(grad_w[a:b])
-        block = chunk + low // block_weights // aligned * aligned
-        a, b = block * block_weights, min(a - (-high // block_weights) * block_weights, b)
+        start, end = chunk * block_weights, min(min(chunk + n_chunk, stop) * block_weights, tau.shape[0])
+        grad_tau[start:end], grad_alpha[start:end] = _f4(0.0), _f4(0.0)
+        low, high = _touched(grad_w[start:end])
         if not high:
             continue
+        block = chunk + low // block_weights // aligned * aligned
+        a, b = block * block_weights, min(start - (-high // block_weights) * block_weights, end)
         fill_noise(block * width // 8, table, key, words, eps)
         _pack(eps, width, block_weights, b - a)
         _shares(alpha[a:b], rate, block_weights, share)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
@@ -23,17 +24,19 @@ class RefitBatches:
         """
         Raises:
             OptionError: the data have no rows, or cannot be read in any order.
+            ValueError: transformers', the Trainer groups rows by lengths that it cannot tell.
         """
         self.data: Any = trainer.train_dataset
-        if not isinstance(self.data, Sized) or not len(self.data):
+        is_map_style = isinstance(self.data, Sized) and not isinstance(self.data, IterableDataset)
+        if not is_map_style or not len(self.data):
             raise OptionError(
                 "train_dataset: expected a map-style one with at least one row for refits, found "
-                f"{'an empty' if isinstance(self.data, Sized) else 'an iterable'} one; pass another, or "
+                f"{'an empty' if is_map_style else 'an iterable'} one; pass another, or "
                 "CodingOptions(refit_steps=0)"
             )
         self.size, self.seed = trainer.args.train_batch_size, trainer.args.seed
         sampler = trainer._get_train_sampler()
-        self.lengths = sampler.lengths if isinstance(sampler, LengthGroupedSampler) else None
+        self.lengths = list(sampler.lengths) if isinstance(sampler, LengthGroupedSampler) else None
         self._epoch: tuple[int, list[Tensor]] = (-1, [])
 
     def rows(self, number: int) -> list[Any]:

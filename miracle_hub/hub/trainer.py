@@ -116,7 +116,7 @@ class MiracleTrainer(Trainer):
             log_folder: where coding.csv, coding.json and coding.png go.
 
         Raises:
-            TrainingError: a loss is not finite.
+            TrainingError: a loss, or an input of a layer, is not finite.
             OutputExistsError, OutputWriteError: `out` exists, or cannot be written.
         """
         refuse_existing(Path(out), overwrite)
@@ -126,8 +126,9 @@ class MiracleTrainer(Trainer):
             options = replace(options, learning_rate=self.refit_learning_rate(distill))
         loss, crc = None, ""
         if self.train_dataset is not None and options.refit_steps > 0:
+            batches = RefitBatches(self)
             teacher = self._teacher_of(model, checkpoint) if distill else None
-            loss = partial(self._loss_of_batch, batches=RefitBatches(self), teacher=teacher)
+            loss = partial(self._loss_of_batch, batches=batches, teacher=teacher)
             crc = teacher.crc if teacher and checkpoint else ""
         self._check_data(loss, validate)
         code_model(
@@ -170,11 +171,12 @@ class MiracleTrainer(Trainer):
             )
         if loss is not None:
             model = self._plain_model()
-            was_training = model.training
+            modes = [(module, module.training) for module in model.modules()]  # some may be frozen
             with torch.no_grad(), torch.random.fork_rng():
                 model.eval()
                 loss(0)
-            model.train(was_training)
+            for module, mode in modes:  # those that a module holds come after it
+                module.train(mode)
 
     def refit_learning_rate(self, distill: bool) -> float:
         """What suits refits: without noise and towards a teacher more than the fit's learning rate."""

@@ -17,7 +17,7 @@ from miracle_hub.training.curvature import measure_curvature
 from miracle_hub.training.journal import Journal, Row
 from miracle_hub.training.resume import Checkpoint
 from miracle_hub.training.stream import Stream
-from miracle_hub.training.variational import Variational, variational_of
+from miracle_hub.training.variational import Snapshot, Variational, variational_of
 
 _LEARNING_RATE = 3e-4
 ORDERS = ("random", "largest-kl")
@@ -84,12 +84,14 @@ def code_model(
 
     Args:
         loss: of the i-th batch of the refits, without the KL; the model is in training mode. It must give
-            equal batches for equal i, or a resumed run ends elsewhere. None means no refits.
+            equal batches for equal i, or a resumed run ends elsewhere. The first ones are asked for once more
+            at the beginning, where test channels measure the curvature. None means no refits.
         validate: called after every group, in evaluation mode; its value goes to the journal.
         checkpoint: where the state is kept, and found again by the next run with the same arguments.
 
     Raises:
-        TrainingError: the loss or a gradient is not finite; nothing is changed by that step.
+        TrainingError: the loss or a gradient is not finite; nothing is changed by that step. Or an input of a
+            layer is not; nothing is coded.
         OptionError: the checkpoint is that of another model, or of a run with other options; the learning
             rate may be another.
         FormatError: the checkpoint is damaged.
@@ -132,6 +134,8 @@ class _Coder:
         """Begin, or go on from a checkpoint, if there is one; or from a model that is coded in part."""
         self.checkpoint = checkpoint
         saved = None if checkpoint is None else checkpoint.read(self)
+        if saved is None:
+            self._measure_curvature()
         for stream in self.streams:
             stream.begin_coding()
         parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -143,9 +147,20 @@ class _Coder:
             return
         share_left = 1 - self.n_coded() / self.n_values
         self.group = math.floor(self.options.groups * (1 - math.sqrt(share_left)))
-        if not self.n_coded() and self.loss is not None:
-            n_refits = (self.options.groups - 1) * self.options.refit_steps  # there may be no more batches
+
+    def _measure_curvature(self) -> None:
+        """With the first batches of the refits, of which there may be few, unless something is coded."""
+        has_begun = any(stream.is_coded is not None and stream.is_coded.any() for stream in self.streams)
+        if self.loss is not None and not has_begun:
+            self._train()
+            n_refits = (self.options.groups - 1) * self.options.refit_steps
             measure_curvature(self.model, self.loss, min(_CURVATURE_BATCHES, n_refits))
+
+    def _train(self) -> None:
+        """Training mode, but for what was frozen."""
+        self.model.train()
+        for module in self.frozen:
+            module.train(False)
 
     def n_coded(self) -> int:
         return sum(int(_flags(stream).sum()) for stream in self.streams)
@@ -180,9 +195,7 @@ class _Coder:
         """Fit what is not coded to what is."""
         is_frozen = not self.optimizer.param_groups[0]["params"]
         steps = 0 if self.loss is None or is_frozen or self.is_done() else self.options.refit_steps
-        self.model.train()
-        for module in self.frozen:
-            module.train(False)
+        self._train()
         while self.step < steps:
             self._refit_step()
             self.step += 1
@@ -311,16 +324,12 @@ def message_of(stream: Stream) -> Tensor:
 @contextmanager
 def undone_if_not_finite(model: nn.Module) -> Iterator[None]:
     """Give buffers back what they had if a loss is not finite: batch norms average bad batches too."""
-    variational = variational_of(model)
-    own = {id(buffer) for buffer in variational.buffers()}
-    buffers = [(b, b.clone()) for b in model.buffers() if id(b) not in own]
-    draw_number = variational.draw_number
+    before = Snapshot(model)
     try:
         yield
     except TrainingError:
-        for buffer, before in buffers:
-            buffer.copy_(before)
-        variational.draw_number = draw_number
+        with torch.no_grad():
+            before.restore()
         raise
 
 

@@ -23,7 +23,7 @@ class Row:
         kl_bits: KL of its posterior to the prior when it was coded; of all its blocks together.
         least_block_kl_bits, largest_block_kl_bits: that of single blocks.
         log_weight_gap_bits: log2 q/p of the chosen candidates, less that KL: near 0 if the message is as long
-            as it must be, below if it is too short.
+            as it must be, below if it is too short, or cannot have its bits where the KL is.
         loss: of the last refit step before it.
         validation: what `validate` said after it.
     """

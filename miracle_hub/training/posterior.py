@@ -97,11 +97,13 @@ class TestChannel(nn.Module):
     """Weights that are fitted without noise; q is the Gaussian test channel around what they are by then.
 
     q = N((1 - v)·w, v·ρ²), where ρ is the prior's scale and v = 1/(1 + curvature/λ) a column's noise, is the
-    best description of w under squared errors that cost as much as `curvature` says; λ is such that the mean
-    KL is the budget. Of equal curvatures v is D = 2^(-2·rate), for ρ² is 1 - D times the mean square of a
-    scale's weights. For what is coded, refits of the rest make up; without them it is plain rounding.
+    best description of w under squared errors that cost as much as `curvature` says. Of equal curvatures v is
+    D = 2^(-2·rate), and ρ² is 1 - D times the mean square of a scale's weights; λ is such that the mean KL is
+    the budget if the size of weights does not depend on their column. For what is coded, refits of the rest
+    make up; without them it is plain rounding.
 
-    Buffers: `curvature`, of the columns of the weights as a matrix, relative to their mean.
+    Buffers: `curvature`, of the columns of the weights as a matrix, relative to their mean; `[1]` if it is
+    the same for all of them.
 
     Source: Cover and Thomas 2006, sections 10.3.2 and 10.7, for the channel; Zhou et al. 2017
     (arXiv:1702.03044) for weights that are trained around those that are coded.
@@ -118,12 +120,13 @@ class TestChannel(nn.Module):
 
     def moments(self, log_scales: Tensor) -> tuple[Tensor, Tensor]:
         wanted = (self.weight.detach() * (-log_scales).exp()).view(-1, self.curvature.numel())
-        variance = self._variances(wanted.float().square().mean(0))
+        variance = self._variances()
         return ((1 - variance) * wanted).view(-1), variance.expand_as(wanted).reshape(-1)
 
-    def _variances(self, power: Tensor) -> Tensor:
-        """v of every column, from the mean square of what it is to describe; log λ by bisection."""
-        power, curvature = power.double().cpu(), self.curvature.double().cpu()
+    def _variances(self) -> Tensor:
+        """v of every column; log λ by bisection."""
+        budget, curvature = self.block_kl_nats / self.block_weights, self.curvature.double().cpu()
+        power = 1 / test_channel_share(budget)  # mean square of w/ρ
 
         def variances(log_noise: float) -> Tensor:
             return 1 / (1 + curvature * math.exp(-log_noise))
@@ -131,8 +134,7 @@ class TestChannel(nn.Module):
         low, high = -60.0, 60.0
         for _ in range(50):  # halves of a range over which the KL falls
             v = variances(middle := (low + high) / 2)
-            kl_nats = float(0.5 * ((1 - v).square() * power + v - 1 - v.log()).mean())
-            is_above = kl_nats > self.block_kl_nats / self.block_weights
+            is_above = float(0.5 * ((1 - v).square() * power + v - 1 - v.log()).mean()) > budget
             low, high = (middle, high) if is_above else (low, middle)
         return variances(high).to(self.weight)
 

@@ -144,7 +144,8 @@ def _options(coder: "_Coder") -> str:
 
 def _signature(state: dict[str, Tensor]) -> set[tuple[str, str]]:
     """Names, shapes and dtypes; without what there is only once coding has begun."""
-    kept = {name: t for name, t in state.items() if name.rpartition(".")[2] not in CODING_BUFFERS}
+    begun = (*CODING_BUFFERS, "curvature")
+    kept = {name: t for name, t in state.items() if name.rpartition(".")[2] not in begun}
     return {(name, f"{tuple(t.shape)} {t.dtype}") for name, t in kept.items()}
 
 

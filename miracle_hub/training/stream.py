@@ -79,8 +79,6 @@ class Stream(nn.Module):
         scales, make = self._scales_of(in_order), POSTERIORS[parametrization]
         self.log_scales = nn.Parameter(scales.log() / RATE, requires_grad=not make.is_noiseless)
         self.posterior = make(in_order, self.by_value(scales), block_weights, block_kl_nats)
-        if make.is_noiseless and not self.is_permuted:
-            self.posterior.curvature = torch.ones(math.prod(members[0].shape[1:]))
 
     def _place_members(self) -> None:
         """Buffers that say which value of the stream, with which sign, every weight takes."""
@@ -143,9 +141,11 @@ class Stream(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any, **keywords: Any
     ) -> None:
-        """What is coded comes with a state, into a stream that was not coded too."""
+        """What is coded, and the curvature, come with a state, into a stream that has neither too."""
         if f"{prefix}coded" in state_dict:
             self.begin_coding()
+        if (curvature := state_dict.get(f"{prefix}posterior.curvature")) is not None:
+            self.posterior.curvature = torch.ones_like(curvature, device=self.log_scales.device)
         super()._load_from_state_dict(state_dict, prefix, *arguments, **keywords)
 
     def draw(self, seed: Tensor) -> Tensor:

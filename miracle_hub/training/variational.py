@@ -144,6 +144,22 @@ class Variational(nn.Module):
         return {**self.__dict__, "kept": {}}
 
 
+class Snapshot:
+    """Buffers of a model, as batch norms have them, and the number of its draw, to go back to."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.variational = variational_of(model)
+        own = {id(buffer) for buffer in self.variational.buffers()}
+        self.buffers = [(b, b.clone()) for b in model.buffers() if id(b) not in own]
+        self.draw_number = self.variational.draw_number
+
+    def restore(self) -> None:
+        for buffer, before in self.buffers:
+            buffer.copy_(before)
+        self.variational.draw_number = self.draw_number
+        self.variational.forget()
+
+
 def variational_of(model: nn.Module) -> Variational:
     """The variational part of a model, which may be wrapped for compilation or distribution.
 

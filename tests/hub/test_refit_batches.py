@@ -65,7 +65,14 @@ class Stream(torch.utils.data.IterableDataset):
         yield from sentences(3)
 
 
-@pytest.mark.parametrize("data, found", [([], "an empty"), (Stream(), "an iterable")])
+class Counted(Stream):
+    def __len__(self) -> int:
+        return 3
+
+
+@pytest.mark.parametrize(
+    "data, found", [([], "an empty"), (Stream(), "an iterable"), (Counted(), "an iterable")]
+)
 def test_data_that_refits_cannot_use_are_refused(tmp_path: Path, data: Any, found: str) -> None:
     with pytest.raises(OptionError) as raised:
         batches(tmp_path, data, max_steps=1)

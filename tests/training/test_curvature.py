@@ -1,6 +1,7 @@
 """Curvature of columns: mean squares of a layer's inputs, and what coding makes of them."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -63,10 +64,11 @@ def test_it_is_the_mean_square_of_the_inputs_of_linear_layers_and_convolutions()
     }
     for stream in streams_of(model):
         name, found = stream.members[0].name, stream.posterior.curvature
-        wanted = expected.pop(name, torch.ones(math.prod(stream.members[0].shape[1:]), dtype=torch.double))
+        wanted = expected.pop(name, torch.ones(1, dtype=torch.double))
         relative = (wanted / wanted.mean()).clamp(min=0.02)
         torch.testing.assert_close(found.double(), relative / relative.mean(), rtol=1e-5, atol=0)
-        assert float(stream.kl_nats().sum()) == pytest.approx(stream.n_values * math.log(2), rel=1e-5)
+        # As far as the size of weights does not depend on their column.
+        assert float(stream.kl_nats().sum()) == pytest.approx(stream.n_values * math.log(2), rel=0.05)
     assert not expected
 
 
@@ -99,11 +101,13 @@ def test_coding_measures_it_with_the_batches_that_refits_have() -> None:
         counted = []
 
         def loss(number: int, model: nn.Module = model, counted: list = counted) -> Tensor:
-            counted.extend([number] * (not torch.is_grad_enabled()))
+            assert model.training
+            counted.append(number)
             return loss_of(model)(number)
 
         code_model(model, loss, options=CodingOptions(groups, refit_steps), progress=False)
-        assert counted == list(range(expected))
+        assert counted == [*range(expected), *range(len(counted) - expected)]
+        assert len(counted) > expected or not expected
 
 
 def test_measuring_leaves_no_other_trace() -> None:
@@ -112,16 +116,18 @@ def test_measuring_leaves_no_other_trace() -> None:
     model.norm.eval()  # someone has frozen it
     before = {name: t.clone() for name, t in model.state_dict().items() if isinstance(t, Tensor)}
     modes, random = [m.training for m in model.modules()], torch.get_rng_state()
-    measure_curvature(model, loss_of(model))
+    measure_curvature(model, loss_of(model), 3)
     changed = {name for name, t in before.items() if not torch.equal(t, model.state_dict()[name])}
     assert changed and all(name.endswith("posterior.curvature") for name in changed)
     assert [m.training for m in model.modules()] == modes and torch.equal(torch.get_rng_state(), random)
+    with pytest.raises(IndexError):
+        measure_curvature(model, lambda number: model(IMAGES)[[1, 99][number]], 3)
     assert not any(m._forward_pre_hooks for name, m in model.named_modules() if name)
 
 
 @pytest.mark.parametrize("options", [{}, {"parametrization": "test-channel", "streams": "network"}])
 def test_posteriors_that_have_none_run_nothing(options: dict[str, Any]) -> None:
-    measure_curvature(variational_net(**options), lambda _: pytest.fail("nothing to measure"))
+    measure_curvature(variational_net(**options), lambda _: pytest.fail("nothing to measure"), 3)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -141,4 +147,78 @@ def test_inputs_that_are_not_finite_stop_before_anything_is_coded(bad: float) ->
         f"conv.weight: expected finite inputs of its layer, found {bad} as the sum of their squares over 2 "
         "batches; nothing is coded: look at the data"
     )
-    assert not any(bool(s.is_coded.any()) for s in streams_of(model) if s.is_coded is not None)
+    assert all(stream.coded is None for stream in streams_of(model))  # it may be fitted further
+
+
+class ChannelsFirst(nn.Linear):
+    """As some heads of transformers models: of a known kind, with its inputs in another order."""
+
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class OtherInputs(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x=x))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = ChannelsFirst(16, 16), nn.Conv1d(16, 16, 1)
+
+
+def test_a_layer_with_a_forward_of_its_own_has_no_curvature() -> None:
+    model = make_variational(OtherInputs(), VariationalConfig(bits_per_weight=2.0, window_bits=8))
+    x = torch.randn(4, 16, 16) * torch.linspace(0.1, 3, 16)[:, None]
+    measure_curvature(model, lambda _: model(x), 1)
+    first, second = streams_of(model)
+    assert first.posterior.curvature.tolist() == [1.0] and second.posterior.curvature.numel() == 16
+
+
+def padded(model: nn.Module) -> Tensor:
+    """In evaluation torch would make a nested tensor of it."""
+    padding = torch.zeros(3, 6, dtype=torch.bool)
+    padding[0, 3:] = True
+    return model(torch.randn(3, 6, 16), src_key_padding_mask=padding)[:, 0].square().mean()
+
+
+def slope(model: nn.Module) -> Tensor:
+    x = torch.randn(8, 16).requires_grad_()
+    return torch.autograd.grad(model(x).sum(), x, create_graph=True)[0].square().mean()
+
+
+def mapped(model: nn.Module) -> Tensor:
+    return torch.vmap(model)(torch.randn(4, 16)).square().mean()
+
+
+def large(model: nn.Module) -> Tensor:
+    return (model(torch.full((4, 16), 1e20)) * 1e-20).sum()
+
+
+@pytest.mark.parametrize("loss", [padded, slope, mapped, large])
+def test_losses_that_refits_can_use_are_not_refused(loss: Callable[[nn.Module], Tensor]) -> None:
+    torch.manual_seed(0)
+    if loss is padded:
+        network = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1)
+    else:
+        network = nn.Sequential(nn.Linear(16, 16), nn.Tanh())
+    model = make_variational(network, VariationalConfig(bits_per_weight=2.0, window_bits=8))
+    code_model(model, lambda _: loss(model), options=CodingOptions(3, 2), progress=False)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-20, 1e-12])
+@pytest.mark.parametrize("moved", [0.0, 1e-3])
+def test_a_row_of_another_size_costs_the_other_rows_nothing(size: float, moved: float) -> None:
+    """Also where it has moved after its scale was fixed."""
+    torch.manual_seed(0)
+    layer = nn.Linear(128, 64, bias=False)
+    with torch.no_grad():
+        layer.weight[40] = size * torch.randn(128)
+    before = layer.weight.detach().clone()
+    model = make_variational(layer, VariationalConfig(bits_per_weight=2.0))
+    for stream in streams_of(model):
+        stream.begin_coding()
+        with torch.no_grad():
+            stream.posterior.weight.view(64, 128)[40] += moved * torch.randn(128)
+    code_model(model, options=CodingOptions(groups=2), progress=False)
+    errors = (layer.weight.detach() - before).square().sum(1) / before.square().sum(1)
+    assert float(errors[torch.arange(64) != 40].mean()) < 0.1
