@@ -246,3 +246,23 @@ def test_a_float16_model_survives_its_refits(tmp_path: Path) -> None:
     trainer.compress(tmp_path / "out", options=CodingOptions(groups=3, refit_steps=5))
     weights = posterior_mean(half).state_dict()
     assert all(bool(t.isfinite().all()) for t in weights.values())
+
+
+def test_modules_that_were_frozen_stay_so_in_refits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, loss, modes = (
+        trainer_of(classifier(parametrization="test-channel"), tmp_path / "t"),
+        Teacher.loss,
+        [],
+    )
+    model: Any = trainer.model
+    model.train()
+    model.bert.embeddings.eval()
+
+    def watched(self: Teacher, *given: Any) -> torch.Tensor:
+        modes.append((model.training, model.bert.encoder.training, model.bert.embeddings.dropout.training))
+        return loss(self, *given)
+
+    monkeypatch.setattr(Teacher, "loss", watched)
+    trainer.compress(tmp_path / "out", options=CodingOptions(groups=3, refit_steps=1))
+    assert modes[0] == (False, False, False)  # data are checked in evaluation mode
+    assert len(modes) > 3 and set(modes[1:]) == {(True, True, False)}
