@@ -18,8 +18,6 @@ from miracle_hub.training.convert import drawn_attributes
 from miracle_hub.training.stream import Stream
 from miracle_hub.training.variational import Snapshot, variational_of
 
-# MiniLM on SST-2 at 1 bit, 930 steps of refits, held-back rows: 0.092 nats between coded and fitted model and
-# 0.288 of relative error in hidden states, against 0.108 and 0.336 of equal curvatures.
 _LEAST = 0.02  # of the mean: a column that no input was seen for may have one tomorrow
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # A class that has another forward may pass its inputs in another order.
@@ -31,6 +29,9 @@ def measure_curvature(model: nn.Module, run: Callable[[int], Any], batches: int)
 
     Linear layers and convolutions without groups have one; elsewhere, and for posteriors of other kinds,
     nothing changes. Buffers, the number of the draw and torch's random states are as before.
+
+    MiniLM on SST-2 at 1 bit, 930 steps of refits, held-back rows: 0.092 nats between coded and fitted model
+    and 0.288 of relative error in hidden states, against 0.108 and 0.336 of equal curvatures.
 
     Args:
         run: runs the model, which is in the mode it has, on the i-th batch, as the loss of refits does.
