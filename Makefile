@@ -70,8 +70,10 @@ bench-fit: setup
 	for seed in 0 1 2; do \
 		$(BIN)/python benchmarks/lenet.py --bits 24840 --conv2 3.125 --fc1 37.3 --steps 120000 --seed $$seed; done
 	for seed in 0 1 2; do \
-		$(BIN)/python benchmarks/lenet.py --bits 8048 --conv2 12 --fc1 300 --fc2 1.43 --seed $$seed; done
-	$(BIN)/python benchmarks/lenet.py --parametrization mean-var --beta-rate 1e-3
+		$(BIN)/python benchmarks/lenet.py --bits 8048 --conv2 12 --fc1 300 --fc2 1.43 --steps 200000 --distort 0.1 \
+			--seed $$seed; done
+	for seed in 0 1 2; do \
+		$(BIN)/python benchmarks/lenet.py --parametrization mean-var --beta-rate 1e-3 --seed $$seed; done
 	$(BIN)/python benchmarks/lenet.py --fit-only --parametrization mean-var --name mean-var-published --steps 80000
 	$(BIN)/python benchmarks/lenet.py --report
 	$(BIN)/python benchmarks/cards.py lenet
