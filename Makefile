@@ -74,7 +74,8 @@ bench-fit: setup
 			--seed $$seed; done
 	for seed in 0 1 2; do \
 		$(BIN)/python benchmarks/lenet.py --parametrization mean-var --beta-rate 1e-3 --seed $$seed; done
-	$(BIN)/python benchmarks/lenet.py --fit-only --parametrization mean-var --name mean-var-published --steps 80000
+	for seed in 0 1 2; do $(BIN)/python benchmarks/lenet.py --fit-only --parametrization mean-var \
+		--name mean-var-published-$$seed --steps 80000 --seed $$seed; done
 	$(BIN)/python benchmarks/lenet.py --report
 	$(BIN)/python benchmarks/cards.py lenet
 	$(BIN)/python benchmarks/report.py

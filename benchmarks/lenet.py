@@ -59,7 +59,7 @@ def normalized(images: Tensor) -> Tensor:
 
 
 def distorted(images: Tensor, amount: float, generator: torch.Generator) -> Tensor:
-    """Every image by an affine map of its own, whose six entries differ from the identity's by up to `amount`.
+    """Every image by an affine map of its own: the six entries of the identity, changed by up to `amount`.
 
     Of 0.1, that turns and shears by up to 6 degrees, scales by 10 % and moves by 1.4 pixels.
     """
@@ -251,6 +251,8 @@ def coded() -> list[dict[str, Any]]:
         {
             "parametrization": parametrization,
             "bits": bits,
+            "steps": runs[0]["options"]["steps"],
+            "distort": runs[0]["options"].get("distort", 0.0),
             "seeds": [run["options"]["seed"] for run in runs],
             "test_errors": [run["test_error"] for run in runs],
             "test_error": statistics.mean(run["test_error"] for run in runs),

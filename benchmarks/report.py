@@ -107,15 +107,16 @@ def lenet() -> str:
     lines = [
         "LeNet-5 (Caffe, 431,080 weights) on MNIST; one core does it all:",
         "",
-        "| message bits | whole file, bytes | error %, mean | each seed | published % | minutes |",
-        "|---|---|---|---|---|---|",
+        "| message bits | file, bytes | error %, mean | each seed | published % | steps | minutes |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         each = ", ".join(f"{error:.2f}" for error in row["test_errors"])
         published = _LENET_PUBLISHED.get(row["bits"], "") if row["parametrization"] == "mean-kl" else ""
+        steps = f"{row['steps']:,}{', of distorted images' if row['distort'] else ''}"
         lines.append(
             f"| {row['message_bits']:,} ({row['parametrization']}) | {row['file_bytes']:,} | "
-            f"{row['test_error']:.2f} | {each} | {published} | {row['minutes']:.0f} |"
+            f"{row['test_error']:.2f} | {each} | {published} | {steps} | {row['minutes']:.0f} |"
         )
     shares = ("20", "30", "40", "50", "60")
     lines += [
