@@ -97,15 +97,16 @@ def speed() -> str:
     )
 
 
-# Published: Havasi et al. 2019, table 1; the best public file is of the authors' repository.
-_LENET_PUBLISHED = {12420: "0.96", 24840: "0.69"}
+# Table 1; the claim is of the public code's README, with the file in its repository.
+_LENET_PUBLISHED = {8048: "0.98", 12420: "0.96", 24840: "0.69"}
 
 
 def lenet() -> str:
     """The table of LeNet-5, and what is left of it without its smallest weights."""
     rows = sorted(load("lenet")["results"]["coded"], key=lambda row: (row["parametrization"], row["bits"]))
     lines = [
-        "LeNet-5 (Caffe, 431,080 weights) on MNIST; one core does it all:",
+        "LeNet-5 (Caffe, 431,080 weights) on MNIST; one core does it all. Published: Havasi et al. 2019; "
+        "at 8,008 bits what is claimed for a public file of 1,140 bytes.",
         "",
         "| message bits | file, bytes | error %, mean | each seed | published % | steps | minutes |",
         "|---|---|---|---|---|---|---|",
