@@ -43,7 +43,7 @@ class LeNet5(nn.Module):
 
 
 def mnist(split: str) -> tuple[Tensor, Tensor]:
-    """Images, float32 around 0 in channels-last memory, and labels."""
+    """Images, bytes `[n, 1, 28, 28]`, and labels."""
     images, labels = (
         gzip.open(DATA / "mnist" / f"{split}-{what}-ubyte.gz").read()
         for what in ("images-idx3", "labels-idx1")

@@ -112,12 +112,12 @@ def lenet() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        each = ", ".join(f"{error:.2f}" for error in row["test_errors"])
         published = _LENET_PUBLISHED.get(row["bits"], "") if row["parametrization"] == "mean-kl" else ""
         steps = f"{row['steps']:,}{', of distorted images' if row['distort'] else ''}"
         lines.append(
             f"| {row['message_bits']:,} ({row['parametrization']}) | {row['file_bytes']:,} | "
-            f"{row['test_error']:.2f} | {each} | {published} | {steps} | {row['minutes']:.0f} |"
+            f"{row['test_error']:.2f} | {each(row['test_errors'])} | {published} | {steps} | "
+            f"{row['minutes']:.0f} |"
         )
     shares = ("20", "30", "40", "50", "60")
     lines += [
@@ -163,7 +163,7 @@ def fine_tuning() -> str:
             f"all-MiniLM-L6-v2 with a head on SST-2, {steps} steps each: dense {dense['test']:.1f} %, at "
             f"{rate} bit per coded weight {coded['test']:.1f} % ({coded['bits_per_weight_whole_file']:.2f} "
             f"bits per weight over the whole file of {coded['file_bytes']:,.0f} bytes). Per seed: dense "
-            f"{each(dense)}, coded {each(coded)}.",
+            f"{each(dense['tests'])}, coded {each(coded['tests'])}.",
             "",
             "A step of training (batch 32 × 64 tokens) takes so many times the time and memory of a plain "
             f"one: {times}.",
@@ -173,9 +173,9 @@ def fine_tuning() -> str:
     )
 
 
-def each(found: dict[str, Any]) -> str:
-    """Accuracy of every seed."""
-    return ", ".join(f"{test:.2f}" for test in found["tests"])
+def each(percents: list[float]) -> str:
+    """The figure of every seed."""
+    return ", ".join(f"{percent:.2f}" for percent in percents)
 
 
 def written(text: str, marker: str, body: str) -> str:

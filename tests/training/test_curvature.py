@@ -67,7 +67,10 @@ def test_it_is_the_mean_square_of_the_inputs_of_linear_layers_and_convolutions()
         wanted = expected.pop(name, torch.ones(1, dtype=torch.double))
         relative = (wanted / wanted.mean()).clamp(min=0.02)
         torch.testing.assert_close(found.double(), relative / relative.mean(), rtol=1e-5, atol=0)
-        # As far as the size of weights does not depend on their column.
+        # Exactly for weights whose size does not depend on their column; these are drawn at random.
+        v = stream.moments()[1].view(-1, found.numel())[0].double()
+        kl_nats = 0.5 * ((1 - v).square() / (1 - 2.0**-2) + v - 1 - v.log())
+        assert float(kl_nats.mean()) == pytest.approx(math.log(2), rel=1e-5)
         assert float(stream.kl_nats().sum()) == pytest.approx(stream.n_values * math.log(2), rel=0.05)
     assert not expected
 
