@@ -19,10 +19,10 @@ from record import RESULTS, ROOT
 
 import miracle_hub
 from miracle_hub.codec.inspection import Inspection
+from miracle_hub.codec.modules import stream_header
 from miracle_hub.hub.card import read_metadata, update_card
 from miracle_hub.hub.facts import CardFacts, Evaluation, facts_of_folder, facts_of_network
 from miracle_hub.hub.plots import write_plots
-from miracle_hub.hub.variational import stream_header
 
 CARDS = ROOT / "model_cards"
 _MINILM = "all-MiniLM-L6-v2-2-bits"

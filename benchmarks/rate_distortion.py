@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from record import record
 
+from miracle_hub.code import Code
 from miracle_hub.codec.rates import LADDER
 from miracle_hub.codec.tensor import prior_scale
 from miracle_hub.coding import cpu, sliding
 from miracle_hub.coding.encode import encode_stream
 from miracle_hub.coding.posterior import squared_error_cost
-from miracle_hub.config import Code
 
 # Enough that the standard error of the squared error is below 0.5 % of it.
 _WEIGHTS = {8: 400_000, 10: 400_000, 12: 400_000, 14: 200_000, 16: 100_000}
@@ -40,12 +40,12 @@ def measure(code: Code, grid: tuple[float, ...] = _GRID) -> dict[str, Any]:
     source = gaussian(_WEIGHTS[code.window_bits], seed=2)
     scales = [prior_scale(code) * factor for factor in grid]
     error, scale = min((squared_error(code, source, scale), scale) for scale in scales)
-    bound = 4.0**-code.bits_per_weight
+    bound = 4.0**-code.rate
     row = {
         "window_bits": code.window_bits,
         "step_bits": code.step_bits,
         "step_weights": code.step_weights,
-        "bits_per_weight": code.bits_per_weight,
+        "bits_per_weight": code.rate,
         "squared_error": round(error, 6),
         "bound": round(bound, 6),
         "gap_db": round(10 * math.log10(error / bound), 3),

@@ -4,33 +4,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from miracle_hub._autoload import activate as _activate
-from miracle_hub.config import Code as Code
+from miracle_hub.code import Code as Code
 
 if TYPE_CHECKING:
+    from miracle_hub.api import compress as compress
+    from miracle_hub.api import decompress as decompress
+    from miracle_hub.api import inspect as inspect
+    from miracle_hub.api import load_state_dict as load_state_dict
+    from miracle_hub.api import verify as verify
     from miracle_hub.codec.certificate import Certificate as Certificate
     from miracle_hub.codec.compress import Report as Report
     from miracle_hub.codec.inspection import Inspection as Inspection
+    from miracle_hub.codec.modules import load as load
     from miracle_hub.codec.verification import Verification as Verification
-    from miracle_hub.hub.api import compress as compress
-    from miracle_hub.hub.api import decompress as decompress
-    from miracle_hub.hub.api import inspect as inspect
-    from miracle_hub.hub.api import load_state_dict as load_state_dict
-    from miracle_hub.hub.api import verify as verify
-    from miracle_hub.hub.certify import certify as certify
-    from miracle_hub.hub.certify import certify_network as certify_network
-    from miracle_hub.hub.compare import Comparison as Comparison
-    from miracle_hub.hub.compare import compare as compare
-    from miracle_hub.hub.fit import FitReport as FitReport
-    from miracle_hub.hub.fit import fit as fit
-    from miracle_hub.hub.mixin import MiracleHubMixin as MiracleHubMixin
+    from miracle_hub.evaluate.certify import certify as certify
+    from miracle_hub.evaluate.certify import certify_network as certify_network
+    from miracle_hub.evaluate.compare import Comparison as Comparison
+    from miracle_hub.evaluate.compare import compare as compare
+    from miracle_hub.finetune.fit import FitReport as FitReport
+    from miracle_hub.finetune.fit import fit as fit
+    from miracle_hub.finetune.mixin import MiracleHubMixin as MiracleHubMixin
+    from miracle_hub.finetune.models import compress_model as compress_model
+    from miracle_hub.finetune.models import make_variational as make_variational
+    from miracle_hub.finetune.models import save as save
+    from miracle_hub.finetune.trainer import MiracleTrainer as MiracleTrainer
     from miracle_hub.hub.push import PushReport as PushReport
     from miracle_hub.hub.push import push as push
-    from miracle_hub.hub.quantizer import MiracleConfig as MiracleConfig
-    from miracle_hub.hub.trainer import MiracleTrainer as MiracleTrainer
-    from miracle_hub.hub.variational import compress_model as compress_model
-    from miracle_hub.hub.variational import load as load
-    from miracle_hub.hub.variational import make_variational as make_variational
-    from miracle_hub.hub.variational import save as save
+    from miracle_hub.plugin.quantizer import MiracleConfig as MiracleConfig
+    from miracle_hub.training.checkpoint import Checkpoint as Checkpoint
     from miracle_hub.training.coder import CodingOptions as CodingOptions
     from miracle_hub.training.coder import code_model as code_model
     from miracle_hub.training.config import VariationalConfig as VariationalConfig
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from miracle_hub.training.convert import posterior_samples as posterior_samples
     from miracle_hub.training.convert import remove_variational as remove_variational
     from miracle_hub.training.journal import Journal as Journal
-    from miracle_hub.training.resume import Checkpoint as Checkpoint
     from miracle_hub.training.variational import anneal as anneal
     from miracle_hub.training.variational import kl_penalty as kl_penalty
 
@@ -85,39 +85,39 @@ __version__ = "0.1.0"
 # numba alone takes half a second.
 _HOMES = {
     "Certificate": "miracle_hub.codec.certificate",
-    "Checkpoint": "miracle_hub.training.resume",
+    "Checkpoint": "miracle_hub.training.checkpoint",
     "CodingOptions": "miracle_hub.training.coder",
-    "Comparison": "miracle_hub.hub.compare",
-    "FitReport": "miracle_hub.hub.fit",
+    "Comparison": "miracle_hub.evaluate.compare",
+    "FitReport": "miracle_hub.finetune.fit",
     "Inspection": "miracle_hub.codec.inspection",
     "Journal": "miracle_hub.training.journal",
-    "MiracleConfig": "miracle_hub.hub.quantizer",
-    "MiracleHubMixin": "miracle_hub.hub.mixin",
-    "MiracleTrainer": "miracle_hub.hub.trainer",
+    "MiracleConfig": "miracle_hub.plugin.quantizer",
+    "MiracleHubMixin": "miracle_hub.finetune.mixin",
+    "MiracleTrainer": "miracle_hub.finetune.trainer",
     "PushReport": "miracle_hub.hub.push",
     "Report": "miracle_hub.codec.compress",
     "VariationalConfig": "miracle_hub.training.config",
     "Verification": "miracle_hub.codec.verification",
     "anneal": "miracle_hub.training.variational",
-    "certify": "miracle_hub.hub.certify",
-    "certify_network": "miracle_hub.hub.certify",
+    "certify": "miracle_hub.evaluate.certify",
+    "certify_network": "miracle_hub.evaluate.certify",
     "code_model": "miracle_hub.training.coder",
-    "compare": "miracle_hub.hub.compare",
-    "compress": "miracle_hub.hub.api",
-    "compress_model": "miracle_hub.hub.variational",
-    "decompress": "miracle_hub.hub.api",
-    "fit": "miracle_hub.hub.fit",
-    "inspect": "miracle_hub.hub.api",
+    "compare": "miracle_hub.evaluate.compare",
+    "compress": "miracle_hub.api",
+    "compress_model": "miracle_hub.finetune.models",
+    "decompress": "miracle_hub.api",
+    "fit": "miracle_hub.finetune.fit",
+    "inspect": "miracle_hub.api",
     "kl_penalty": "miracle_hub.training.variational",
-    "load": "miracle_hub.hub.variational",
-    "load_state_dict": "miracle_hub.hub.api",
-    "make_variational": "miracle_hub.hub.variational",
+    "load": "miracle_hub.codec.modules",
+    "load_state_dict": "miracle_hub.api",
+    "make_variational": "miracle_hub.finetune.models",
     "posterior_mean": "miracle_hub.training.convert",
     "posterior_samples": "miracle_hub.training.convert",
     "push": "miracle_hub.hub.push",
     "remove_variational": "miracle_hub.training.convert",
-    "save": "miracle_hub.hub.variational",
-    "verify": "miracle_hub.hub.api",
+    "save": "miracle_hub.finetune.models",
+    "verify": "miracle_hub.api",
 }
 
 

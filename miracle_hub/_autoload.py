@@ -17,7 +17,7 @@ from collections.abc import Sequence
 # torch, which calls us), the second is the next that every `from_pretrained` needs.
 _TARGETS = ("transformers.quantizers.auto", "transformers.modeling_utils")
 _LAST_NAME = "register_quantizer"  # one of the last names that the first target defines
-_PLUG_IN = "miracle_hub.hub.quantizer"
+_PLUG_IN = "miracle_hub.plugin.quantizer"
 
 
 def _register() -> None:
@@ -25,7 +25,7 @@ def _register() -> None:
     if _PLUG_IN in sys.modules and not hasattr(sys.modules[_PLUG_IN], "register"):
         return  # The plug-in is what imports transformers right now; it registers itself at its end.
     try:
-        from miracle_hub.hub.quantizer import register
+        from miracle_hub.plugin.quantizer import register
 
         register()
     except Exception as error:

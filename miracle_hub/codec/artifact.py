@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from miracle_hub.errors import OptionError, SourceError
-from miracle_hub.format.container import Entry, encode_file_header, writing
+from miracle_hub.files.container import Entry, encode_file_header
+from miracle_hub.files.whole import writing
 
 DEFAULT_SHARD_SIZE = "5GB"
 INDEX = "model.safetensors.index.json"

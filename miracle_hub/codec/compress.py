@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from miracle_hub.code import FORMAT_VERSION, MAX_WIDTH_LOG2, QUANT_METHOD, Code
 from miracle_hub.codec.artifact import (
     DEFAULT_SHARD_SIZE,
     OutputFile,
@@ -21,7 +22,6 @@ from miracle_hub.codec.artifact import (
     read_quantization,
     write_index,
 )
-from miracle_hub.codec.folder import output_folder, refuse_overlap
 from miracle_hub.codec.plan import (
     LARGEST_RMS,
     OUT_OF_RANGE,
@@ -49,9 +49,9 @@ from miracle_hub.codec.stages import (
 from miracle_hub.codec.tensor import TORCH_DTYPES, encode_tensor
 from miracle_hub.coding.backend import Backend, choose
 from miracle_hub.coding.rotation import DEFAULT_WIDTH
-from miracle_hub.config import FORMAT_VERSION, MAX_WIDTH_LOG2, QUANT_METHOD, Code
 from miracle_hub.errors import BudgetError, NonFiniteWeightError, OptionError, SourceError
-from miracle_hub.format.container import Entry, write_file, writing
+from miracle_hub.files.container import Entry, write_file
+from miracle_hub.files.whole import output_folder, refuse_overlap, writing
 from miracle_hub.format.payload import decode_header, is_payload
 
 # Windows of 14 bits: on two cores 1.3 M weights/s at 2 bits and 3.5 % more squared error than windows

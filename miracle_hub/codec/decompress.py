@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from miracle_hub.code import FORMAT_VERSION, QUANT_METHOD
 from miracle_hub.codec.artifact import (
     parse_size,
     raw_bytes,
@@ -18,7 +19,6 @@ from miracle_hub.codec.artifact import (
     shard_entries,
     write_index,
 )
-from miracle_hub.codec.folder import output_folder, refuse_overlap
 from miracle_hub.codec.source import (
     SourceTensor,
     companion_files,
@@ -30,9 +30,9 @@ from miracle_hub.codec.source import (
 from miracle_hub.codec.stages import MAX_STAGES, check_stages, decode_stages, index_name, stage_of
 from miracle_hub.codec.tensor import TORCH_DTYPES
 from miracle_hub.coding.backend import Backend, choose
-from miracle_hub.config import FORMAT_VERSION, QUANT_METHOD
 from miracle_hub.errors import ChecksumError, FormatError, UnsupportedVersionError
-from miracle_hub.format.container import Entry, files_kept_open, write_file, writing
+from miracle_hub.files.container import Entry, files_kept_open, write_file
+from miracle_hub.files.whole import output_folder, refuse_overlap, writing
 from miracle_hub.format.payload import Header, decode_header, is_payload
 
 

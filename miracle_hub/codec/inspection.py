@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
+from miracle_hub.code import Code
 from miracle_hub.codec.artifact import read_quantization
 from miracle_hub.codec.decompress import StoredTensor, stored_digest, stored_tensors
 from miracle_hub.codec.plan import OUT_OF_RANGE, reason_plain
 from miracle_hub.codec.source import companion_files, list_tensors, weight_files
 from miracle_hub.codec.tensor import check_payload
-from miracle_hub.config import Code
 from miracle_hub.errors import FormatError
-from miracle_hub.format.container import files_kept_open
+from miracle_hub.files.container import files_kept_open
 
 
 @dataclass(frozen=True)

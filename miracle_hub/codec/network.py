@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from miracle_hub.codec.artifact import raw_bytes
-from miracle_hub.codec.folder import temporary_beside
 from miracle_hub.codec.source import list_tensors
 from miracle_hub.codec.tensor import DTYPE_NAMES, TORCH_DTYPES, check_scale_words
 from miracle_hub.coding.cpu import decode_stream
@@ -16,7 +15,8 @@ from miracle_hub.coding.digest import digest
 from miracle_hub.coding.order import permutation
 from miracle_hub.coding.sharing import KINDS, Sharing
 from miracle_hub.errors import ChecksumError, FormatError
-from miracle_hub.format.container import Entry, files_kept_open, write_file, writing
+from miracle_hub.files.container import Entry, files_kept_open, write_file
+from miracle_hub.files.whole import temporary_beside, writing
 from miracle_hub.format.network import NetworkHeader, TensorSpec, decode_network, encode_network
 
 STREAM = "miracle"  # the name of the stream's entry

@@ -10,7 +10,7 @@ from miracle_hub.codec.source import SourceTensor, item_bits
 from miracle_hub.codec.tensor import matrix_columns
 from miracle_hub.coding.rotation import widest_rotation
 from miracle_hub.errors import BudgetError
-from miracle_hub.format.container import Entry
+from miracle_hub.files.container import Entry
 from miracle_hub.format.payload import DTYPES, Header, Segment
 
 # Below this a payload's header and scales outweigh what coding saves.

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from miracle_hub.code import Code
 from miracle_hub.codec.tensor import SegmentPlan, prior_scale, rotated_matrix
 from miracle_hub.coding.backend import Backend
 from miracle_hub.coding.matrix import ROW_SCALE_COLUMNS
 from miracle_hub.coding.posterior import squared_error_cost
-from miracle_hub.config import Code
 
 # (k, V) of every rate from 0.25 to 8 bits per weight.
 LADDER = (

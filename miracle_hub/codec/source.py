@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from miracle_hub.errors import FormatError, MissingWeightsError, PickleRefusedError, SourceError
-from miracle_hub.format.container import opened
+from miracle_hub.files.container import opened
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Other copies of the same weights; a compressed repository carries only one.

@@ -17,14 +17,14 @@ from pathlib import Path
 
 from torch import Tensor
 
+from miracle_hub.code import Code
 from miracle_hub.codec.artifact import OutputFile, repository_digest, shard_entries, write_index
 from miracle_hub.codec.plan import TensorPlan
 from miracle_hub.codec.tensor import TORCH_DTYPES, SegmentPlan, decode_payload, encode_tensor
 from miracle_hub.coding.backend import Backend
 from miracle_hub.coding.matrix import ROW_SCALE_COLUMNS
-from miracle_hub.config import Code
 from miracle_hub.errors import OptionError, SourceError
-from miracle_hub.format.container import Entry, opened
+from miracle_hub.files.container import Entry, opened
 from miracle_hub.format.payload import Header, Segment
 
 MAX_STAGES = 9

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from miracle_hub.code import Code
 from miracle_hub.coding.backend import Backend, choose
 from miracle_hub.coding.matrix import CodedRows, MatrixLayout, matrix_columns
 from miracle_hub.coding.posterior import squared_error_cost
 from miracle_hub.coding.rotation import check_width
 from miracle_hub.coding.scales import LARGEST_SCALE, SMALLEST_SCALE, rounded_scales
-from miracle_hub.config import Code
 from miracle_hub.errors import ChecksumError, FormatError, OptionError
 from miracle_hub.format.payload import Header, Segment, decode_header, encode_payload
 
@@ -41,7 +41,7 @@ def prior_scale(code: Code) -> float:
     √(1 - D) at Shannon's D = 2^(-2R), raised where short windows miss the tails. The factors are
     rounded from a grid over the ladder for L = 8 … 16; benchmarks/rate_distortion.py searches near them.
     """
-    rate = code.bits_per_weight
+    rate = code.rate
     ideal = math.sqrt(1 - 4.0**-rate)
     if rate <= 1:
         return ideal

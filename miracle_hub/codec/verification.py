@@ -25,7 +25,7 @@ from miracle_hub.codec.stages import MAX_STAGES, stage_of
 from miracle_hub.codec.tensor import TORCH_DTYPES, decode_payload
 from miracle_hub.coding.backend import Backend, choose
 from miracle_hub.errors import ChecksumError, FormatError, MiracleError, NonFiniteWeightError, SourceError
-from miracle_hub.format.container import files_kept_open
+from miracle_hub.files.container import files_kept_open
 from miracle_hub.format.network import read_start
 from miracle_hub.format.payload import is_payload
 

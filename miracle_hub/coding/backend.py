@@ -8,9 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from miracle_hub.code import BACKENDS, Code
 from miracle_hub.coding.matrix import CodedRows, MatrixLayout
 from miracle_hub.coding.posterior import Cost
-from miracle_hub.config import BACKENDS, Code
 from miracle_hub.errors import BackendError, OptionError
 
 _LOGGER = logging.getLogger("miracle_hub")

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from miracle_hub.code import Code
 from miracle_hub.coding.cpu import candidate_range
 from miracle_hub.coding.posterior import Cost
-from miracle_hub.config import Code
 
 # 1,024 × 4,096 float32 scores are 16 MB, in one buffer: touching fresh memory for every tile is slow.
 _TILE_BLOCKS = 1024

@@ -14,9 +14,9 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from miracle_hub.code import Code
 from miracle_hub.coding.digest import GOLDEN, MIX_1, MIX_2
 from miracle_hub.coding.quantiles import quantiles
-from miracle_hub.config import Code
 from miracle_hub.errors import TruncatedPayloadError
 
 # Candidates of a stream are tabulated up to this many states × step_weights (8 MB of float32);

@@ -6,10 +6,10 @@ from jaxtyping import UInt8
 from numba import njit
 from torch import Tensor
 
+from miracle_hub.code import Code
 from miracle_hub.coding.block import encode_block
 from miracle_hub.coding.posterior import Cost
 from miracle_hub.coding.sliding import encode_sliding
-from miracle_hub.config import Code
 from miracle_hub.errors import OptionError
 
 SELECTIONS = ("best", "sample")

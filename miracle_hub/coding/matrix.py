@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from miracle_hub.code import Code
 from miracle_hub.coding.order import stream_order
 from miracle_hub.coding.rotation import widest_rotation
-from miracle_hub.config import Code
 
 # Sizes are met by the row: one of 64 rows at the next rate (a quarter more bits) is 0.4 % of a tensor.
 _FEWEST_ROWS = 64

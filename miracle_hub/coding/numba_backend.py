@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from miracle_hub.code import Code
 from miracle_hub.coding import cpu
 from miracle_hub.coding.encode import encode_stream
 from miracle_hub.coding.matrix import CodedRows, MatrixLayout
 from miracle_hub.coding.posterior import Cost
-from miracle_hub.config import Code
 
 _TASK_WEIGHTS = 1 << 17
 # One task per processor and band: with two per processor they wait for the threads of the matrix

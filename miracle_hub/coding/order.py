@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from miracle_hub.code import Code
 from miracle_hub.coding.philox import philox4x32
-from miracle_hub.config import Code
 
 # Counters per call of Philox, whose dozen temporaries then stay in the cache, whatever a file asks for.
 _CHUNK = 1 << 16

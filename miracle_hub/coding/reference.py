@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
+from miracle_hub.code import Code
 from miracle_hub.coding.philox import philox4x32
 from miracle_hub.coding.quantiles import quantiles
-from miracle_hub.config import Code
 
 _HALVES = 8
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from miracle_hub.config import MAX_WIDTH_LOG2
+from miracle_hub.code import MAX_WIDTH_LOG2
 from miracle_hub.errors import OptionError
 
 # The width of the first probes on MiniLM; every figure in benchmarks/results was measured with it.

@@ -16,9 +16,9 @@ from numba import njit
 from torch import Tensor
 from torch.library import custom_op
 
+from miracle_hub.code import Code
 from miracle_hub.coding.order import permutation
 from miracle_hub.coding.philox import philox4x32
-from miracle_hub.config import Code
 from miracle_hub.errors import OptionError
 
 # Position in this tuple is the number in the file: append only.

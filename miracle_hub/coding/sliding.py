@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from numba import njit
 
+from miracle_hub.code import Code
 from miracle_hub.coding.cpu import candidate_table, in_threads
 from miracle_hub.coding.lanes import LANES, relax_node
 from miracle_hub.coding.posterior import Cost
-from miracle_hub.config import Code
 
 # Survivors merge within a few window lengths; at sixteen the error equals that of one undivided
 # search to 0.02 %, at eight short pieces lost 0.3 % (benchmarks/rate_distortion.py, "pieces").

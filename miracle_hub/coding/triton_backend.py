@@ -7,12 +7,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from miracle_hub.code import Code
 from miracle_hub.coding.encode import check_selection, pack_states
 from miracle_hub.coding.matrix import CodedRows, MatrixLayout
 from miracle_hub.coding.posterior import Cost
 from miracle_hub.coding.quantiles import quantiles_on
 from miracle_hub.coding.rotation import hadamard
-from miracle_hub.config import Code
 from miracle_hub.errors import BackendError, TruncatedPayloadError
 from miracle_kernels.checks import MAX_COLUMNS
 from miracle_kernels.codebook import codebook_triton

@@ -22,7 +22,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 
-from miracle_hub.config import Code
+from miracle_hub.code import Code
 from miracle_hub.errors import (
     ChecksumError,
     FormatError,

@@ -39,7 +39,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 
-from miracle_hub.config import MAX_WIDTH_LOG2, Code
+from miracle_hub.code import MAX_WIDTH_LOG2, Code
 from miracle_hub.errors import (
     ChecksumError,
     FormatError,

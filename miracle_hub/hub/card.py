@@ -9,13 +9,12 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from yaml import YAMLError
 
+from miracle_hub.code import QUANT_METHOD
 from miracle_hub.codec.artifact import read_config, read_quantization
 from miracle_hub.codec.compress import Report
-from miracle_hub.codec.folder import temporary_beside
-from miracle_hub.codec.verification import sha256_of
-from miracle_hub.config import QUANT_METHOD
+from miracle_hub.codec.verification import Verification, sha256_of, verify_folder
 from miracle_hub.errors import DataError
-from miracle_hub.format.container import writing
+from miracle_hub.files.whole import temporary_beside, writing
 from miracle_hub.hub.facts import CardFacts, facts_of_folder, versions, weights_beside_card
 
 # In the package, so that every installation has it; model_cards/template.md is a link to it.
@@ -197,6 +196,13 @@ def stale_card(folder: Path) -> str:
         "they are damaged: download them again. If they were changed on purpose, remove `miracle` from the "
         "card's head"
     )
+
+
+def verify_with_card(folder: Path, dense: Path | None, backend: str = "auto") -> Verification:
+    """Whether a repository is sound, and its card is that of its files; see `miracle_hub.verify`."""
+    found = verify_folder(folder, dense=dense, backend=backend)
+    stale = stale_card(folder)
+    return replace(found, defects=(*found.defects, stale)) if stale else found
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

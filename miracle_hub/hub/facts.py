@@ -13,11 +13,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from miracle_hub.code import Code
 from miracle_hub.codec.inspection import Inspection, inspect_folder
 from miracle_hub.codec.network import STREAM, read_network
 from miracle_hub.codec.source import item_bits
 from miracle_hub.codec.verification import sha256_of
-from miracle_hub.config import Code
 from miracle_hub.errors import DataError
 from miracle_hub.format.network import NetworkHeader, read_start
 
@@ -218,7 +218,7 @@ def _code_text(codes: set[Code], rotation: int) -> str:
     if not codes:
         return ""
     windows = sorted({code.window_bits for code in codes})
-    rates = [code.bits_per_weight for code in codes]
+    rates = [code.rate for code in codes]
     low, high = (f"{rate:.4g}" for rate in (min(rates), max(rates)))
     rate = f"{low} bits per weight" if low == high else f"{low} to {high} bits per weight, by tensor and row"
     turned = f", Hadamard rotation up to {rotation} wide" if rotation > 1 else ""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miracle_hub.codec.inspection import Inspection, Plot, TensorReport
-from miracle_hub.format.container import writing
+from miracle_hub.files.whole import writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

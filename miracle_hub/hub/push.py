@@ -16,8 +16,7 @@ from miracle_hub.codec.inspection import inspect_folder
 from miracle_hub.codec.source import weight_files
 from miracle_hub.codec.verification import Verification, sha256_of, visible_files
 from miracle_hub.errors import DataError, RemoteMismatchError, SourceError, UploadError
-from miracle_hub.hub.api import verify
-from miracle_hub.hub.card import carried_facts, update_card
+from miracle_hub.hub.card import carried_facts, update_card, verify_with_card
 from miracle_hub.hub.facts import CardFacts, facts_of_folder, read_facts
 from miracle_hub.hub.plots import read_journal, write_plots
 from miracle_hub.hub.resolve import CLIENT_ERRORS
@@ -81,7 +80,7 @@ def push(
     folder = Path(folder)
     if not folder.is_dir():
         raise SourceError(f"{folder}: expected a compressed folder, found none; run miracle compress first")
-    verification = verify(folder, dense=dense)
+    verification = verify_with_card(folder, None if dense is None else Path(dense))
     verification.require()
     if not verification.n_coded:
         raise SourceError(

@@ -13,9 +13,9 @@ from miracle_hub.coding.cpu import decode_stream
 from miracle_hub.coding.encode import encode_states, pack_states
 from miracle_hub.coding.posterior import Cost
 from miracle_hub.errors import OptionError, TrainingError
+from miracle_hub.training.checkpoint import Checkpoint
 from miracle_hub.training.curvature import measure_curvature
 from miracle_hub.training.journal import Journal, Row
-from miracle_hub.training.resume import Checkpoint
 from miracle_hub.training.stream import Stream
 from miracle_hub.training.variational import Snapshot, Variational, variational_of
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from fractions import Fraction
 
+from miracle_hub.code import MAX_STEP_WEIGHTS, MAX_WINDOW_BITS, Code
 from miracle_hub.coding.sharing import KINDS
-from miracle_hub.config import MAX_STEP_WEIGHTS, MAX_WINDOW_BITS, Code
 from miracle_hub.errors import BudgetError, OptionError
 
 PARAMETRIZATIONS = ("mean-kl", "mean-var", "test-channel")

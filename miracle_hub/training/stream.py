@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from miracle_hub.code import Code
 from miracle_hub.coding.draw import draw_mean_var
 from miracle_hub.coding.matrix import ROW_SCALE_COLUMNS, matrix_columns
 from miracle_hub.coding.order import permutation
 from miracle_hub.coding.posterior import Cost, Posterior, Prior, importance_cost
 from miracle_hub.coding.scales import SMALLEST_SCALE, rounded_scales
 from miracle_hub.coding.sharing import Sharing, expand
-from miracle_hub.config import Code
 from miracle_hub.training.posterior import POSTERIORS, RATE, test_channel_share
 
 
@@ -61,7 +61,7 @@ class Stream(nn.Module):
         super().__init__()
         self.members, self.code, self.number = tuple(members), code, number
         block_weights = _block_weights(code, sum(m.sharing.n_values for m in members), kl_block_weights)
-        block_kl_nats = block_weights * code.bits_per_weight * math.log(2)
+        block_kl_nats = block_weights * code.rate * math.log(2)
         for name in CODING_BUFFERS:
             self.register_buffer(name, None)
         self.is_permuted = len(members) > 1 or members[0].sharing.kind != "none"

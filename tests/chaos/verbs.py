@@ -14,8 +14,8 @@ from transformers import BertConfig, BertModel, BertTokenizer
 
 import miracle_hub
 from miracle_hub.codec import folder as folder_module
-from miracle_hub.hub import fit as fit_module
-from miracle_hub.training.resume import Checkpoint
+from miracle_hub.finetune import fit as fit_module
+from miracle_hub.training.checkpoint import Checkpoint
 
 from ..training.networks import loss_of, variational_net
 from .environment import HUB, WORK

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import miracle_hub
+from miracle_hub.code import Code
 from miracle_hub.codec.compress import Report, compress_folder
 from miracle_hub.codec.decompress import decompress_folder, load_state_dict
 from miracle_hub.codec.inspection import inspect_folder
 from miracle_hub.codec.network import write_network
-from miracle_hub.config import Code
 from miracle_hub.errors import (
     FormatError,
     MiracleError,
@@ -27,11 +27,11 @@ from miracle_hub.errors import (
     SourceError,
     TruncatedPayloadError,
 )
-from miracle_hub.format import container
-from miracle_hub.format.container import Entry, write_file
+from miracle_hub.files import container
+from miracle_hub.files.container import Entry, write_file
 from miracle_hub.format.payload import Header, Segment, encode_header, encode_payload
-from miracle_hub.hub.conversion import _names
-from miracle_hub.hub.quantizer import MiracleConfig
+from miracle_hub.plugin.conversion import _names
+from miracle_hub.plugin.quantizer import MiracleConfig
 
 DAMAGED = "; the file is truncated or damaged: download it again"
 

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 import miracle_hub
 import miracle_kernels
+from miracle_hub.code import Code
 from miracle_hub.codec import rates
 from miracle_hub.codec.tensor import SegmentPlan, decode_payload, encode_tensor
 from miracle_hub.coding.backend import choose
-from miracle_hub.config import Code
 from miracle_hub.errors import BackendError, ChecksumError
 from miracle_hub.format.payload import decode_header
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from miracle_hub.code import Code
 from miracle_hub.codec.certificate import Certificate, certificate_of_files
 from miracle_hub.coding.reference import candidates
-from miracle_hub.config import Code
 from miracle_hub.errors import DataError, OptionError
 
 DRAWS, EXAMPLES, INPUTS, DELTA = 1000, 60, 30, 0.1

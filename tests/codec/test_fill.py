@@ -39,7 +39,7 @@ def planned() -> tuple[dict[str, TensorPlan], list[Sample]]:
                     code,
                     True,
                     code.message_bytes(n_weights) + 2 * shape[0],
-                    (1 + i % 5) * 4.0**-code.bits_per_weight * n_weights**0.6,
+                    (1 + i % 5) * 4.0**-code.rate * n_weights**0.6,
                 )
                 for code in ladder(14, 0)
             ]

@@ -39,7 +39,7 @@ def test_every_tensor_is_described(compressed: Path, tensors: dict[str, Tensor])
             assert report.relative_error == pytest.approx(float(error), rel=1e-5)
             assert report.rotation == (64 if name == "first.weight" else 32)
             assert {code.window_bits for code in report.codes} == {8}
-            rates = [code.bits_per_weight for code in report.codes]
+            rates = [code.rate for code in report.codes]
             assert min(rates) < report.bits_per_weight < max(rates) + 0.7
     ratio = reports["second.weight"].scale / reports["first.weight"].scale
     assert ratio == pytest.approx(50 * 2**0.5, rel=0.3)  # 1 / 0.02, and the rotations' 1/√32 and 1/√64

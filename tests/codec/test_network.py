@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from miracle_hub.code import Code
 from miracle_hub.codec.network import (
     decode_stream_entry,
     encode_stream_entry,
@@ -24,7 +25,6 @@ from miracle_hub.codec.network import (
 from miracle_hub.codec.tensor import DTYPE_NAMES, TORCH_DTYPES
 from miracle_hub.coding.scales import rounded_scales
 from miracle_hub.coding.sharing import KINDS, Sharing
-from miracle_hub.config import Code
 from miracle_hub.errors import ChecksumError, FormatError, OutputWriteError, TruncatedPayloadError
 from miracle_hub.format.network import NetworkHeader, TensorSpec, decode_network, encode_network
 

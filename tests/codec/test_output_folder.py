@@ -18,12 +18,12 @@ import pytest
 from torch import Tensor
 
 import miracle_hub.codec.compress as compress_module
-import miracle_hub.codec.folder as folder_module
-import miracle_hub.format.container as container_module
+import miracle_hub.files.container as container_module
+import miracle_hub.files.whole as folder_module
 from miracle_hub.codec.compress import Report
 from miracle_hub.codec.decompress import decompress_folder, load_state_dict
-from miracle_hub.codec.folder import output_folder
 from miracle_hub.errors import OutputExistsError, OutputWriteError
+from miracle_hub.files.whole import output_folder
 
 Compress = Callable[..., Report]
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from miracle_hub.code import Code
 from miracle_hub.codec import packed as module
 from miracle_hub.codec.packed import (
     PackedMatrix,
@@ -24,7 +25,6 @@ from miracle_hub.codec.tensor import TORCH_DTYPES, SegmentPlan, decode_payload, 
 from miracle_hub.coding import cpu, numba_backend
 from miracle_hub.coding.numba_backend import NumbaBackend
 from miracle_hub.coding.triton_backend import TritonBackend
-from miracle_hub.config import Code
 from miracle_hub.errors import ChecksumError, OptionError, TruncatedPayloadError
 
 # Name → shape, segments, options of the encoder.
@@ -242,7 +242,7 @@ def test_reordered_payloads_are_decoded_whole_and_others_are_not(monkeypatch: py
 _MEMORY = """
 import torch
 from miracle_hub.codec.packed import PackedMatrix, packed_linear
-from miracle_hub.config import Code
+from miracle_hub.code import Code
 from miracle_hub.format.payload import Header, Segment, encode_payload
 
 def random_matrix(rows):

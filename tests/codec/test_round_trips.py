@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
+from miracle_hub.code import Code
 from miracle_hub.codec.artifact import raw_bytes
 from miracle_hub.codec.compress import compress_folder
 from miracle_hub.codec.decompress import decompress_folder, load_state_dict
@@ -28,9 +29,8 @@ from miracle_hub.codec.tensor import (
     matrix_columns,
 )
 from miracle_hub.coding.scales import rounded_scales
-from miracle_hub.config import Code
 from miracle_hub.errors import BudgetError
-from miracle_hub.format.container import Entry, opened, write_file
+from miracle_hub.files.container import Entry, opened, write_file
 from miracle_hub.format.network import NetworkHeader, TensorSpec
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -11,10 +11,7 @@ import torch
 from jsonschema import Draft202012Validator
 from torch import Tensor
 
-from miracle_hub.codec.compress import Report
-from miracle_hub.codec.decompress import stored_tensors
-from miracle_hub.codec.network import read_network
-from miracle_hub.config import (
+from miracle_hub.code import (
     FORMAT_VERSION,
     MAX_STEP_WEIGHTS,
     MAX_WIDTH_LOG2,
@@ -22,8 +19,11 @@ from miracle_hub.config import (
     QUANT_METHOD,
     Code,
 )
+from miracle_hub.codec.compress import Report
+from miracle_hub.codec.decompress import stored_tensors
+from miracle_hub.codec.network import read_network
 from miracle_hub.format import network, payload
-from miracle_hub.hub.quantizer import MiracleConfig
+from miracle_hub.plugin.quantizer import MiracleConfig
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"

@@ -60,7 +60,7 @@ def test_inspection_tells_the_error_and_the_bytes_of_the_stages_it_reads(
         for name, error in errors(staged, tensors, n).items():
             (entry,) = [t for t in inspection.tensors if t.name == name]
             assert entry.relative_error == pytest.approx(error, rel=1e-4)
-            assert [c.bits_per_weight for c in entry.codes].count(4 / 7) == n - 1
+            assert [c.rate for c in entry.codes].count(4 / 7) == n - 1
 
 
 def test_weights_are_the_float32_sum_of_the_stages_in_order(staged: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from miracle_hub.code import Code
 from miracle_hub.codec.tensor import (
     SegmentPlan,
     decode_payload,
@@ -18,7 +19,6 @@ from miracle_hub.codec.tensor import (
 )
 from miracle_hub.coding import reference
 from miracle_hub.coding.rotation import hadamard
-from miracle_hub.config import Code
 from miracle_hub.errors import OptionError
 from miracle_hub.format.payload import Header, Segment, encode_payload
 

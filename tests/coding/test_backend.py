@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 import miracle_kernels
+from miracle_hub.code import Code
 from miracle_hub.coding import backend as backends
 from miracle_hub.coding.backend import Backend, choose
 from miracle_hub.coding.matrix import CodedRows, MatrixLayout
 from miracle_hub.coding.posterior import Cost, squared_error_cost
-from miracle_hub.config import Code
 from miracle_hub.errors import BackendError, OptionError, TruncatedPayloadError
 
 

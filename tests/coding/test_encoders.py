@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from miracle_hub.code import Code
 from miracle_hub.coding import block, cpu, reference, sliding
 from miracle_hub.coding.encode import encode_stream, pack_states
 from miracle_hub.coding.posterior import Cost, squared_error_cost
-from miracle_hub.config import Code
 from miracle_hub.errors import OptionError
 
 # (L, k, V, n); n is not always a multiple of V.

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from miracle_hub.code import Code
 from miracle_hub.coding import cpu, reference
-from miracle_hub.config import Code
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES: list[dict[str, Any]] = json.loads((GOLDEN / "coding.json").read_text())

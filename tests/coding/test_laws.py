@@ -14,10 +14,10 @@ import pytest
 import torch
 from scipy.stats import chi2, norm
 
+from miracle_hub.code import Code
 from miracle_hub.coding import reference
 from miracle_hub.coding.encode import encode_states, encode_stream
 from miracle_hub.coding.posterior import Cost, Posterior, Prior, importance_cost, kl_nats
-from miracle_hub.config import Code
 
 # A right encoder fails one case in ten thousand; a wrong one must be rejected far beyond chance.
 FALSE_ALARM = 1e-4

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from miracle_hub.code import Code
 from miracle_hub.coding.order import banded_order, permutation, stream_order
-from miracle_hub.config import Code
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 

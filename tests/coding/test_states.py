@@ -7,10 +7,10 @@ import pytest
 import torch
 from scipy.stats import chi2
 
+from miracle_hub.code import Code
 from miracle_hub.coding import reference, sliding
 from miracle_hub.coding.encode import encode_states, encode_stream, pack_states
 from miracle_hub.coding.posterior import Cost, squared_error_cost
-from miracle_hub.config import Code
 
 SLIDING = [Code(8, 2, 1, 7), Code(7, 3, 2, 2**63, 9), Code(6, 4, 9), Code(10, 1, 1), Code(5, 1, 3)]
 CODES = [*SLIDING, Code(8, 8, 4, 3)]

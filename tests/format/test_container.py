@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from miracle_hub.errors import FormatError, OutputExistsError, OutputWriteError
-from miracle_hub.format.container import Entry, encode_file_header, opened, write_file, writing
+from miracle_hub.files.container import Entry, encode_file_header, opened, write_file
+from miracle_hub.files.whole import writing
 
 ENTRIES = [
     Entry('größe."weight"', "F32", (2, 3), 24),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miracle_hub.config import Code
+from miracle_hub.code import Code
 from miracle_hub.errors import (
     ChecksumError,
     FormatError,

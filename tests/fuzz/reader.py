@@ -18,20 +18,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from miracle_hub.code import Code
 from miracle_hub.codec.decompress import decompress_folder, load_state_dict
 from miracle_hub.codec.inspection import inspect_folder
+from miracle_hub.codec.modules import read_state
 from miracle_hub.codec.network import decode_stream_entry, encode_stream_entry
 from miracle_hub.codec.packed import PackedMatrix, is_packable
 from miracle_hub.codec.tensor import check_payload, decode_payload
 from miracle_hub.codec.verification import verify_folder
 from miracle_hub.coding.digest import digest
-from miracle_hub.config import Code
 from miracle_hub.errors import MiracleError
 from miracle_hub.format.network import TensorSpec, decode_network, structure
 from miracle_hub.format.payload import _Reader
 from miracle_hub.format.varint import read_varint
-from miracle_hub.hub.quantizer import MiracleConfig
-from miracle_hub.hub.variational import read_state
+from miracle_hub.plugin.quantizer import MiracleConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PAYLOADS, NETWORKS = (runpy.run_path(str(GOLDEN / f"{name}_decoder.py")) for name in ("payload", "network"))

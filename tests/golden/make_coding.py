@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from miracle_hub.code import Code
 from miracle_hub.coding import reference
-from miracle_hub.config import Code
 
 FIRST = 16
 # (L, k, V, seed, stream_id, n)

@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from miracle_hub.code import Code
 from miracle_hub.codec.artifact import raw_bytes
 from miracle_hub.codec.compress import compress_folder
 from miracle_hub.codec.decompress import load_state_dict
+from miracle_hub.codec.modules import load
 from miracle_hub.codec.network import encode_stream_entry, write_network
 from miracle_hub.codec.tensor import SegmentPlan, encode_tensor
-from miracle_hub.config import Code
 from miracle_hub.format.network import NetworkHeader, TensorSpec
-from miracle_hub.hub.variational import load
 
 GOLDEN = Path(__file__).parent
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from miracle_hub.code import Code
 from miracle_hub.codec.network import encode_stream_entry
 from miracle_hub.coding.sharing import KINDS
-from miracle_hub.config import Code
 from miracle_hub.format.network import NetworkHeader, TensorSpec
 
 # Code, then per tensor: name, dtype, shape, kind of sharing, values, scale.

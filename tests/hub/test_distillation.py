@@ -22,7 +22,7 @@ from miracle_hub import (
     remove_variational,
 )
 from miracle_hub.errors import FormatError, OptionError, TrainingError
-from miracle_hub.hub.distillation import Teacher
+from miracle_hub.finetune.distillation import Teacher
 
 from .test_trainer import ROWS, arguments, classifier
 

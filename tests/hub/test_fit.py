@@ -22,9 +22,9 @@ from transformers import (
 )
 
 import miracle_hub
-from miracle_hub.codec.folder import alone_in
 from miracle_hub.errors import DataError, OptionError, OutputExistsError
-from miracle_hub.hub.trainer import MiracleTrainer
+from miracle_hub.files.whole import alone_in
+from miracle_hub.finetune.trainer import MiracleTrainer
 
 pytest.importorskip("datasets", reason="fit needs the package datasets: pip install '.[fit]'")
 WORDS = ["good", "bad", "film", "a", "the", "very", "movie", "is", "awful", "nice"]
@@ -94,13 +94,13 @@ import sys
 import miracle_hub
 source, out, data, resume = sys.argv[1:]
 options = dict(steps=2, groups=4, refit_steps=5, progress=False, resume=resume == "True")
-miracle_hub.training.resume.Checkpoint.__init__.__defaults__ = (0.0, "")
+miracle_hub.training.checkpoint.Checkpoint.__init__.__defaults__ = (0.0, "")
 print(miracle_hub.fit(source, out, data=data, **options).report.digest)
 """
 
 
 def start(source: Path, out: Path, data: Path, resume: bool) -> subprocess.Popen[str]:
-    arguments = [sys.executable, "-c", "import miracle_hub.training.resume\n" + SCRIPT]
+    arguments = [sys.executable, "-c", "import miracle_hub.training.checkpoint\n" + SCRIPT]
     return subprocess.Popen(
         [*arguments, str(source), str(out), str(data), str(resume)],
         stdout=subprocess.PIPE,

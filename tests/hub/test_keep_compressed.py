@@ -25,7 +25,7 @@ from miracle_hub import MiracleConfig
 from miracle_hub.codec.decompress import stored_tensors
 from miracle_hub.errors import ChecksumError, FormatError, OptionError
 from miracle_hub.format.payload import decode_header, encode_payload
-from miracle_hub.hub.compressed_linear import (
+from miracle_hub.plugin.compressed_linear import (
     CompressedConv1D,
     CompressedLayer,
     CompressedLinear,
@@ -667,7 +667,7 @@ def test_a_scale_out_of_range_behind_a_right_checksum_is_refused_on_load(
 
 
 @pytest.mark.parametrize(
-    "first", ["", "import transformers.quantizers.auto", "import miracle_hub.hub.quantizer"]
+    "first", ["", "import transformers.quantizers.auto", "import miracle_hub.plugin.quantizer"]
 )
 def test_the_config_is_imported_from_the_package_in_a_fresh_process(
     first: str, llama: Repository, tmp_path: Path

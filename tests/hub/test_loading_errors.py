@@ -25,8 +25,8 @@ from miracle_hub.errors import (
     UnsupportedVersionError,
 )
 from miracle_hub.format.payload import decode_header, encode_payload
-from miracle_hub.hub.conversion import DecodePayloads, Expected, decode_leftovers
-from miracle_hub.hub.quantizer import MiracleConfig, MiracleQuantizer, register
+from miracle_hub.plugin.conversion import DecodePayloads, Expected, decode_leftovers
+from miracle_hub.plugin.quantizer import MiracleConfig, MiracleQuantizer, register
 
 if TYPE_CHECKING:
     from tests.hub.conftest import Repository

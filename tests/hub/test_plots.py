@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import miracle_hub
+from miracle_hub.code import Code
 from miracle_hub.codec.inspection import Inspection, TensorReport
-from miracle_hub.config import Code
 from miracle_hub.errors import OutputWriteError
 from miracle_hub.hub import plots
 from miracle_hub.hub.plots import read_journal, write_plots

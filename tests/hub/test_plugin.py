@@ -100,8 +100,8 @@ print(*sys.modules)
     done = run(code, tmp_path, "-W", "error")
     assert done.returncode == 0, done.stderr
     imported = done.stdout.split()
-    assert "miracle_hub.hub.quantizer" in imported
-    assert not {"numba", "miracle_hub.codec", "miracle_hub.coding", "miracle_hub.hub.api"} & set(imported)
+    assert "miracle_hub.plugin.quantizer" in imported
+    assert not {"numba", "miracle_hub.codec", "miracle_hub.coding", "miracle_hub.api"} & set(imported)
 
 
 def test_activating_again_is_harmless(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_a_plug_in_that_cannot_be_imported_only_warns(llama: Repository, tmp_pat
 import sys
 class Break:
     def find_spec(self, name, path=None, target=None):
-        if name == "miracle_hub.hub.quantizer":
+        if name == "miracle_hub.plugin.quantizer":
             raise ImportError("broken on purpose")
 sys.meta_path.insert(0, Break())
 from transformers import AutoModel

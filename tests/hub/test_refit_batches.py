@@ -8,7 +8,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 from miracle_hub.errors import OptionError
-from miracle_hub.hub.refit_batches import RefitBatches
+from miracle_hub.finetune.refit_batches import RefitBatches
 
 
 def batches(folder: Path, data: Any, seed: int = 0, **options: Any) -> RefitBatches:

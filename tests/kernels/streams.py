@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from miracle_hub.code import Code
 from miracle_hub.coding import reference
 from miracle_hub.coding.digest import digest
 from miracle_hub.coding.order import banded_order
 from miracle_hub.coding.quantiles import quantiles
 from miracle_hub.coding.rotation import hadamard
-from miracle_hub.config import Code
 
 
 def changed(given: dict[str, Any], **changes: Any) -> dict[str, Any]:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from miracle_hub.code import Code
 from miracle_hub.coding import reference
 from miracle_hub.coding.quantiles import quantiles
-from miracle_hub.config import Code
 from miracle_kernels import KernelInputError, codebook, codebook_torch
 from miracle_kernels.codebook import codebook_triton
 

@@ -17,9 +17,9 @@ from streams import (
 )
 from torch import Tensor
 
+from miracle_hub.code import Code
 from miracle_hub.coding.digest import digest
 from miracle_hub.coding.quantiles import quantiles
-from miracle_hub.config import Code
 from miracle_kernels import KernelInputError, decode
 from miracle_kernels.decode import decode_torch, decode_triton, group_steps
 

@@ -9,8 +9,8 @@ from streams import defined_weights, generator, random_message, random_scales, t
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from miracle_hub.code import Code
 from miracle_hub.coding.quantiles import quantiles
-from miracle_hub.config import Code
 from miracle_kernels import KernelInputError, decode_linear
 from miracle_kernels.decode_linear import decode_linear_torch, decode_linear_triton
 

@@ -17,9 +17,9 @@ from streams import generator, signed
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from miracle_hub.code import Code
 from miracle_hub.coding import reference
 from miracle_hub.coding.quantiles import quantiles
-from miracle_hub.config import Code
 from miracle_kernels import KernelInputError, select, select_torch
 from miracle_kernels.select import select_triton
 from miracle_kernels.tuning import tiles

@@ -15,11 +15,11 @@ from scipy.stats import chi2
 from streams import generator, table_of
 from torch import Tensor
 
+from miracle_hub.code import Code
 from miracle_hub.coding import reference
 from miracle_hub.coding.encode import encode_stream, pack_states
 from miracle_hub.coding.posterior import Cost, Posterior, Prior, importance_cost
 from miracle_hub.coding.quantiles import quantiles
-from miracle_hub.config import Code
 from miracle_kernels import KernelInputError, slide, slide_torch
 from miracle_kernels._triton import tl, triton
 from miracle_kernels.noise import SELECT_CANDIDATE, SLIDE, uniform

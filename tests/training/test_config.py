@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from miracle_hub.config import MAX_STEP_WEIGHTS, Code
+from miracle_hub.code import MAX_STEP_WEIGHTS, Code
 from miracle_hub.errors import BudgetError, MiracleError, OptionError
 from miracle_hub.training.config import VariationalConfig
 
@@ -41,7 +41,7 @@ def test_a_sliding_code_has_the_highest_rate_whose_message_is_within_the_bits(
         return
     found = config.code_for(n_values, "w")
     assert found in fitting
-    assert found.bits_per_weight == max(code.bits_per_weight for code in fitting)
+    assert found.rate == max(code.rate for code in fitting)
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.5, 1.0, 2.7, 6.0])
@@ -49,8 +49,8 @@ def test_a_sliding_code_has_the_highest_rate_whose_message_is_within_the_bits(
 def test_bits_per_weight_are_the_rate_of_a_long_message(rate: float, window_bits: int) -> None:
     """Else the L - k bits of the first window would cost a whole step of the ladder, 1 → 4/5."""
     config = VariationalConfig(bits_per_weight=rate, window_bits=window_bits, seed=7)
-    rates = [code.bits_per_weight for code in sliding_codes(window_bits) if code.bits_per_weight <= rate]
-    assert config.code_for(1000, "w").bits_per_weight == max(rates)
+    rates = [code.rate for code in sliding_codes(window_bits) if code.rate <= rate]
+    assert config.code_for(1000, "w").rate == max(rates)
 
 
 @pytest.mark.parametrize("n_values", [1, 17, 1000])

@@ -379,5 +379,5 @@ def test_mean_kl_has_nothing_to_add_to_the_loss_and_nothing_to_anneal() -> None:
     (stream,) = streams_of(model)
     width = stream.posterior.block_weights
     n_blocks = -(-stream.n_values // width)
-    assert part_of(model).kl_bits() == pytest.approx(width * n_blocks * stream.code.bits_per_weight)
+    assert part_of(model).kl_bits() == pytest.approx(width * n_blocks * stream.code.rate)
     assert conv_net().state_dict().keys() != model.state_dict().keys()

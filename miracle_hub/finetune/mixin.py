@@ -9,13 +9,14 @@ from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
 from huggingface_hub.utils import filter_repo_objects
 from torch import nn
 
+from miracle_hub.codec.modules import load, stream_header
 from miracle_hub.codec.verification import sha256_of, visible_files
 from miracle_hub.errors import MissingWeightsError
+from miracle_hub.finetune.models import save
 from miracle_hub.hub.card import PLACEHOLDER, carried_facts, update_card
 from miracle_hub.hub.facts import facts_of_network
 from miracle_hub.hub.push import upload
 from miracle_hub.hub.resolve import snapshot
-from miracle_hub.hub.variational import load, save, stream_header
 from miracle_hub.training import convert
 
 _VARIANT = "_miracle_variant"  # of the instance that is being saved

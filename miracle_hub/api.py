@@ -10,8 +10,8 @@ from miracle_hub.codec.compress import DEFAULT_WINDOW_BITS, Report, compress_fol
 from miracle_hub.codec.decompress import decompress_folder
 from miracle_hub.codec.decompress import load_state_dict as load_folder
 from miracle_hub.codec.inspection import Inspection, inspect_folder
-from miracle_hub.codec.verification import Verification, verify_folder
-from miracle_hub.hub.card import stale_card, write_card
+from miracle_hub.codec.verification import Verification
+from miracle_hub.hub.card import verify_with_card, write_card
 from miracle_hub.hub.plots import read_journal, write_plots
 from miracle_hub.hub.resolve import local_folder
 
@@ -179,6 +179,4 @@ def verify(
         BackendError: the backend cannot run here.
     """
     folder = local_folder(source, revision)
-    found = verify_folder(folder, dense=None if dense is None else Path(dense), backend=backend)
-    stale = stale_card(folder)
-    return replace(found, defects=(*found.defects, stale)) if stale else found
+    return verify_with_card(folder, None if dense is None else Path(dense), backend)

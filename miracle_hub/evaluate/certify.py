@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from miracle_hub.code import QUANT_METHOD
 from miracle_hub.codec.artifact import read_quantization
 from miracle_hub.codec.certificate import Certificate, certificate_of_files, check_delta
 from miracle_hub.codec.decompress import load_state_dict
+from miracle_hub.codec.modules import load
 from miracle_hub.codec.source import weight_files
-from miracle_hub.config import QUANT_METHOD
 from miracle_hub.errors import DataError, SourceError
-from miracle_hub.hub.batches import equal_lengths, read_tokenizer, tokenized
-from miracle_hub.hub.data import read_examples
+from miracle_hub.evaluate.batches import equal_lengths, read_tokenizer, tokenized
+from miracle_hub.evaluate.data import read_examples
 from miracle_hub.hub.resolve import local_folder
-from miracle_hub.hub.variational import load
 
 _BATCH = 64
 

@@ -22,13 +22,12 @@ from transformers import (
 )
 
 from miracle_hub.codec.compress import Report
-from miracle_hub.codec.folder import alone_in, refuse_existing
 from miracle_hub.errors import DataError, MiracleError, OptionError, OutputWriteError
-from miracle_hub.format.container import WRITE_ERRORS, writing
-from miracle_hub.hub.data import Split, read_split
-from miracle_hub.hub.quantizer import MiracleConfig
-from miracle_hub.hub.trainer import MiracleTrainer
-from miracle_hub.hub.variational import make_variational
+from miracle_hub.evaluate.data import Split, read_split
+from miracle_hub.files.whole import WRITE_ERRORS, alone_in, refuse_existing, writing
+from miracle_hub.finetune.models import make_variational
+from miracle_hub.finetune.trainer import MiracleTrainer
+from miracle_hub.plugin.quantizer import MiracleConfig
 from miracle_hub.training.coder import CodingOptions
 
 TASKS = ("text-classification", "causal-lm")

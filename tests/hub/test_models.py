@@ -16,6 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 import miracle_hub
 from miracle_hub import CodingOptions, MiracleConfig, VariationalConfig
 from miracle_hub.codec.decompress import stored_tensors
+from miracle_hub.codec.modules import read_state
 from miracle_hub.errors import (
     ChecksumError,
     FormatError,
@@ -24,7 +25,6 @@ from miracle_hub.errors import (
     OutputWriteError,
     TruncatedPayloadError,
 )
-from miracle_hub.hub.variational import read_state
 from miracle_hub.training.variational import variational_of
 
 from ..training.networks import IMAGES, conv_net, loss_of, streams_of, variational_net
@@ -267,7 +267,7 @@ def test_what_is_read_back_must_be_what_was_coded(tmp_path: Path, monkeypatch: p
         state = read_state(path, module)
         return {**state, "head.bias": state["head.bias"] + 1}
 
-    monkeypatch.setattr("miracle_hub.hub.variational.read_state", otherwise)
+    monkeypatch.setattr("miracle_hub.finetune.models.read_state", otherwise)
     with pytest.raises(
         ChecksumError, match="head.bias: what was written does not decode to the model's weights"
     ):

@@ -5,7 +5,6 @@ all tensors in memory, which a compressor that promises one tensor at a time mus
 writer below.
 """
 
-import errno
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -16,10 +15,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from miracle_hub.errors import FormatError, MiracleError, OutputWriteError
+from miracle_hub.errors import FormatError
+from miracle_hub.files.whole import writing
 
-# What does not fit a disk is an error of the system's, of safetensors' or, by torch.save, of no special kind.
-WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)
 _ALIGNMENT = 8
 _KEPT_OPEN: ContextVar[dict[Path, safe_open] | None] = ContextVar("_KEPT_OPEN", default=None)
 
@@ -48,19 +46,6 @@ def encode_file_header(entries: list[Entry], metadata: dict[str, str]) -> bytes:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals into errors that name the file."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, MiracleError):
-            raise
-        reason = getattr(error, "strerror", None) or str(error)
-        room = "; free some space and run it again" if os.strerror(errno.ENOSPC) in reason else ""
-        raise OutputWriteError(f"{path}: cannot be written: {reason}{room}") from error
 
 
 def write_file(

@@ -24,7 +24,7 @@ from miracle_hub.codec.decompress import StoredTensor
 from miracle_hub.codec.packed import is_packable
 from miracle_hub.codec.stages import decode_stages
 from miracle_hub.errors import FormatError, OptionError
-from miracle_hub.hub.compressed_linear import COMPRESSED_CLASSES, PAYLOAD, is_payload_tensor
+from miracle_hub.plugin.compressed_linear import COMPRESSED_CLASSES, PAYLOAD, is_payload_tensor
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miracle_hub.config import Code
+from miracle_hub.code import Code
 from miracle_hub.errors import OptionError
 
 VALID: dict[str, Any] = {"window_bits": 8, "step_bits": 2, "step_weights": 1, "seed": 0, "stream_id": 0}
@@ -85,7 +85,7 @@ def test_the_last_window_ends_with_the_message(window_bits: int, data: st.DataOb
 
 def test_block_codes_do_not_overlap_and_the_rate_is_bits_per_weight() -> None:
     assert Code(16, 16, 8).overlap_bits == 0 and Code(12, 5, 2).overlap_bits == 7
-    assert Code(16, 16, 8).bits_per_weight == 2.0 and Code(12, 1, 4).bits_per_weight == 0.25
+    assert Code(16, 16, 8).rate == 2.0 and Code(12, 1, 4).rate == 0.25
 
 
 def test_a_code_cannot_be_changed() -> None:

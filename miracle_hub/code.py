@@ -56,11 +56,12 @@ class Code:
         return self.window_bits - self.step_bits
 
     @property
-    def bits_per_weight(self) -> float:
-        """The rate of a long message (payload only)."""
+    def rate(self) -> float:
+        """Bits per coded value of a long message."""
         return self.step_bits / self.step_weights
 
     def steps(self, n_weights: int) -> int:
+        """Windows of a stream of `n_weights` values, the last of which may not use all of its own."""
         return -(-n_weights // self.step_weights)
 
     def message_bits(self, n_weights: int) -> int:
@@ -69,4 +70,5 @@ class Code:
         return self.overlap_bits + self.step_bits * steps if steps else 0
 
     def message_bytes(self, n_weights: int) -> int:
+        """The same in bytes, padded with zero bits."""
         return -(-self.message_bits(n_weights) // 8)

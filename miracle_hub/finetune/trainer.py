@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from miracle_hub.codec.compress import Report
-from miracle_hub.codec.folder import refuse_existing
 from miracle_hub.errors import OptionError
-from miracle_hub.hub.distillation import Teacher
-from miracle_hub.hub.refit_batches import RefitBatches
-from miracle_hub.hub.variational import compress_model
+from miracle_hub.files.whole import refuse_existing
+from miracle_hub.finetune.distillation import Teacher
+from miracle_hub.finetune.models import compress_model
+from miracle_hub.finetune.refit_batches import RefitBatches
+from miracle_hub.training.checkpoint import Checkpoint
 from miracle_hub.training.coder import CodingOptions, check_finite, code_model, undone_if_not_finite
 from miracle_hub.training.journal import Journal
-from miracle_hub.training.resume import Checkpoint
 from miracle_hub.training.variational import Variational, variational_of
 
 # Of refits, in learning rates of the fit. MiniLM on SST-2 at 1 bit, 400 steps and 725 of refits, accuracy on

@@ -6,6 +6,7 @@ run, and the next one for the same output removes it.
 """
 
 import ctypes
+import errno
 import os
 import re
 import shutil
@@ -15,11 +16,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from miracle_hub.errors import OptionError, OutputExistsError
-from miracle_hub.format.container import writing
+from safetensors import SafetensorError
 
+from miracle_hub.errors import MiracleError, OptionError, OutputExistsError, OutputWriteError
+
+# What does not fit a disk is an error of the system's, of safetensors' or, by torch.save, of no special kind.
+WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)
 _TEMPORARY, _ASIDE = ".miracle.tmp", ".miracle.old"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals into errors that name the file."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, MiracleError):
+            raise
+        reason = getattr(error, "strerror", None) or str(error)
+        room = "; free some space and run it again" if os.strerror(errno.ENOSPC) in reason else ""
+        raise OutputWriteError(f"{path}: cannot be written: {reason}{room}") from error
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from miracle_hub.codec.inspection import inspect_folder
 from miracle_hub.errors import DataError, SourceError
-from miracle_hub.hub.batches import (
+from miracle_hub.evaluate.batches import (
     Batches,
     array_batches,
     equal_lengths,
@@ -24,8 +24,8 @@ from miracle_hub.hub.batches import (
     shared_tokenizer,
     tokenized,
 )
+from miracle_hub.evaluate.data import read_texts
 from miracle_hub.hub.card import auto_class
-from miracle_hub.hub.data import read_texts
 from miracle_hub.hub.resolve import local_folder
 
 _CAUSAL, _MASKED = "AutoModelForCausalLM", "AutoModelForMaskedLM"

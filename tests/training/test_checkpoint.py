@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from miracle_hub.errors import FormatError, MiracleError, OptionError, OutputWriteError, TrainingError
-from miracle_hub.training import resume
+from miracle_hub.training import checkpoint
+from miracle_hub.training.checkpoint import Checkpoint
 from miracle_hub.training.coder import CodingOptions, code_model
 from miracle_hub.training.journal import Journal
-from miracle_hub.training.resume import Checkpoint
 
 from .networks import IMAGES, assert_same_state, loss_of, streams_of, variational_net
 
@@ -142,7 +142,7 @@ def test_checkpoints_are_written_when_they_are_due_and_at_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now, written = [100.0], []
-    monkeypatch.setattr(resume.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(Checkpoint, "save", lambda self, coder: written.append((coder.group, coder.step)))
     model = variational_net(**CONFIGS["network"])
 
@@ -258,7 +258,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint_before(
 
     before = started.read_bytes()
     with monkeypatch.context() as full:
-        full.setattr(*((resume, "save_file") if when == "writing" else (Path, "replace")), fail)
+        full.setattr(*((checkpoint, "save_file") if when == "writing" else (Path, "replace")), fail)
         with pytest.raises(OutputWriteError) as raised:
             run(variational_net(**CONFIGS["network"]), started)
     assert str(raised.value) == (
@@ -306,7 +306,7 @@ def test_a_run_may_go_on_at_another_learning_rate_and_says_so(
 
 def test_a_checkpoint_may_be_moved_and_is_a_plain_safetensors_file(started: Path, tmp_path: Path) -> None:
     shutil.move(started, tmp_path / "elsewhere")
-    found = resume.read_sealed(tmp_path / "elsewhere")[0]
+    found = checkpoint.read_sealed(tmp_path / "elsewhere")[0]
     assert all(isinstance(tensor, Tensor) for tensor in found.values())
     assert issubclass(FormatError, MiracleError)
     assert len(run(variational_net(**CONFIGS["network"]), tmp_path / "elsewhere").rows) == 4

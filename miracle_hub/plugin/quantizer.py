@@ -26,14 +26,14 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from miracle_hub.config import BACKENDS, FORMAT_VERSION, QUANT_METHOD
+from miracle_hub.code import BACKENDS, FORMAT_VERSION, QUANT_METHOD
 from miracle_hub.errors import ChecksumError, FormatError, OptionError, UnsupportedVersionError
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
 
     from miracle_hub.codec.decompress import StoredTensor
-    from miracle_hub.hub.conversion import Expected
+    from miracle_hub.plugin.conversion import Expected
     from miracle_hub.training.config import VariationalConfig
 
 
@@ -201,7 +201,7 @@ class MiracleQuantizer(HfQuantizer):
             FormatError: and its subclasses: a file is not sound.
         """
         from miracle_hub.coding.backend import choose
-        from miracle_hub.hub.conversion import expected_tensors
+        from miracle_hub.plugin.conversion import expected_tensors
 
         if vars(self.quantization_config)["backend"] == "triton":
             choose("triton")
@@ -222,7 +222,7 @@ class MiracleQuantizer(HfQuantizer):
         Layers are replaced here and not before: only these conversions, a user's `key_mapping` among
         them, say which layer a name of the checkpoint means.
         """
-        from miracle_hub.hub.conversion import expected_tensors, replace_layers, with_decoding
+        from miracle_hub.plugin.conversion import expected_tensors, replace_layers, with_decoding
 
         model, config = self._model, vars(self.quantization_config)
         if self._keeps and model is not None:
@@ -243,7 +243,7 @@ class MiracleQuantizer(HfQuantizer):
         Raises:
             FormatError: and its subclasses: a payload that was left over cannot be decoded.
         """
-        from miracle_hub.hub.conversion import decode_leftovers, without_decoding
+        from miracle_hub.plugin.conversion import decode_leftovers, without_decoding
 
         # In place: transformers goes on using its list when it loads an adapter after the model.
         self._conversions[:] = without_decoding(self._conversions)
@@ -257,7 +257,7 @@ class MiracleQuantizer(HfQuantizer):
             if isinstance(vars(self.quantization_config).get("stage_digests"), list):
                 vars(model.config).pop(name, None)
         if self._keeps:
-            from miracle_hub.hub.compressed_linear import compressed_layers
+            from miracle_hub.plugin.compressed_linear import compressed_layers
 
             for layer in compressed_layers(model).values():
                 layer.finish_loading()
@@ -271,7 +271,7 @@ class MiracleQuantizer(HfQuantizer):
             return None, {}
         from transformers.core_model_loading import revert_weight_conversion
 
-        from miracle_hub.hub.compressed_linear import is_payload_tensor, saved_digest, saved_state
+        from miracle_hub.plugin.compressed_linear import is_payload_tensor, saved_digest, saved_state
 
         state = saved_state(model, self._payloads or {})
         payloads = {name: tensor for name, tensor in state.items() if is_payload_tensor(tensor)}
@@ -283,7 +283,7 @@ class MiracleQuantizer(HfQuantizer):
 
     def _dequantize(self, model: "PreTrainedModel", *args: Any, **kwargs: Any) -> "PreTrainedModel":
         """Ordinary layers for compressed ones; another dtype than the model's casts it all."""
-        from miracle_hub.hub.compressed_linear import make_ordinary
+        from miracle_hub.plugin.compressed_linear import make_ordinary
 
         make_ordinary(model)
         for module in model.modules():
@@ -354,7 +354,7 @@ def _take_refinements(tensors: "list[StoredTensor]", files: list[str]) -> dict[b
         FormatError: two payloads are alike, but are refined differently.
     """
     from miracle_hub.codec.stages import stage_of
-    from miracle_hub.hub.conversion import payload_key
+    from miracle_hub.plugin.conversion import payload_key
 
     found: dict[bytes, list[Tensor]] = {}
     for tensor in tensors:

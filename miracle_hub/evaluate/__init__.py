@@ -1,0 +1,1 @@
+"""What a compressed model answers, beside another one or beside the truth."""

@@ -1,0 +1,1 @@
+"""The transformers plug-in: plain `from_pretrained` meets payloads and gets weights."""
