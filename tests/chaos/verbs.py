@@ -13,7 +13,7 @@ import torch
 from transformers import BertConfig, BertModel, BertTokenizer
 
 import miracle_hub
-from miracle_hub.codec import folder as folder_module
+from miracle_hub.files import whole as folder_module
 from miracle_hub.finetune import fit as fit_module
 from miracle_hub.training.checkpoint import Checkpoint
 
