@@ -168,12 +168,12 @@ def test_no_two_entries_or_items_have_one_line(name: str, value: str, dtype: str
 
 def test_the_single_entry_of_a_file_is_named(tmp_path: Path) -> None:
     alone = write(tmp_path / "m.safetensors", entries=ENTRIES[:1])
-    with pytest.raises(ChecksumError, match=r"found guard [0-9a-f]{32}: a\.weight, a name"):
+    with pytest.raises(ChecksumError, match=r"found [0-9a-f]{32}: a\.weight, a name"):
         with_line(alone, 0, content="1").check()
 
 
 def test_pieces_and_payloads() -> None:
-    """Plain bytes may come in any pieces; of a payload only the frame counts, the rest is its own business."""
+    """Plain bytes may come in any pieces; of a payload only the frame counts, which covers the rest."""
     whole = line_of("w", "F32", (6,), [bytes(24)])
     assert whole == line_of("w", "F32", (6,), [bytes(10), bytes(0), bytes(14)]) and not whole.is_framed
     coded = line_of("coded", "U8", (45,), [PAYLOAD])
@@ -344,7 +344,7 @@ def test_every_field_of_a_config_is_covered(change: Any) -> None:
         check_config(Path("config.json"), change(config))
 
 
-def test_who_changes_a_config_on_purpose_removes_its_guard_and_keeps_that_of_the_tensors(
+def test_who_changes_a_config_on_purpose_removes_its_guard_and_keeps_the_tensors(
     tmp_path: Path,
 ) -> None:
     path, files, config = folder_of(tmp_path)
