@@ -55,13 +55,30 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
         ChecksumError: it is another. FormatError: what it states is no guard.
     """
     guard = stated_guard(path, config)
-    if guard is None or "config" not in guard:
-        return
-    if guard["config"] != (found := config_guard(config)):
+    if guard is not None and "config" in guard:
+        _check_config(path, config, guard["config"], "config from quantization_config.guard")
+
+
+def with_own_guard(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json of a network's arguments, which has no quantization_config, with a guard of its own."""
+    return {**config, GUARD: config_guard(config)}
+
+
+def check_own_guard(path: Path, config: Mapping[str, Any]) -> None:
+    """The same for a config.json of a network's arguments.
+
+    Raises:
+        ChecksumError: it is another.
+    """
+    if GUARD in config:
+        _check_config(path, config, config[GUARD], f"{GUARD} from it")
+
+
+def _check_config(path: Path, config: Mapping[str, Any], stated: object, remove: str) -> None:
+    if stated != (found := config_guard(config)):
         raise ChecksumError(
-            f"{path}: expected what guard {str(guard['config'])[:64]} covers, found {found}: the file is "
-            "damaged or was changed; download it again, or, if it was changed on purpose, remove config from "
-            "quantization_config.guard"
+            f"{path}: expected what guard {str(stated)[:64]} covers, found {found}: it is damaged or was "
+            f"changed; download it again, or, if it was changed on purpose, remove {remove}"
         )
 
 

@@ -28,10 +28,12 @@ from miracle_hub.codec.guarded import (
     check_config,
     check_files,
     check_index,
+    check_own_guard,
     guards_of_stages,
     stated_guard,
     unguarded,
     with_guard,
+    with_own_guard,
 )
 from miracle_hub.errors import ChecksumError, FormatError
 from miracle_hub.files import container
@@ -306,6 +308,11 @@ def test_stages_have_guards_of_their_own(tmp_path: Path) -> None:
 # config.json.
 
 
+def stated(config: dict[str, Any]) -> dict[str, Any]:
+    """The guard that a config.json states."""
+    return config["quantization_config"]["guard"]
+
+
 def test_layout_and_order_of_a_config_do_not_count() -> None:
     config = with_guard(CONFIG, ["0" * 64])
     again = json.loads(json.dumps(dict(reversed(config.items())), indent=7))
@@ -331,11 +338,10 @@ def test_the_guard_of_a_config_is_what_the_format_says() -> None:
         lambda config: {key: value for key, value in config.items() if key != "lone"},
         lambda config: quantization(config, seed=0),
         lambda config: quantization(config, digest=None),
-        lambda config: quantization(
-            config, guard=config["quantization_config"]["guard"] | {"tensors": ["1" * 64]}
-        ),
-        lambda config: quantization(config, guard=config["quantization_config"]["guard"] | {"config": "1"}),
-        lambda config: quantization(config, guard=config["quantization_config"]["guard"] | {"config": None}),
+        lambda config: quantization(config, guard=stated(config) | {"tensors": ["1" * 64]}),
+        lambda config: quantization(config, guard=stated(config) | {"config": "1"}),
+        lambda config: quantization(config, guard=stated(config) | {"config": None}),
+        lambda config: quantization(config, guard=stated(config) | {"more": 1}),
     ],
 )
 def test_every_field_of_a_config_is_covered(change: Any) -> None:
@@ -348,8 +354,8 @@ def test_who_changes_a_config_on_purpose_removes_its_guard_and_keeps_the_tensors
     tmp_path: Path,
 ) -> None:
     path, files, config = folder_of(tmp_path)
-    changed = config | {"layer_norm_eps": 1e-11}
-    del changed["quantization_config"]["guard"]["config"]
+    only_tensors = {"tensors": stated(config)["tensors"]}
+    changed = quantization(config | {"layer_norm_eps": 1e-11}, guard=only_tensors)
     check_config(path, changed)
     check_files(files, path, changed)
     with pytest.raises(ChecksumError):
@@ -360,6 +366,17 @@ def test_old_configs_state_no_guard() -> None:
     for config in (CONFIG, {}, {"quantization_config": None}, {"quantization_config": []}):
         assert stated_guard(Path("config.json"), config) is None
         check_config(Path("config.json"), config)
+
+
+def test_a_network_s_arguments_are_covered_too() -> None:
+    arguments = with_own_guard({"width": 10, "activation": "tanh"})
+    check_own_guard(Path("config.json"), arguments)
+    check_own_guard(Path("config.json"), {"width": 10})
+    for change in ({"activation": "tan"}, {"more": 1}, {GUARD: "0" * 64}, {GUARD: None}):
+        with pytest.raises(
+            ChecksumError, match=r"^config\.json: .* on purpose, remove miracle_guard from it$"
+        ):
+            check_own_guard(Path("config.json"), arguments | change)
 
 
 # Indices, and files without guards.
