@@ -29,12 +29,17 @@ from miracle_hub.plugin.quantizer import MiracleConfig
 from ..training.networks import SMALL, conv_net, variational_net
 
 # Of our own readers a MiracleError is asked for. transformers opens config.json, index and weights before it
-# calls the plug-in, and says in its own words
-#   SafetensorError  that a header is not sound
-#   OSError          that config.json, the index or a shard cannot be read
-#   RuntimeError     that payloads are where weights should be: config.json names no method any more
-#   ValueError       that it does not know a model type, or an option of a configuration
-LOUD = (SafetensorError, OSError, RuntimeError, ValueError)
+# calls the plug-in, and says in its own words what it cannot read.
+LOUD: dict[str, tuple[type[Exception], ...]] = {
+    # Not JSON (OSError); no such model type, or an option that a configuration refuses (ValueError); no such
+    # dtype in torch (AttributeError); the method's name is lost, so that payloads have the wrong sizes
+    # (RuntimeError).
+    "config": (OSError, ValueError, AttributeError, RuntimeError),
+    # Not JSON (ValueError), without a weight_map (KeyError), or with the name of no file (OSError).
+    "index": (ValueError, KeyError, OSError),
+    # A header that is not sound, of which the dtype was to be read.
+    "weights": (SafetensorError, OSError),
+}
 TRANSFORMERS = ("from_pretrained", "keep_compressed")
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -125,18 +130,34 @@ def decompressed(folder: Path, file: Path) -> Found:
 
 
 def verified(read: Reader) -> Reader:
-    """If verify finds no defect, `read` gives what it gave, and config.json says what it said."""
+    """If verify finds no defect, `read` gives what it gave."""
 
     def reader(folder: Path, file: Path) -> Found:
         miracle_hub.verify(folder).require()
         try:
-            config = folder / "config.json"
-            text = config.read_text(encoding="utf-8") if config.exists() else "{}"
-            return read(folder, file) | {"config": json.loads(text)}
+            return read(folder, file)
         except MiracleError as error:
             return {"verify found no defect, but": error}
 
     return reader
+
+
+def with_config(read: Reader) -> Reader:
+    """What config.json says counts too, but not what it says of itself alone."""
+
+    def reader(folder: Path, file: Path) -> Found:
+        found = read(folder, file)
+        return found | {"config": without_guard(json.loads((folder / "config.json").read_bytes()))}
+
+    return reader
+
+
+def without_guard(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without its guards: where these alone are damaged, nothing else is."""
+    facts = config.get("quantization_config")
+    if not isinstance(facts, dict):
+        return config
+    return config | {"quantization_config": {key: facts[key] for key in facts if key != "guard"}}
 
 
 def from_pretrained(auto: Any, **options: Any) -> Reader:
@@ -144,7 +165,7 @@ def from_pretrained(auto: Any, **options: Any) -> Reader:
 
     def reader(folder: Path, file: Path) -> Found:
         model, info = auto.from_pretrained(folder, output_loading_info=True, **options)
-        config = json.loads(model.config.to_json_string(use_diff=False))
+        config = without_guard(json.loads(model.config.to_json_string(use_diff=False)))
         config.pop("_name_or_path", None)
         if options:
             model.dequantize()
@@ -198,7 +219,7 @@ def readers(auto: Any, keeps: bool = False) -> dict[str, Reader]:
         "load_state_dict (file)": read_file,
         "from_pretrained": from_pretrained(auto),
         "decompress": decompressed,
-        "verify": verified(read_folder),
+        "verify": verified(with_config(read_folder)),
         **(kept if keeps else {}),
     }
 
@@ -366,6 +387,7 @@ def sweep(all_subjects: list[Subject], cases: range, seed: int = 0) -> Counts:
             subject = draw.choice(all_subjects)
             file = draw.choice(subject.files)
             is_weights = file.endswith(".safetensors")
+            kind = "weights" if is_weights else "config" if file == "config.json" else "index"
             reader = draw.choice([r for r in subject.readers if is_weights or not r.endswith("(file)")])
             expected = subject.expected(reader, file)
             path = subject.folder / file
@@ -373,11 +395,10 @@ def sweep(all_subjects: list[Subject], cases: range, seed: int = 0) -> Counts:
             what, left = damage(whole, file, draw)
             path.write_bytes(left)
             try:
-                allowed = (MiracleError, *LOUD) if reader in TRANSFORMERS else (MiracleError,)
+                allowed = (MiracleError, *(LOUD[kind] if reader in TRANSFORMERS else ()))
                 outcome, said = outcome_of(subject.readers[reader], subject.folder, path, expected, allowed)
             finally:
                 path.write_bytes(whole)
-            kind = "weights" if is_weights else "config" if file == "config.json" else "index"
             counts.outcomes[reader, kind, outcome] += 1
             if outcome in ("named", "unnamed"):
                 counts.errors[reader, said] += 1

@@ -160,7 +160,7 @@ def refusals(subject: Subject) -> dict[str, str]:
             if not name.endswith("(file)"):
                 try:
                     read(subject.folder, subject.folder / "model.safetensors")
-                except (MiracleError, *LOUD) as error:
+                except (MiracleError, *LOUD["config"]) as error:
                     found[name] = f"{type(error).__name__}: {error}"
     return found
 
