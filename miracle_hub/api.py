@@ -5,8 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from miracle_hub.codec.artifact import DEFAULT_SHARD_SIZE
-from miracle_hub.codec.compress import DEFAULT_WINDOW_BITS, Report, compress_folder
+from miracle_hub.codec.compress import Report, compress_folder
 from miracle_hub.codec.decompress import decompress_folder
 from miracle_hub.codec.decompress import load_state_dict as load_folder
 from miracle_hub.codec.inspection import Inspection, inspect_folder
@@ -14,6 +13,7 @@ from miracle_hub.codec.verification import Verification
 from miracle_hub.hub.card import verify_with_card, write_card
 from miracle_hub.hub.plots import read_journal, write_plots
 from miracle_hub.hub.resolve import local_folder
+from miracle_hub.options import DEFAULT_SHARD_SIZE, DEFAULT_WINDOW_BITS, CompressOptions
 
 
 def compress(
@@ -63,21 +63,21 @@ def compress(
     """
     folder = local_folder(source, revision)
     base_model = None if Path(source).exists() else str(source)
-    return compress_folder(
-        folder,
-        Path(out),
+    options = CompressOptions(
         bits_per_weight=bits_per_weight,
         size=size,
         window_bits=window_bits,
-        rotation=rotation,
+        rotation=128 if rotation is None else rotation,
         seed=seed,
         modules_to_not_convert=modules_to_not_convert,
         max_shard_size=max_shard_size,
         stages=stages,
         backend=backend,
         overwrite=overwrite,
-        card=lambda target, report: write_card(target, report, folder, base_model),
         progress=progress,
+    )
+    return compress_folder(
+        folder, Path(out), options, card=lambda target, report: write_card(target, report, folder, base_model)
     )
 
 

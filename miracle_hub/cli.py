@@ -10,10 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 import miracle_hub
-from miracle_hub.codec.artifact import DEFAULT_SHARD_SIZE
-from miracle_hub.codec.compress import DEFAULT_WINDOW_BITS
 from miracle_hub.codec.inspection import Inspection, TensorReport
 from miracle_hub.errors import MiracleError
+from miracle_hub.options import DEFAULT_SHARD_SIZE, DEFAULT_WINDOW_BITS
 
 app = typer.Typer(
     add_completion=False,
@@ -173,7 +172,7 @@ def inspect(
     console.print(
         f"{inspection.file_bytes:,} bytes, {inspection.n_weights:,} weights, "
         f"{inspection.bits_per_weight:.4f} bits per weight (whole file), "
-        f"{inspection.payload_bits_per_weight:.4f} (payloads)\ndigest {inspection.digest}",
+        f"{inspection.payload_rate:.4f} (payloads)\ndigest {inspection.digest}",
         highlight=False,
     )
     for plot in inspection.plots:
@@ -273,7 +272,7 @@ def _table(inspection: Inspection) -> Table:
 
 def _row(tensor: TensorReport) -> tuple[str, ...]:
     name, shape = escape(_printable(tensor.name)), " × ".join(map(str, tensor.shape)) or "scalar"
-    rate = f"{tensor.bits_per_weight:.3f}"
+    rate = f"{tensor.rate:.3f}"
     if tensor.reason:
         return name, shape, tensor.dtype, f"plain: {tensor.reason}", "", "", rate, ""
     codes = " + ".join(dict.fromkeys(f"{c.window_bits},{c.step_bits},{c.step_weights}" for c in tensor.codes))

@@ -10,17 +10,18 @@ from torch import Tensor, nn
 from miracle_hub.codec.compress import Report, compress_folder
 from miracle_hub.codec.decompress import load_state_dict
 from miracle_hub.codec.modules import module_tensors, read_state
+from miracle_hub.codec.naming import STREAM
 from miracle_hub.codec.network import (
-    STREAM,
     encode_stream_entry,
     spec_of,
     write_network,
 )
-from miracle_hub.codec.tensor import payload_of_stream
+from miracle_hub.codec.trellis import payload_of_stream
 from miracle_hub.errors import ChecksumError, OptionError
 from miracle_hub.files.whole import temporary_beside, writing
 from miracle_hub.format.network import NetworkHeader
 from miracle_hub.hub.card import write_card
+from miracle_hub.options import CompressOptions
 from miracle_hub.training import convert
 from miracle_hub.training.coder import message_of
 from miracle_hub.training.config import VariationalConfig
@@ -138,12 +139,20 @@ def compress_model(
         kept = variational.config.modules_to_save
         base = getattr(dense.config, "_name_or_path", None) or None
         base = None if base is None or Path(base).exists() else base
-        report = compress_folder(
-            folder, out, payloads=payloads, size=size, bits_per_weight=bits_per_weight,
-            modules_to_not_convert=[name for name in module_tensors(dense) if matches_any(name, kept)],
+        options = CompressOptions(
+            size=size,
+            bits_per_weight=bits_per_weight,
             overwrite=overwrite,
-            card=lambda target, report: write_card(target, report, folder, base), progress=progress,
-        )  # fmt: skip
+            progress=progress,
+            modules_to_not_convert=[name for name in module_tensors(dense) if matches_any(name, kept)],
+        )
+        report = compress_folder(
+            folder,
+            out,
+            options,
+            coded=payloads,
+            card=lambda target, report: write_card(target, report, folder, base),
+        )
     _compare_decoded(out, {name: t for name, t in module_tensors(dense).items() if name in payloads})
     return report
 
