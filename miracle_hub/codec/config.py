@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from miracle_hub.code import FORMAT_VERSION, QUANT_METHOD
+from miracle_hub.code import FORMAT_VERSION, MAX_STAGES, QUANT_METHOD
 from miracle_hub.codec.dtypes import TORCH_DTYPES
-from miracle_hub.codec.naming import CONFIG, MAX_STAGES
+from miracle_hub.codec.naming import CONFIG
 from miracle_hub.errors import FormatError, SourceError, UnsupportedVersionError
 from miracle_hub.files.whole import writing
 from miracle_hub.format.payload import DTYPES

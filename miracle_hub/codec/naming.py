@@ -12,12 +12,13 @@ miracle                                 the entry of a network's stream
 import re
 from pathlib import Path
 
+from miracle_hub.code import MAX_STAGES
+
 CONFIG, CARD = "config.json", "README.md"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 WEIGHTS_ENDING, INDEX_ENDING = ".safetensors", ".safetensors.index.json"
 STREAM = "miracle"
-MAX_STAGES = 9
 _STAGE_FILE = re.compile(r"model\.stage-([1-9])[-.].*safetensors")
 _STAGES_INDEX = re.compile(r"model\.stages-([1-9])\.safetensors\.index\.json")
 _SHARD = re.compile(r"model(\.stage-[1-9])?(-\d{5}-of-\d{5})?\.safetensors")

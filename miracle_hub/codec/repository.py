@@ -17,8 +17,6 @@ from miracle_hub.files.container import encode_file_header, files_kept_open, wri
 from miracle_hub.files.whole import writing
 from miracle_hub.format.spec import TensorSpec
 
-DEFAULT_SHARD_SIZE = "5GB"
-
 
 @dataclass(frozen=True)
 class Repository:

@@ -53,7 +53,7 @@ def _rows(source: SourceTensor) -> int:
 
 def _sha256(weights: Tensor) -> str:
     data = weights.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(memoryview(data)).hexdigest()
+    return hashlib.sha256(data.data).hexdigest()
 
 
 def _load_finite(source: SourceTensor) -> Tensor:

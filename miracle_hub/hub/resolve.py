@@ -16,7 +16,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import repo_folder_name
 
-from miracle_hub.codec.naming import MAX_STAGES, stage_patterns
+from miracle_hub.code import MAX_STAGES
+from miracle_hub.codec.naming import stage_patterns
 from miracle_hub.codec.source import missing_weights
 from miracle_hub.errors import SourceError
 
