@@ -34,7 +34,18 @@ ALLOWED = {
     "api": {"finetune", "evaluate", "hub", "codec", "files", "options", "code", "errors"},
     "cli": {"", "api", "hub", "codec", "options", "code", "errors"},
     "_autoload": {"plugin"},
-    "__init__": {"_autoload", "api", "finetune", "evaluate", "hub", "plugin", "training", "codec", "code"},
+    "__init__": {
+        "_autoload",
+        "api",
+        "finetune",
+        "evaluate",
+        "hub",
+        "plugin",
+        "training",
+        "codec",
+        "options",
+        "code",
+    },
 }
 # Who alone may import a third party.
 HOMES = {

@@ -44,7 +44,7 @@ from miracle_hub.codec.stages import (
 )
 from miracle_hub.codec.tensor import TORCH_DTYPES, encode_tensor
 from miracle_hub.coding.backend import Backend, choose
-from miracle_hub.errors import NonFiniteWeightError, OptionError, SourceError
+from miracle_hub.errors import NonFiniteWeightError, SourceError
 from miracle_hub.files.container import Entry, write_file
 from miracle_hub.files.whole import output_folder, refuse_overlap, writing
 from miracle_hub.format.payload import decode_header, is_payload
@@ -81,8 +81,8 @@ def compress_folder(
     started, excluded = time.monotonic(), options.modules_to_not_convert or []
     window_bits, seed, stages = options.window_bits, options.seed, options.stages
     shard_bytes = parse_size(options.max_shard_size, "max_shard_size")
-    if not options.has_budget and not payloads:
-        raise OptionError("expected either bits_per_weight or size, found neither; give one of them")
+    if not payloads:
+        options.require_budget()
     chosen, weights = choose(options.backend), _source_files(source, out)
     with output_folder(out, options.overwrite) as temporary:
         copied = _copy_companions(source, temporary, weights)
