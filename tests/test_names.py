@@ -108,7 +108,8 @@ def test_what_is_no_selection_is_refused_by_the_name_of_the_option(make: Any, op
         with pytest.raises(OptionError) as raised:
             make(wanted)
         assert str(raised.value) == (
-            f"{option}: expected a list of names or a regular expression, found {wanted!r}; write ['name'] for one"
+            f"{option}: expected a list of names or a regular expression, found {wanted!r}; write ['name'] "
+            "for one"
         )
 
 

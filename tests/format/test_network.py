@@ -126,7 +126,7 @@ def test_every_truncation_behind_a_right_checksum_is_noticed() -> None:
 
 def test_a_short_stream_says_how_many_bytes_it_has() -> None:
     assert defect(b"MRCN\x01", kind=TruncatedPayloadError) == (
-        "net: a network's stream has at least 21 bytes, found 5; the file is truncated: download it again"
+        "net: a network stream has at least 21 bytes, found 5; the file is truncated: download it again"
     )
 
 
