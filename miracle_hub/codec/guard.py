@@ -14,14 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from miracle_hub.codec.naming import STREAM
+from miracle_hub.codec.payloads import CODECS
 from miracle_hub.errors import ChecksumError
-from miracle_hub.files.container import Entry, raw_entries
-from miracle_hub.format import network, payload
+from miracle_hub.files.container import raw_entries
+from miracle_hub.format import frame, network
+from miracle_hub.format.spec import TensorSpec
 
 # Of a file of a repository, whose config.json or index states another; of a file that stands alone.
 GUARD, GUARD_ALONE = "miracle_guard", "miracle_guard_alone"
-STREAM = "miracle"
-_FRAME_BYTES = 9  # magic, version and CRC-32: no payload is shorter
 _DIGITS = 32  # 128 bits find every damage, and are half the bytes of a whole SHA-256
 
 
@@ -43,7 +44,7 @@ class Line:
     @property
     def is_framed(self) -> bool:
         """Whether it is a payload or a stream, which checks its own bytes."""
-        return len(self.content) == 2 * _FRAME_BYTES
+        return len(self.content) == 2 * frame.SIZE
 
     @property
     def text(self) -> str:
@@ -100,7 +101,7 @@ def line_of(name: str, dtype: str, shape: tuple[int, ...], pieces: Iterable[byte
     pieces, is_vector = iter(pieces), dtype == "U8" and len(shape) == 1
     first = next(pieces, b"")
     if is_vector and _is_framed(name, first):
-        return Line(name, dtype, shape, bytes(first[:_FRAME_BYTES]).hex())
+        return Line(name, dtype, shape, bytes(first[: frame.SIZE]).hex())
     checksum = hashlib.sha256(first)
     for piece in pieces:
         checksum.update(piece)
@@ -108,9 +109,9 @@ def line_of(name: str, dtype: str, shape: tuple[int, ...], pieces: Iterable[byte
 
 
 def _is_framed(name: str, first: bytes | memoryview) -> bool:
-    magic = bytes(first[: len(payload.MAGIC)])
-    is_known = magic == payload.MAGIC or (name == STREAM and magic == network.MAGIC)
-    return is_known and len(first) >= _FRAME_BYTES
+    magic = bytes(first[: len(network.MAGIC)])
+    is_known = magic in CODECS or (name == STREAM and magic == network.MAGIC)
+    return is_known and len(first) >= frame.SIZE
 
 
 def read_contents(path: Path) -> Contents:
@@ -121,6 +122,11 @@ def read_contents(path: Path) -> Contents:
     """
     metadata, entries = raw_entries(path)
     return Contents(path, metadata, tuple(line_of(e.name, e.dtype, e.shape, raw) for e, raw in entries))
+
+
+def placeholder(key: str) -> dict[str, str]:
+    """Metadata as long as those with a guard: with them sizes are known before anything is written."""
+    return {key: "0" * _DIGITS}
 
 
 class Sealing:
@@ -134,28 +140,27 @@ class Sealing:
         """
         self._metadata, self._key, self._lines = dict(metadata), key, list[Line]()
 
-    @property
-    def placeholder(self) -> dict[str, str]:
-        """Metadata as long as the final one: with it sizes are known before anything is written."""
-        return {**self._metadata, self._key: "0" * _DIGITS}
-
-    def noting(self, data: Callable[[Entry], bytes]) -> Callable[[Entry], bytes]:
+    def noting(self, data: Callable[[TensorSpec], bytes]) -> Callable[[TensorSpec], bytes]:
         """The same bytes of every entry, of which note is taken."""
 
-        def noted(entry: Entry) -> bytes:
+        def noted(entry: TensorSpec) -> bytes:
             raw = data(entry)
             self._lines.append(line_of(entry.name, entry.dtype, entry.shape, [raw]))
             return raw
 
         return noted
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Those of the file with its guard, as long as `placeholder` makes them."""
+        return {**self._metadata, self._key: Contents(Path(), self._metadata, self._lines).guard}
+
     def contents(self, path: Path) -> Contents:
-        """What was written, with its guard."""
-        unsealed = Contents(path, self._metadata, tuple(self._lines))
-        return Contents(path, {**self._metadata, self._key: unsealed.guard}, unsealed.lines)
+        """What was written to a file."""
+        return Contents(path, self.metadata, tuple(self._lines))
 
 
-def is_stream_alone(entries: Sequence[Entry]) -> bool:
+def is_stream_alone(entries: Sequence[TensorSpec]) -> bool:
     """Whether a file holds a network's stream and nothing else, whose frame covers it: it needs no guard."""
     return [entry.name for entry in entries] == [STREAM]
 
@@ -163,6 +168,12 @@ def is_stream_alone(entries: Sequence[Entry]) -> bool:
 def repository_guard(digests: Iterable[str]) -> str:
     """SHA-256, hexadecimal, of the digests of the files of a repository, in any order."""
     return hashlib.sha256("".join(sorted(f"{digest}\n" for digest in digests)).encode("ascii")).hexdigest()
+
+
+def guards_of_stages(stages: Sequence[Sequence[Contents]]) -> list[str]:
+    """The guard of the first n stages for every n, from the files of each stage."""
+    digests = [[contents.digest for contents in files] for files in stages]
+    return [repository_guard(sum(digests[:n], [])) for n in range(1, len(digests) + 1)]
 
 
 def config_guard(config: Mapping[str, Any]) -> str:
@@ -177,3 +188,16 @@ def config_guard(config: Mapping[str, Any]) -> str:
         rest["quantization_config"] = {**facts, "guard": guard}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def with_guard(config: Mapping[str, Any], tensors: Sequence[str]) -> dict[str, Any]:
+    """A finished config.json with the guards of the first n stages for every n, and its own."""
+    guard: dict[str, Any] = {"tensors": list(tensors)}
+    guarded = {**config, "quantization_config": {**config["quantization_config"], "guard": guard}}
+    guard["config"] = config_guard(guarded)
+    return guarded
+
+
+def with_own_guard(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json of a network's arguments, which has no quantization_config, with a guard of its own."""
+    return {**config, GUARD: config_guard(config)}

@@ -1,4 +1,4 @@
-"""What readers require of guards before they hand anything out, and what writers state.
+"""What readers require of guards before they hand anything out.
 
 FORMAT.md, "Guard".
 """
@@ -10,24 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from miracle_hub.code import QUANT_METHOD
-from miracle_hub.codec.guard import GUARD, Contents, config_guard, repository_guard
+from miracle_hub.codec.config import read_config
+from miracle_hub.codec.guard import GUARD, Contents, config_guard, read_contents, repository_guard
+from miracle_hub.codec.naming import CONFIG
 from miracle_hub.errors import ChecksumError, FormatError
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-def with_guard(config: Mapping[str, Any], tensors: Sequence[str]) -> dict[str, Any]:
-    """A finished config.json with the guards of the first n stages for every n, and its own."""
-    guard: dict[str, Any] = {"tensors": list(tensors)}
-    guarded = {**config, "quantization_config": {**config["quantization_config"], "guard": guard}}
-    guard["config"] = config_guard(guarded)
-    return guarded
-
-
-def guards_of_stages(stages: Sequence[Sequence[Contents]]) -> list[str]:
-    """The guard of the first n stages for every n, from the files of each stage."""
-    digests = [[contents.digest for contents in files] for files in stages]
-    return [repository_guard(sum(digests[:n], [])) for n in range(1, len(digests) + 1)]
 
 
 def stated_guard(path: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -48,23 +36,20 @@ def stated_guard(path: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | N
     return guard
 
 
-def check_config(path: Path, config: Mapping[str, Any]) -> None:
-    """Compare config.json with the guard of its own that it states, if it states one.
+def check_config(path: Path, config: Mapping[str, Any]) -> bool:
+    """Compare config.json with the guard of its own that it states; returns whether it states one.
 
     Raises:
         ChecksumError: it is another. FormatError: what it states is no guard.
     """
     guard = stated_guard(path, config)
-    if guard is not None and "config" in guard:
-        _check_config(path, config, guard["config"], "config from quantization_config.guard")
+    if guard is None or "config" not in guard:
+        return False
+    _check_config(path, config, guard["config"], "config from quantization_config.guard")
+    return True
 
 
-def with_own_guard(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json of a network's arguments, which has no quantization_config, with a guard of its own."""
-    return {**config, GUARD: config_guard(config)}
-
-
-def check_own_guard(path: Path, config: Mapping[str, Any]) -> None:
+def check_own_guard(path: Path, config: Mapping[str, Any]) -> bool:
     """The same for a config.json of a network's arguments.
 
     Raises:
@@ -72,6 +57,7 @@ def check_own_guard(path: Path, config: Mapping[str, Any]) -> None:
     """
     if GUARD in config:
         _check_config(path, config, config[GUARD], f"{GUARD} from it")
+    return GUARD in config
 
 
 def _check_config(path: Path, config: Mapping[str, Any], stated: object, remove: str) -> None:
@@ -80,6 +66,36 @@ def _check_config(path: Path, config: Mapping[str, Any], stated: object, remove:
             f"{path}: expected what guard {str(stated)[:64]} covers, found {found}: it is damaged or was "
             f"changed; download it again, or, if it was changed on purpose, remove {remove}"
         )
+
+
+def check_folder(folder: Path, files: Sequence[Path], stages: int = 1, index: Path | None = None) -> None:
+    """Compare all that is read of a repository with the guards of config.json, of each file, of all files
+    together and of their index, before anything of it is handed out. Plain tensors are read for it.
+
+    Args:
+        files: that are read: those of the first `stages`.
+        index: that named them, if one did.
+
+    Raises:
+        ChecksumError: something is damaged, missing or from elsewhere. FormatError: a file is not sound, or
+            a guard is lost. SourceError: config.json is no JSON object.
+    """
+    check_config(folder / CONFIG, read_config(folder))
+    check_together(folder, [read_contents(file) for file in files], stages, index)
+
+
+def check_together(
+    folder: Path, files: Sequence[Contents], stages: int = 1, index: Path | None = None
+) -> None:
+    """The same for files that were read already, but for the guard of config.json itself.
+
+    Raises:
+        ChecksumError, FormatError, SourceError: as `check_folder`.
+    """
+    path = folder / CONFIG
+    check_files(files, path, read_config(folder) if path.exists() else None, stages)
+    if index is not None:
+        check_index(index, files)
 
 
 def check_files(
@@ -133,7 +149,7 @@ def unguarded(contents: Contents) -> str:
     if contents.stated is not None or not plain:
         return ""
     more = f" and {len(plain) - 3} more" if len(plain) > 3 else ""
-    return f"unguarded, written before there were guards: {', '.join(plain[:3])}{more}"
+    return f"without a guard, so that these are unguarded: {', '.join(plain[:3])}{more}"
 
 
 def _check_together(files: Sequence[Contents], where: str, stated: Sequence[Any], stages: int) -> None:

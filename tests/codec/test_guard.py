@@ -19,33 +19,35 @@ from miracle_hub.codec.guard import (
     Line,
     Sealing,
     config_guard,
+    guards_of_stages,
     is_stream_alone,
     line_of,
+    placeholder,
     read_contents,
     repository_guard,
+    with_guard,
+    with_own_guard,
 )
 from miracle_hub.codec.guarded import (
     check_config,
     check_files,
     check_index,
     check_own_guard,
-    guards_of_stages,
     stated_guard,
     unguarded,
-    with_guard,
-    with_own_guard,
 )
 from miracle_hub.errors import ChecksumError, FormatError
 from miracle_hub.files import container
-from miracle_hub.files.container import Entry, write_file
+from miracle_hub.files.container import write_file
+from miracle_hub.format.spec import TensorSpec
 
 PAYLOAD = b"MRCL" + bytes([1]) + bytes(range(40))
 RAW = {"a.weight": b"\x00\x3c" * 6, 'größe."b"': bytes(8), "coded": PAYLOAD, "empty": b""}
 ENTRIES = [
-    Entry("a.weight", "F16", (2, 3), 12),
-    Entry('größe."b"', "I64", (), 8),
-    Entry("coded", "U8", (len(PAYLOAD),), len(PAYLOAD)),
-    Entry("empty", "F32", (0, 4), 0),
+    TensorSpec("a.weight", "F16", (2, 3)),
+    TensorSpec('größe."b"', "I64", ()),
+    TensorSpec("coded", "U8", (len(PAYLOAD),)),
+    TensorSpec("empty", "F32", (0, 4)),
 ]
 METADATA = {"format": "pt", "narrowed_from_F32": "*"}
 CONFIG: dict[str, Any] = {
@@ -56,11 +58,11 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def write(path: Path, key: str = GUARD, entries: list[Entry] = ENTRIES) -> Contents:
+def write(path: Path, key: str = GUARD, entries: list[TensorSpec] = ENTRIES) -> Contents:
     """A guarded file, as writers write it."""
     sealing = Sealing(METADATA, key)
     data = sealing.noting(lambda entry: RAW[entry.name])
-    write_file(path, entries, sealing.placeholder, data, lambda: dict(sealing.contents(path).metadata))
+    write_file(path, entries, METADATA | placeholder(key), data, lambda: sealing.metadata)
     return sealing.contents(path)
 
 
@@ -103,7 +105,7 @@ def test_what_is_written_says_its_guard_and_is_read_by_the_library(file: Content
 
 
 def test_the_size_of_a_guarded_file_is_known_before_it_is_written(file: Contents) -> None:
-    planned = container.encode_file_header(ENTRIES, Sealing(METADATA).placeholder)
+    planned = container.encode_file_header(ENTRIES, METADATA | placeholder(GUARD))
     assert file.path.stat().st_size == len(planned) + sum(map(len, RAW.values()))
 
 
@@ -209,15 +211,15 @@ def test_large_tensors_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_dtypes_that_torch_has_not_are_covered(tmp_path: Path) -> None:
-    entry = Entry("six", "F6_E2M3", (4,), 3)
+    entry = TensorSpec("six", "F6_E2M3", (4,))
     write_file(tmp_path / "a.safetensors", [entry], {}, lambda _: b"abc")
     found = read_contents(tmp_path / "a.safetensors").lines
     assert [line.content for line in found] == [hashlib.sha256(b"abc").hexdigest()[:32]]
 
 
 def test_a_stream_alone_needs_no_guard() -> None:
-    assert is_stream_alone([Entry("miracle", "U8", (9,), 9)])
-    assert not is_stream_alone([Entry("miracle", "U8", (9,), 9), ENTRIES[0]])
+    assert is_stream_alone([TensorSpec("miracle", "U8", (9,))])
+    assert not is_stream_alone([TensorSpec("miracle", "U8", (9,)), ENTRIES[0]])
     assert not is_stream_alone(ENTRIES[:1]) and not is_stream_alone([])
 
 
@@ -405,5 +407,5 @@ def test_an_index_guards_its_files(tmp_path: Path) -> None:
 def test_unguarded_tensors_are_told(file: Contents) -> None:
     assert unguarded(file) == ""
     old = replace(file, metadata=METADATA)
-    assert unguarded(old) == 'unguarded, written before there were guards: a.weight, größe."b", empty'
+    assert unguarded(old) == 'without a guard, so that these are unguarded: a.weight, größe."b", empty'
     assert unguarded(replace(old, lines=[line for line in old.lines if line.is_framed])) == ""
