@@ -1,7 +1,7 @@
 """`MiracleHubMixin`: small networks that are pushed and loaded in the manner of PyTorchModelHubMixin."""
 
 import tempfile
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +199,7 @@ def _guarded(config: Any) -> dict[str, Any] | None:
     """
     if config is None:
         return None
-    return with_own_guard(asdict(config) if is_dataclass(config) else config)
+    return with_own_guard(config if isinstance(config, dict) else asdict(config))
 
 
 def _without_guard(arguments: dict[str, Any]) -> dict[str, Any]:

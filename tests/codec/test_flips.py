@@ -41,7 +41,7 @@ NAMES = [
     "network, streams=tensor",
     "mixin, streams=tensor",
 ]
-CASES = 80  # per repository; `make chaos` has ten thousand
+CASES, PLUGIN_CASES = 60, 40  # per repository; `make chaos` has ten thousand
 unguarded = pytest.mark.xfail(reason="the plug-in does not look at guards yet", strict=True)
 
 
@@ -69,10 +69,11 @@ PLUGIN = pytest.param(True, marks=unguarded, id="plug-in")
 def test_no_damage_is_silent_and_no_error_unnamed(
     name: str, by_plugin: bool, made: dict[str, Subject]
 ) -> None:
-    counts = sweep([read_by(made[name], by_plugin)], range(CASES))
+    n_cases = PLUGIN_CASES if by_plugin else CASES
+    counts = sweep([read_by(made[name], by_plugin)], range(n_cases))
     print(counts.table())
-    assert sum(counts.outcomes.values()) == CASES
-    assert not counts.faults, f"{len(counts.faults)} of {CASES}: " + "; ".join(counts.faults[:4])
+    assert sum(counts.outcomes.values()) == n_cases
+    assert not counts.faults, f"{len(counts.faults)} of {n_cases}: " + "; ".join(counts.faults[:4])
 
 
 def read_by(subject: Subject, by_plugin: bool) -> Subject:
