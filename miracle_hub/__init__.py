@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from miracle_hub.options import CompressOptions as CompressOptions
     from miracle_hub.options import FitOptions as FitOptions
     from miracle_hub.options import LoadOptions as LoadOptions
-    from miracle_hub.plugin.quantizer import MiracleConfig as MiracleConfig
+    from miracle_hub.plugin.config import MiracleConfig as MiracleConfig
     from miracle_hub.training.checkpoint import Checkpoint as Checkpoint
     from miracle_hub.training.coder import CodingOptions as CodingOptions
     from miracle_hub.training.coder import code_model as code_model
@@ -100,7 +100,7 @@ _HOMES = {
     "Inspection": "miracle_hub.codec.inspection",
     "Journal": "miracle_hub.training.journal",
     "LoadOptions": "miracle_hub.options",
-    "MiracleConfig": "miracle_hub.plugin.quantizer",
+    "MiracleConfig": "miracle_hub.plugin.config",
     "MiracleHubMixin": "miracle_hub.finetune.mixin",
     "MiracleTrainer": "miracle_hub.finetune.trainer",
     "PushReport": "miracle_hub.hub.push",

@@ -30,7 +30,7 @@ from miracle_hub.training.config import VariationalConfig, refuse_old_names
 from miracle_hub.training.variational import Variational, variational_of
 
 if TYPE_CHECKING:
-    from miracle_hub.plugin.quantizer import MiracleConfig
+    from miracle_hub.plugin.config import MiracleConfig
 
 
 def make_variational(
