@@ -13,7 +13,7 @@ from miracle_hub.coding.backend import Backend, choose
 from miracle_hub.coding.matrix import CodedRows, MatrixLayout, matrix_columns
 from miracle_hub.coding.posterior import squared_error_cost
 from miracle_hub.coding.rotation import check_width
-from miracle_hub.coding.scales import LARGEST_SCALE, SMALLEST_SCALE, rounded_scales
+from miracle_hub.coding.scales import LARGEST_SCALE, SMALLEST_SCALE, prior_scale, rounded_scales
 from miracle_hub.errors import ChecksumError, FormatError, OptionError
 from miracle_hub.format.payload import Header, Segment, decode_header, encode_payload
 
@@ -33,21 +33,6 @@ class SegmentPlan:
     rows: int
     code: Code
     row_scales: bool
-
-
-def prior_scale(code: Code) -> float:
-    """The best prior scale for a unit Gaussian source under squared error.
-
-    √(1 - D) at Shannon's D = 2^(-2R), raised where short windows miss the tails. The factors are
-    rounded from a grid over the ladder for L = 8 … 16; benchmarks/rate_distortion.py searches near them.
-    """
-    rate = code.rate
-    ideal = math.sqrt(1 - 4.0**-rate)
-    if rate <= 1:
-        return ideal
-    if rate <= 2:
-        return 1.05 * ideal
-    return (1.1 if code.overlap_bits >= 9 else 1.2) * ideal
 
 
 def rotated_matrix(weights: Tensor, columns: int, width: int, backend: Backend) -> Tensor:

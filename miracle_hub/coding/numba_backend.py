@@ -9,7 +9,7 @@ from torch import Tensor
 
 from miracle_hub.code import Code
 from miracle_hub.coding import cpu
-from miracle_hub.coding.encode import encode_stream
+from miracle_hub.coding.encode import check_selection, encode_states, encode_stream
 from miracle_hub.coding.matrix import CodedRows, MatrixLayout
 from miracle_hub.coding.posterior import Cost
 
@@ -35,6 +35,20 @@ class NumbaBackend:
         self, cost: Cost, code: Code, selection: str, generator: torch.Generator | None
     ) -> Tensor:
         return encode_stream(cost, code, selection, generator)
+
+    def encode_states(
+        self,
+        cost: Cost,
+        code: Code,
+        selection: str,
+        generator: torch.Generator | None,
+        entry: int | None = None,
+    ) -> Tensor:
+        check_selection(selection, generator)
+        return torch.from_numpy(encode_states(cost, code, selection, generator, entry))
+
+    def candidates(self, states: Tensor, code: Code) -> Tensor:
+        return torch.from_numpy(cpu.candidates(states.numpy(), code))
 
     def decode_stream(self, message: Tensor, code: Code, n_weights: int) -> Tensor:
         return cpu.decode_stream(message, code, n_weights)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from miracle_hub.code import Code
-from miracle_hub.coding.encode import check_selection, pack_states
+from miracle_hub.coding.encode import check_selection, encode_states, pack_states
 from miracle_hub.coding.matrix import CodedRows, MatrixLayout
 from miracle_hub.coding.posterior import Cost
 from miracle_hub.coding.quantiles import quantiles_on
@@ -49,9 +49,34 @@ class TritonBackend:
         check_selection(selection, generator)
         if cost.linear.numel() == 0:
             return torch.zeros(0, dtype=torch.uint8, device=self.device)
-        seed = int(torch.randint(2**62, (), generator=generator)) if generator else 0
-        encode = self._slide if code.overlap_bits else self._select
-        return encode(cost, code, selection, seed)
+        if code.overlap_bits:
+            return self._slide(cost, code, selection, _noise_seed(generator))
+        states = self._select(cost, code, selection, _noise_seed(generator))
+        return pack_states(states.numpy(), code).to(self.device)
+
+    def encode_states(
+        self,
+        cost: Cost,
+        code: Code,
+        selection: str,
+        generator: torch.Generator | None,
+        entry: int | None = None,
+    ) -> Tensor:
+        """Blocks by the kernel; other codes on the CPU.
+
+        The kernel of overlapping windows cannot begin with bits that are given, as the next steps of a stream
+        must; nor are there kernels for very long steps.
+        """
+        check_selection(selection, generator)
+        if code.overlap_bits or code.step_weights > MAX_STEP_WEIGHTS:
+            there = Cost(cost.quadratic.cpu(), cost.linear.cpu())
+            return torch.from_numpy(encode_states(there, code, selection, generator, entry)).to(self.device)
+        return self._select(cost, code, selection, _noise_seed(generator)).to(self.device)
+
+    def candidates(self, states: Tensor, code: Code) -> Tensor:
+        there = states.to(self.device, torch.int32)
+        stream = (code.step_weights, _signed(code.seed), code.stream_id)
+        return codebook_triton(there, quantiles_on(self.device), *stream).float()
 
     def _slide(self, cost: Cost, code: Code, selection: str, seed: int) -> Tensor:
         if code.window_bits > MAX_WINDOW_BITS:
@@ -67,6 +92,7 @@ class TritonBackend:
         )[0]
 
     def _select(self, cost: Cost, code: Code, selection: str, seed: int) -> Tensor:
+        """Indices of blocks, int64 `[blocks]` on the CPU, where they are packed."""
         if code.step_weights > MAX_STEP_WEIGHTS:
             raise BackendError(
                 f"code: the GPU encodes blocks of up to {MAX_STEP_WEIGHTS} weights, found "
@@ -79,7 +105,7 @@ class TritonBackend:
             part = slice(start, min(start + step, n_weights))
             blocks = [_blocks(values[part], code.step_weights) for values in (cost.quadratic, cost.linear)]
             indices.append(select_triton(*blocks, *stream, seed + len(indices))[0].cpu())
-        return pack_states(torch.cat(indices).numpy(), code).to(self.device)
+        return torch.cat(indices)
 
     def decode_stream(self, message: Tensor, code: Code, n_weights: int) -> Tensor:
         if message.numel() < code.message_bytes(n_weights):
@@ -177,6 +203,11 @@ def _table(window_bits: int, step_weights: int, seed: int, stream_id: int, devic
 def _blocks(values: Tensor, width: int) -> Tensor:
     """[n] → [blocks, width]; the missing weights of the last block cost nothing."""
     return torch.nn.functional.pad(values, (0, -values.numel() % width)).view(-1, width).contiguous()
+
+
+def _noise_seed(generator: torch.Generator | None) -> int:
+    """Of the encoder's own randomness, which "best" does not need."""
+    return int(torch.randint(2**62, (), generator=generator)) if generator else 0
 
 
 def _signed(word: int) -> int:
