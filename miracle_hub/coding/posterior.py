@@ -50,6 +50,10 @@ class Cost:
     quadratic: Float32[Tensor, " n"]
     linear: Float32[Tensor, " n"]
 
+    def to(self, device: torch.device) -> "Cost":
+        """The same on another device."""
+        return Cost(self.quadratic.to(device), self.linear.to(device))
+
     def log_importance_weights(self, z: Float32[Tensor, "*n_draws n"]) -> Float32[Tensor, "*n_draws"]:
         """log q/p of whole streams of candidates, in nats, up to a constant of the stream."""
         return -0.5 * (z * (self.quadratic * z - self.linear)).sum(-1)

@@ -69,7 +69,7 @@ class TritonBackend:
         """
         check_selection(selection, generator)
         if code.overlap_bits or code.step_weights > MAX_STEP_WEIGHTS:
-            there = Cost(cost.quadratic.cpu(), cost.linear.cpu())
+            there = cost.to(torch.device("cpu"))
             return torch.from_numpy(encode_states(there, code, selection, generator, entry)).to(self.device)
         return self._select(cost, code, selection, _noise_seed(generator)).to(self.device)
 

@@ -9,9 +9,11 @@ from torch.nn.utils import parametrize
 from miracle_hub.coding.sharing import Sharing
 from miracle_hub.errors import OptionError
 from miracle_hub.training.config import VariationalConfig
-from miracle_hub.training.stream import Member, Stream
+from miracle_hub.training.layout import Member
+from miracle_hub.training.model import ATTRIBUTE, Variational, variational_of
+from miracle_hub.training.start import stream_of
+from miracle_hub.training.stream import Stream
 from miracle_hub.training.targets import Target, find_targets
-from miracle_hub.training.variational import ATTRIBUTE, Variational, variational_of
 
 
 class Drawn(nn.Module):
@@ -58,11 +60,11 @@ def make_variational(model: nn.Module, config: VariationalConfig) -> nn.Module:
                 "remove_variational(model) first"
             )
     targets = find_targets(model, config)
-    factors = _sharing_factors(targets, config)
+    factors = sharing_factors(targets, config)
     groups = [targets] if config.streams == "network" else [[target] for target in targets]
     streams: list[Stream] = []
     for group in groups:
-        sharings = [_sharing(target, factors[target.name], config) for target in group]
+        sharings = [sharing_of(target, factors[target.name], config) for target in group]
         streams.append(_stream(group, sharings, config, len(streams)))
     variational = Variational(streams, config)
     siblings = {id(module): tuple(module._parameters) for t in targets for module, _ in t.owners}
@@ -189,31 +191,25 @@ def _copy_rnn(module: nn.RNNBase, memo: dict[int, Any]) -> nn.RNNBase:
 
 
 def _stream(group: list[Target], sharings: list[Sharing], config: VariationalConfig, number: int) -> Stream:
-    n_values = sum(sharing.n_values for sharing in sharings)
-    where = group[0].name if len(group) == 1 else f"{len(group)} tensors"
     members = [
         Member(target.name, tuple(target.parameter.shape), target.parameter.dtype, sharing)
         for target, sharing in zip(group, sharings, strict=True)
     ]
-    weights = [target.parameter for target in group]
-    code = config.code_for(n_values, where)
-    has_row_scales = config.streams == "tensor" and config.scales == "row"
-    assert config.parametrization is not None
-    arguments = (config.parametrization, config.kl_block_weights, number, has_row_scales)
-    stream = Stream(members, weights, code, *arguments)
+    stream = stream_of(members, [target.parameter for target in group], config, number)
     if not any(target.parameter.requires_grad for target in group):
         stream.requires_grad_(False)  # who froze a tensor wants it coded as it is
-    return stream.to(group[0].parameter.device)
+    return stream
 
 
-def _sharing(target: Target, factor: float, config: VariationalConfig) -> Sharing:
+def sharing_of(target: Target, factor: float, config: VariationalConfig) -> Sharing:
+    """How a target's weights share values, by its factor."""
     n_weights = target.parameter.numel()
     n_values = max(1, round(n_weights / factor))
     kind = config.sharing_kind if n_values < n_weights else "none"
     return Sharing(kind, n_values, n_weights)
 
 
-def _sharing_factors(targets: list[Target], config: VariationalConfig) -> dict[str, float]:
+def sharing_factors(targets: list[Target], config: VariationalConfig) -> dict[str, float]:
     """The factor of every target.
 
     Raises:

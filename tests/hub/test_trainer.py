@@ -28,7 +28,7 @@ from miracle_hub import (
     posterior_mean,
 )
 from miracle_hub.errors import OptionError, OutputExistsError, TrainingError
-from miracle_hub.training.variational import variational_of
+from miracle_hub.training.model import variational_of
 
 ROWS = [
     {"input_ids": torch.arange(i, i + 8) % 50, "attention_mask": torch.ones(8).long(), "labels": i % 2}

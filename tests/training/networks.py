@@ -12,7 +12,7 @@ from miracle_hub.training.coder import message_of
 from miracle_hub.training.config import VariationalConfig
 from miracle_hub.training.convert import make_variational
 from miracle_hub.training.stream import Stream
-from miracle_hub.training.variational import Variational, variational_of
+from miracle_hub.training.model import Variational, variational_of
 
 IMAGES = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(20) % 5

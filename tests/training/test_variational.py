@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from miracle_hub.training.config import VariationalConfig
 from miracle_hub.training.convert import make_variational
 from miracle_hub.training.posterior import MeanKL
-from miracle_hub.training.variational import anneal, kl_penalty
+from miracle_hub.training.model import anneal, kl_penalty
 
 from .networks import IMAGES, SMALL, conv_net, loss_of, part_of, streams_of, variational_net
 
