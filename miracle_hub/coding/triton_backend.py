@@ -74,6 +74,7 @@ class TritonBackend:
         return self._select(cost, code, selection, _noise_seed(generator)).to(self.device)
 
     def candidates(self, states: Tensor, code: Code) -> Tensor:
+        """See `backend.Backend`."""
         there = states.to(self.device, torch.int32)
         stream = (code.step_weights, _signed(code.seed), code.stream_id)
         return codebook_triton(there, quantiles_on(self.device), *stream).float()
@@ -108,6 +109,7 @@ class TritonBackend:
         return torch.cat(indices)
 
     def decode_stream(self, message: Tensor, code: Code, n_weights: int) -> Tensor:
+        """See `backend.Backend`."""
         if message.numel() < code.message_bytes(n_weights):
             raise TruncatedPayloadError(
                 f"message: {n_weights} weights need {code.message_bytes(n_weights)} bytes, found "
@@ -122,6 +124,7 @@ class TritonBackend:
         return out.view(-1)
 
     def hadamard(self, values: Tensor, width: int) -> Tensor:
+        """See `backend.Backend`."""
         return hadamard(values, width)
 
     def decode_matrix(
@@ -158,11 +161,13 @@ class TritonBackend:
         return digest_torch(weights, first_index)
 
     def decode_rows(self, out: Tensor, part: CodedRows, layout: MatrixLayout, first_row: int) -> None:
+        """See `backend.Backend`."""
         scales, message, *numbers = self._coded(part, layout)
         coded = (message, candidate_table(part.code, self.device), scales, None, part.rows, first_row)
         decode_triton(out, *coded, *numbers, 0, False)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
     def multiply(self, x: Tensor, part: CodedRows, layout: MatrixLayout) -> Tensor | None:
+        """See `backend.Backend`."""
         # Several rows are rounded to 11 bits on the way to tensor cores, which is too few for float32.
         largest = 1 if x.dtype == torch.float32 else MAX_BATCH
         if layout.permuted or x.dtype not in _KERNEL_DTYPES or not 1 <= x.shape[0] <= largest:

@@ -34,6 +34,7 @@ class AnnealingCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
+        """See `TrainerCallback`."""
         variational_of(model).after_step()
 
 

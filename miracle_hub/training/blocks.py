@@ -9,7 +9,7 @@ from torch import Tensor
 from miracle_hub.code import Code
 from miracle_hub.coding.scales import carried_share
 
-_MAX_BLOCK = 1024  # of the draws' kernels
+MAX_BLOCK_WEIGHTS = 1024  # of the draws' kernels
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def _block_weights(code: Code, n_values: int, wanted: int) -> int:
     """
     if not code.overlap_bits:
         return code.step_weights
-    n_steps, most = code.steps(n_values), _MAX_BLOCK // code.step_weights
+    n_steps, most = code.steps(n_values), MAX_BLOCK_WEIGHTS // code.step_weights
     middle = min(max(1, round(wanted / code.step_weights)), n_steps)
     lengths = range(max(1, middle * 3 // 4), max(1, min(middle * 5 // 4, most)) + 1)
     length = min(lengths, key=lambda steps: (-n_steps % steps, abs(steps - middle)))

@@ -34,6 +34,7 @@ class Drawn(nn.Module):
         self.stream, self.member, self.siblings = stream, member, siblings
 
     def forward(self, original: Tensor) -> Tensor:
+        """The weights in use; what torch passes is empty."""
         return self.holder[0].weight(self.stream, self.member)
 
 
