@@ -48,7 +48,8 @@ class NumbaBackend:
     ) -> Tensor:
         """See `backend.Backend`."""
         check_selection(selection, generator)
-        return torch.from_numpy(encode_states(cost, code, selection, generator, entry))
+        there = cost.to(self.device)
+        return torch.from_numpy(encode_states(there, code, selection, generator, entry))
 
     def candidates(self, states: Tensor, code: Code) -> Tensor:
         """See `backend.Backend`."""

@@ -49,10 +49,9 @@ class TritonBackend:
         check_selection(selection, generator)
         if cost.linear.numel() == 0:
             return torch.zeros(0, dtype=torch.uint8, device=self.device)
-        if code.overlap_bits:
-            return self._slide(cost, code, selection, _noise_seed(generator))
-        states = self._select(cost, code, selection, _noise_seed(generator))
-        return pack_states(states.numpy(), code).to(self.device)
+        seed = int(torch.randint(2**62, (), generator=generator)) if generator else 0
+        encode = self._slide if code.overlap_bits else self._select
+        return encode(cost, code, selection, seed)
 
     def encode_states(
         self,
@@ -62,16 +61,15 @@ class TritonBackend:
         generator: torch.Generator | None,
         entry: int | None = None,
     ) -> Tensor:
-        """Blocks by the kernel; other codes on the CPU.
+        """See `backend.Backend`. On the CPU, for there is no kernel that serves posteriors as fits have them.
 
-        The kernel of overlapping windows cannot begin with bits that are given, as the next steps of a stream
-        must; nor are there kernels for very long steps.
+        That of overlapping windows cannot begin with given bits, as the next steps of a message must. That of
+        blocks compares importance weights in float16 products, too coarse for a posterior that is nearly a
+        point.
         """
         check_selection(selection, generator)
-        if code.overlap_bits or code.step_weights > MAX_STEP_WEIGHTS:
-            there = cost.to(torch.device("cpu"))
-            return torch.from_numpy(encode_states(there, code, selection, generator, entry)).to(self.device)
-        return self._select(cost, code, selection, _noise_seed(generator)).to(self.device)
+        there = cost.to(torch.device("cpu"))
+        return torch.from_numpy(encode_states(there, code, selection, generator, entry))
 
     def candidates(self, states: Tensor, code: Code) -> Tensor:
         """See `backend.Backend`."""
@@ -93,7 +91,6 @@ class TritonBackend:
         )[0]
 
     def _select(self, cost: Cost, code: Code, selection: str, seed: int) -> Tensor:
-        """Indices of blocks, int64 `[blocks]` on the CPU, where they are packed."""
         if code.step_weights > MAX_STEP_WEIGHTS:
             raise BackendError(
                 f"code: the GPU encodes blocks of up to {MAX_STEP_WEIGHTS} weights, found "
@@ -106,7 +103,7 @@ class TritonBackend:
             part = slice(start, min(start + step, n_weights))
             blocks = [_blocks(values[part], code.step_weights) for values in (cost.quadratic, cost.linear)]
             indices.append(select_triton(*blocks, *stream, seed + len(indices))[0].cpu())
-        return torch.cat(indices)
+        return pack_states(torch.cat(indices).numpy(), code).to(self.device)
 
     def decode_stream(self, message: Tensor, code: Code, n_weights: int) -> Tensor:
         """See `backend.Backend`."""
@@ -208,11 +205,6 @@ def _table(window_bits: int, step_weights: int, seed: int, stream_id: int, devic
 def _blocks(values: Tensor, width: int) -> Tensor:
     """[n] → [blocks, width]; the missing weights of the last block cost nothing."""
     return torch.nn.functional.pad(values, (0, -values.numel() % width)).view(-1, width).contiguous()
-
-
-def _noise_seed(generator: torch.Generator | None) -> int:
-    """Of the encoder's own randomness, which "best" does not need."""
-    return int(torch.randint(2**62, (), generator=generator)) if generator else 0
 
 
 def _signed(word: int) -> int:

@@ -98,7 +98,7 @@ class Message(nn.Module):
         part = _part(posterior, self._values_of(searched))
         cost, backend = importance_cost(part, standard_prior()), choose(device=self.values.device)
         given = (self.code, selector.selection, selector.generator, entry)
-        states = backend.encode_states(cost.to(backend.device), *given)[: len(steps)]
+        states = backend.encode_states(cost, *given)[: len(steps)]
         at = self._values_of(steps)
         z = backend.candidates(states, self.code).flatten()[: len(at)].cpu()
         self._keep(steps, states, at, z)

@@ -1,4 +1,4 @@
-"""States through a backend: both encode blocks equally well, and their candidates are the reference's."""
+"""States through a backend: both choose the same ones, and their candidates are the reference's."""
 
 import pytest
 import torch
@@ -44,14 +44,14 @@ def test_candidates_of_states_are_what_their_message_decodes_to(
     assert torch.equal(z, reference.decode_stream(message, coded, 261))
 
 
+@pytest.mark.parametrize("selection", ["best", "sample"])
 @pytest.mark.parametrize("code", CODES)
-def test_both_backends_find_states_of_the_same_importance(code: tuple) -> None:
-    found: list[float] = []
+def test_whichever_backend_is_asked_the_states_of_a_fit_are_the_same(code: tuple, selection: str) -> None:
+    found: list[Tensor] = []
     for chosen in map(choose, BACKENDS):
-        cost = random_cost(260, chosen)
-        z = chosen.candidates(chosen.encode_states(cost, Code(*code), "best", None), Code(*code))
-        found.append(float(cost.log_importance_weights(z.flatten()[:260]).cpu()))
-    assert found[1] == pytest.approx(found[0], rel=1e-4)
+        generator = torch.Generator().manual_seed(2)
+        found.append(chosen.encode_states(random_cost(260, chosen), Code(*code), selection, generator))
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
