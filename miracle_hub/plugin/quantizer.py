@@ -26,13 +26,14 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from miracle_hub.code import BACKENDS, FORMAT_VERSION, QUANT_METHOD
-from miracle_hub.errors import ChecksumError, FormatError, OptionError, UnsupportedVersionError
+from miracle_hub.code import FORMAT_VERSION, QUANT_METHOD
+from miracle_hub.errors import FormatError, OptionError, UnsupportedVersionError
+from miracle_hub.options import LoadOptions
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
 
-    from miracle_hub.codec.decompress import StoredTensor
+    from miracle_hub.codec.stored import StoredTensor
     from miracle_hub.plugin.conversion import Expected
     from miracle_hub.training.config import VariationalConfig
 
@@ -54,7 +55,7 @@ class MiracleConfig(QuantizationConfigMixin):
         /,  # or a figure named "self" would be taken for it
         format_version: int = FORMAT_VERSION,
         digest: str | None = None,
-        modules_to_not_convert: list[str] | None = None,
+        modules_to_not_convert: list[str] | str | None = None,
         keep_compressed: bool = False,
         backend: str = "auto",
         **figures: Any,
@@ -63,13 +64,15 @@ class MiracleConfig(QuantizationConfigMixin):
         Args:
             format_version: of the repository.
             digest: of all its payloads.
-            modules_to_not_convert: names of modules to load dense though `keep_compressed` is set.
+            modules_to_not_convert: modules to load dense though `keep_compressed` is set, by name or end of
+                name after a dot; or a regular expression that matches whole names.
             keep_compressed: linear layers keep their payloads and decode them in each forward pass,
                 instead of once on load.
             backend: who decodes: "cpu", "triton", or "auto" for Triton where a payload is on a GPU.
             figures: others of config.json; for `make_variational`, the options of
-                `training.config.VariationalConfig`: bits_per_weight, bits, target_modules, exclude_modules,
-                modules_to_save, parametrization, streams, code, window_bits, sharing, seed, …
+                `training.config.VariationalConfig`: bits_per_weight or size (of whole files), rate or
+                message_bits, target_modules, exclude_modules, modules_to_save, parametrization, streams,
+                code, window_bits, sharing, seed, …
 
         Raises:
             UnsupportedVersionError: the repository is newer than this package.
@@ -91,14 +94,30 @@ class MiracleConfig(QuantizationConfigMixin):
         self.backend = backend
         _check_options(keep_compressed, backend, modules_to_not_convert)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The config of a repository.
+
+        Raises:
+            OptionError: `modules_to_not_convert` is no list; a stranger's regular expression may not end.
+        """
+        names = config_dict.get("modules_to_not_convert")
+        if isinstance(names, str):
+            raise OptionError(
+                f"config.json: modules_to_not_convert: expected a list of names, found {names!r}; the file "
+                "is hostile or damaged: download it again"
+            )
+        return super().from_dict(config_dict, *args, **kwargs)
+
     def variational(self) -> "VariationalConfig":
         """The options of `make_variational` among those given.
 
         Raises:
             OptionError, BudgetError: one is unknown or out of range.
         """
-        from miracle_hub.training.config import VariationalConfig
+        from miracle_hub.training.config import VariationalConfig, refuse_old_names
 
+        refuse_old_names(vars(self), "MiracleConfig")
         known = {f.name for f in fields(VariationalConfig)}
         own = {"quant_method", "format_version", "digest", "modules_to_not_convert", *_LOADING_OPTIONS}
         if unknown := sorted(set(vars(self)) - known - own):
@@ -167,7 +186,8 @@ class MiracleQuantizer(HfQuantizer):
         Raises:
             OptionError: there are not so many stages, or layers cannot stay compressed.
         """
-        from miracle_hub.codec.stages import check_stages, index_name
+        from miracle_hub.codec.naming import index_name
+        from miracle_hub.codec.repository import check_stages
 
         digests = vars(self.quantization_config).get("stage_digests")
         if not isinstance(digests, list):
@@ -271,10 +291,11 @@ class MiracleQuantizer(HfQuantizer):
             return None, {}
         from transformers.core_model_loading import revert_weight_conversion
 
-        from miracle_hub.plugin.compressed_linear import is_payload_tensor, saved_digest, saved_state
+        from miracle_hub.codec.payloads import is_payload
+        from miracle_hub.plugin.compressed_linear import saved_digest, saved_state
 
         state = saved_state(model, self._payloads or {})
-        payloads = {name: tensor for name, tensor in state.items() if is_payload_tensor(tensor)}
+        payloads = {name: tensor for name, tensor in state.items() if is_payload(tensor)}
         # Which of two sets of names is written is for the caller of save_pretrained to say, not to us:
         # where they differ the repository does without a digest of all payloads.
         plain = revert_weight_conversion(model, dict(payloads)).keys() == payloads.keys()
@@ -307,23 +328,13 @@ def _check_figures(figures: dict[str, Any]) -> None:
         )
 
 
-def _check_options(keep_compressed: object, backend: object, modules_to_not_convert: object) -> None:
-    if not isinstance(keep_compressed, bool):
-        raise OptionError(
-            f"MiracleConfig: keep_compressed: expected True or False, found {keep_compressed!r}; "
-            "leave it out for a dense model"
+def _check_options(keep_compressed: Any, backend: Any, modules_to_not_convert: Any) -> None:
+    try:
+        LoadOptions(
+            keep_compressed=keep_compressed, backend=backend, modules_to_not_convert=modules_to_not_convert
         )
-    if backend not in BACKENDS:
-        raise OptionError(
-            f"MiracleConfig: backend: expected one of {', '.join(BACKENDS)}, found {backend!r}; "
-            "leave it out to have the best chosen"
-        )
-    names = modules_to_not_convert
-    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise OptionError(
-            f"MiracleConfig: modules_to_not_convert: expected a list of names, found {names!r}; write "
-            "['name'] for one"
-        )
+    except OptionError as error:
+        raise OptionError(f"MiracleConfig: {error}") from None
 
 
 def _check_payloads(files: list[str], digest: str | None) -> "list[StoredTensor]":
@@ -335,15 +346,12 @@ def _check_payloads(files: list[str], digest: str | None) -> "list[StoredTensor]
     Raises:
         FormatError: and its subclasses: a file is not sound; the message names the tensor.
     """
-    from miracle_hub.codec.decompress import stored_digest, tensors_of
+    from miracle_hub.codec.repository import check_digest
+    from miracle_hub.codec.stored import stored_in
 
-    tensors = tensors_of([Path(file) for file in files])
-    found = stored_digest(tensors)
-    if files and digest not in (None, found):
-        raise ChecksumError(
-            f"{Path(files[0]).parent}: config.json promises compressed tensors of digest {digest}, found "
-            f"{found}; tensors are damaged, missing or from another version: download it again"
-        )
+    tensors = stored_in(Path(file) for file in files)
+    if files:
+        check_digest(tensors, digest, str(Path(files[0]).parent))
     return tensors
 
 
@@ -353,16 +361,17 @@ def _take_refinements(tensors: "list[StoredTensor]", files: list[str]) -> dict[b
     Raises:
         FormatError: two payloads are alike, but are refined differently.
     """
-    from miracle_hub.codec.stages import stage_of
+    from miracle_hub.codec.naming import stage_of
     from miracle_hub.plugin.conversion import payload_key
 
     found: dict[bytes, list[Tensor]] = {}
     for tensor in tensors:
-        if tensor.refinements:
-            key, later = payload_key(tensor.stored.load()), [r.stored.load() for r in tensor.refinements]
+        if len(tensor.parts) > 1:
+            first, *later = (part.load() for part in tensor.parts)
+            key = payload_key(first)
             if key in found and not all(map(torch.equal, found[key], later)):
                 raise FormatError(
-                    f"{tensor.stored.name}: expected a payload unlike all others, found one that is refined "
+                    f"{tensor.name}: expected a payload unlike all others, found one that is refined "
                     "in two ways; load it with stages=1, or decompress the folder (miracle decompress)"
                 )
             found[key] = later

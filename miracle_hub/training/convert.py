@@ -8,6 +8,7 @@ from torch.nn.utils import parametrize
 
 from miracle_hub.coding.sharing import Sharing
 from miracle_hub.errors import OptionError
+from miracle_hub.names import is_named
 from miracle_hub.training.config import VariationalConfig
 from miracle_hub.training.layout import Member
 from miracle_hub.training.model import ATTRIBUTE, Variational, variational_of
@@ -218,7 +219,7 @@ def sharing_factors(targets: list[Target], config: VariationalConfig) -> dict[st
     """
     factors = {target.name: 1.0 for target in targets}
     for end, factor in config.sharing.items():
-        found = [name for name in factors if name == end or name.endswith(f".{end}")]
+        found = [name for name in factors if is_named(name, [end])]
         if not found:
             raise OptionError(
                 f"sharing: expected (the end of) the name of a coded parameter, found {end!r}; the names are "

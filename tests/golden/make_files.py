@@ -13,13 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from miracle_hub.code import Code
-from miracle_hub.codec.artifact import raw_bytes
 from miracle_hub.codec.compress import compress_folder
 from miracle_hub.codec.decompress import load_state_dict
+from miracle_hub.codec.dtypes import raw_bytes
 from miracle_hub.codec.modules import load
 from miracle_hub.codec.network import encode_stream_entry, write_network
-from miracle_hub.codec.tensor import SegmentPlan, encode_tensor
-from miracle_hub.format.network import NetworkHeader, TensorSpec
+from miracle_hub.codec.trellis import SegmentPlan, encode_tensor
+from miracle_hub.format.network import NetworkHeader, SharedSpec
+from miracle_hub.options import CompressOptions
 
 GOLDEN = Path(__file__).parent
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
@@ -63,18 +64,21 @@ def make_repository(path: Path) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as temporary:
         dense = Path(temporary) / "dense"
         dense_model(dense)
-        options = {"bits_per_weight": 4.0, "window_bits": 8, "seed": 2**40 + 3, "max_shard_size": "2kB"}
-        compress_folder(dense, path, **options, stages=stages, progress=False)
+        options = CompressOptions(
+            bits_per_weight=4.0, window_bits=8, seed=2**40 + 3, max_shard_size="2kB", stages=stages,
+            progress=False,
+        )  # fmt: skip
+        compress_folder(dense, path, options)
     return content(load_state_dict(path))
 
 
 def make_network(path: Path) -> dict[str, str]:
     model = nn.Sequential(nn.Linear(12, 20), nn.BatchNorm1d(20), nn.Linear(20, 5))
     specs = (
-        TensorSpec("0.weight", "F32", (20, 12), 1, 31),
-        TensorSpec("0.bias", "F32", (20,), 0, 20),
-        TensorSpec("1.weight", "F32", (20,), 2, 1),
-        TensorSpec("2.weight", "F32", (5, 20), 0, 100),
+        SharedSpec("0.weight", "F32", (20, 12), 1, 31),
+        SharedSpec("0.bias", "F32", (20,), 0, 20),
+        SharedSpec("1.weight", "F32", (20,), 2, 1),
+        SharedSpec("2.weight", "F32", (5, 20), 0, 100),
     )
     header = NetworkHeader(Code(11, 3, 4, seed=2**33 + 7), specs)
     message = torch.frombuffer(bytearray(torch.arange(17).pow(3).byte().tolist()), dtype=torch.uint8)

@@ -33,8 +33,8 @@ def started(weights: Tensor, kl_nats: float, scale: float = 1.0) -> Start:
     return Start(weights, torch.full((1,), scale), layout, Budget(BLOCK, kl_nats), 1e-8, 5e-5)
 
 
-def mean_kl(weights: Tensor, bits_per_weight: float, scale: float = 1.0) -> MeanKL:
-    return MeanKL(started(weights, BLOCK * bits_per_weight * math.log(2), scale))
+def mean_kl(weights: Tensor, rate: float, scale: float = 1.0) -> MeanKL:
+    return MeanKL(started(weights, BLOCK * rate * math.log(2), scale))
 
 
 def block_kl(mean: Tensor, variance: Tensor) -> Tensor:
@@ -44,29 +44,29 @@ def block_kl(mean: Tensor, variance: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.05, 0.2])
-@pytest.mark.parametrize("bits_per_weight", [0.1, 1.0, 3.0])
+@pytest.mark.parametrize("rate", [0.1, 1.0, 3.0])
 def test_the_kl_of_every_block_is_the_budget_whatever_the_parameters_are(
-    bits_per_weight: float, spread: float
+    rate: float, spread: float
 ) -> None:
     """At a rate of 20 the widest of them have shares of e^±12 and means at the very end of their reach."""
-    own = mean_kl(normal(5 * BLOCK - 3), bits_per_weight)
+    own = mean_kl(normal(5 * BLOCK - 3), rate)
     with torch.no_grad():
         own.tau.copy_(spread * normal(own.tau.numel(), 1))
         own.alpha.copy_(spread * normal(own.alpha.numel(), 2))
     mean, variance = own.moments()
     assert mean.dtype == torch.float32 and float(variance.detach().min()) > 0
-    budget = torch.full((5,), BLOCK * bits_per_weight * math.log(2))
+    budget = torch.full((5,), BLOCK * rate * math.log(2))
     torch.testing.assert_close(own.kl_nats(), budget)
     # Means and variances are rounded to float32.
     torch.testing.assert_close(block_kl(mean, variance).float(), budget, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("bits_per_weight", [0.5, 1.0, 2.0])
-def test_mean_kl_starts_as_the_gaussian_test_channel(bits_per_weight: float) -> None:
+@pytest.mark.parametrize("rate", [0.5, 1.0, 2.0])
+def test_mean_kl_starts_as_the_gaussian_test_channel(rate: float) -> None:
     """For weights of variance 1 and a scale of √(1 - D): means (1 - D)·w, and draws miss w by D = 2^(-2R)."""
-    distortion = 4.0**-bits_per_weight
+    distortion = 4.0**-rate
     weights = normal(500 * BLOCK)
-    own = mean_kl(weights, bits_per_weight, math.sqrt(1 - distortion))
+    own = mean_kl(weights, rate, math.sqrt(1 - distortion))
     mean = own.mean()
     assert float(torch.corrcoef(torch.stack((mean, weights)))[0, 1]) > 0.99
     assert float((mean * weights).mean()) == pytest.approx(1 - distortion, rel=0.05)
