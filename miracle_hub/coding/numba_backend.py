@@ -9,7 +9,6 @@ from torch import Tensor
 
 from miracle_hub.code import Code
 from miracle_hub.coding import cpu
-from miracle_hub.coding.encode import check_selection, encode_states, encode_stream
 from miracle_hub.coding.matrix import CodedRows, MatrixLayout
 from miracle_hub.coding.posterior import Cost
 
@@ -36,6 +35,8 @@ class NumbaBackend:
         self, cost: Cost, code: Code, selection: str, generator: torch.Generator | None
     ) -> Tensor:
         """See `backend.Backend`."""
+        from miracle_hub.coding.encode import encode_stream  # whoever decodes needs no encoder
+
         return encode_stream(cost, code, selection, generator)
 
     def encode_states(
@@ -47,6 +48,8 @@ class NumbaBackend:
         entry: int | None = None,
     ) -> Tensor:
         """See `backend.Backend`."""
+        from miracle_hub.coding.encode import check_selection, encode_states
+
         check_selection(selection, generator)
         there = cost.to(self.device)
         return torch.from_numpy(encode_states(there, code, selection, generator, entry))

@@ -15,11 +15,11 @@ from miracle_hub.codec.stored import payload_at
 from miracle_hub.codec.trellis import Recipe
 from miracle_hub.coding.backend import choose
 
-CPU = choose("cpu")
+CPU, TWO_BITS = choose("cpu"), Code(8, 2, 1)
 
 
-def choice(code: Code = Code(8, 2, 1), rows: int = 96) -> Choice:
-    return Choice(rows, Option(Recipe(code, False, 64, 64), 0, 0.0))
+def choice(code: Code = TWO_BITS) -> Choice:
+    return Choice(96, Option(Recipe(code, False, 64, 64), 0, 0.0))
 
 
 @pytest.fixture
