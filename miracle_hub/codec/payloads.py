@@ -141,7 +141,9 @@ class Codec(Protocol):
 
     @property
     def magic(self) -> bytes:
-        """The four bytes that its payloads begin with."""
+        """The four bytes that its payloads begin with: of a frame (`format.frame`), which guards let stand
+        for the whole.
+        """
         ...
 
     def read(self, data: Tensor, where: str) -> Payload:
