@@ -107,6 +107,27 @@ class CompressOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DecompressOptions:
+    """How `decompress` writes an ordinary checkpoint.
+
+    Raises:
+        OptionError: an option is out of range.
+    """
+
+    max_shard_size: ShardSize = DEFAULT_SHARD_SIZE
+    stages: Stages = None
+    backend: Backend = "auto"
+    revision: Revision = None
+    overwrite: Overwrite = False
+    progress: Progress = True
+
+    def __post_init__(self) -> None:
+        parse_size(self.max_shard_size, "max_shard_size")
+        _check_stages_to_read(self.stages)
+        _check_choice("backend", self.backend, BACKENDS)
+
+
+@dataclass(frozen=True, kw_only=True)
 class FitOptions:
     """How `fit` fine-tunes and codes a model; exactly one of `bits_per_weight`, `size` and `rate` is its
     budget.
@@ -183,8 +204,7 @@ class LoadOptions:
     ] = None
 
     def __post_init__(self) -> None:
-        if self.stages is not None:
-            check_integer("stages", self.stages, 1, MAX_STAGES, hint="leave it out for all")
+        _check_stages_to_read(self.stages)
         for name in ("verify", "keep_compressed"):
             if not isinstance(value := getattr(self, name), bool):
                 raise OptionError(f"{name}: expected True or False, found {value!r}; leave it out")
@@ -325,6 +345,11 @@ def parse_size(size: str | int, what: str = "size") -> int:
 
 
 _WINDOW_HINT = f"longer windows are slower and lose a little less, {DEFAULT_WINDOW_BITS} suits most models"
+
+
+def _check_stages_to_read(stages: object) -> None:
+    if stages is not None:
+        check_integer("stages", stages, 1, MAX_STAGES, hint="leave it out for all")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

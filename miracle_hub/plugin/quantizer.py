@@ -143,8 +143,10 @@ class MiracleConfig(QuantizationConfigMixin):
         return options
 
     def to_dict(self) -> dict[str, Any]:
-        """As config.json has it."""
+        """As config.json has it: a regular expression is its reader's choice, and no other reader runs it."""
         values = super().to_dict()
+        if isinstance(self.modules_to_not_convert, str):
+            values["modules_to_not_convert"] = None
         return {name: value for name, value in values.items() if name not in _LOADING_OPTIONS}
 
 
@@ -157,6 +159,7 @@ class MiracleQuantizer(HfQuantizer):
     requires_calibration = True  # never compresses on the fly inside from_pretrained
 
     def __init__(self, quantization_config: MiracleConfig, **kwargs: Any) -> None:
+        """As transformers calls it, once for every load."""
         super().__init__(quantization_config, **kwargs)
         self._dtype = torch.float32
         self._expected: dict[str, Expected] = {}
@@ -311,10 +314,12 @@ class MiracleQuantizer(HfQuantizer):
         return model if dtype in (None, model.config.dtype) else model.to(dtype)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """save_pretrained writes payloads, or, of dense weights, an ordinary checkpoint."""
         return True
 
     @property
     def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Dense weights train as ever; on top of compressed layers, adapters do."""
         return True
 
 
