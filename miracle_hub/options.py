@@ -23,6 +23,8 @@ WINDOW_BITS = (8, 16)
 DEFAULT_SHARD_SIZE = "5GB"
 TASKS = ("text-classification", "causal-lm")
 _MAX_BITS_PER_WEIGHT = 64
+_WINDOW_HINT = f"longer windows are slower and lose a little less, {DEFAULT_WINDOW_BITS} suits most models"
+_ALL = "leave it out for all"
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 BitsPerWeight = Annotated[
@@ -123,7 +125,7 @@ class DecompressOptions:
 
     def __post_init__(self) -> None:
         parse_size(self.max_shard_size, "max_shard_size")
-        _check_stages_to_read(self.stages)
+        check_integer("stages", 1 if self.stages is None else self.stages, 1, MAX_STAGES, hint=_ALL)
         _check_choice("backend", self.backend, BACKENDS)
 
 
@@ -204,7 +206,7 @@ class LoadOptions:
     ] = None
 
     def __post_init__(self) -> None:
-        _check_stages_to_read(self.stages)
+        check_integer("stages", 1 if self.stages is None else self.stages, 1, MAX_STAGES, hint=_ALL)
         for name in ("verify", "keep_compressed"):
             if not isinstance(value := getattr(self, name), bool):
                 raise OptionError(f"{name}: expected True or False, found {value!r}; leave it out")
@@ -342,14 +344,6 @@ def parse_size(size: str | int, what: str = "size") -> int:
             f"{what}: expected a positive number of bytes such as 5.5MB, 800kB or 1GiB, found {size!r}"
         )
     return n_bytes
-
-
-_WINDOW_HINT = f"longer windows are slower and lose a little less, {DEFAULT_WINDOW_BITS} suits most models"
-
-
-def _check_stages_to_read(stages: object) -> None:
-    if stages is not None:
-        check_integer("stages", stages, 1, MAX_STAGES, hint="leave it out for all")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
