@@ -16,8 +16,8 @@ from miracle_hub.code import BACKENDS, DEFAULT_WIDTH, MAX_STAGES, MAX_WIDTH_LOG2
 from miracle_hub.errors import BudgetError, OptionError
 from miracle_hub.names import check_names
 
-# Windows of 14 bits: on two cores 1.3 M weights/s at 2 bits and 3.5 % more squared error than windows
-# of 16 bits, which take at least four times as long (benchmarks/throughput.py, rate_distortion.py).
+# On two cores 1.3 M weights/s at 2 bits and 3.5 % more squared error than windows of 16 bits, which take four
+# times as long or more (benchmarks/throughput.py, rate_distortion.py).
 DEFAULT_WINDOW_BITS = 14
 WINDOW_BITS = (8, 16)
 DEFAULT_SHARD_SIZE = "5GB"
@@ -131,8 +131,7 @@ class DecompressOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class FitOptions:
-    """How `fit` fine-tunes and codes a model; exactly one of `bits_per_weight`, `size` and `rate` is its
-    budget.
+    """How `fit` fine-tunes and codes a model; one of `bits_per_weight`, `size` and `rate` is its budget.
 
     Raises:
         OptionError, BudgetError: an option is out of range, or there is not exactly one budget.
