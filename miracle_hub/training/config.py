@@ -208,12 +208,10 @@ def _sliding_code(
 ) -> Code | None:
     """The highest rate k/V within the budget; of equal rates, the smallest step."""
     for step in _sliding_rates(window_bits):
+        if rate is not None and float(step) > rate:
+            continue
         code = Code(window_bits, step.numerator, step.denominator, seed)
-        if message_bits is not None:
-            fits = code.message_bits(n_values) <= message_bits
-        else:
-            fits = code.rate <= (rate or 0)
-        if fits:
+        if message_bits is None or code.message_bits(n_values) <= message_bits:
             return code
     return None
 
