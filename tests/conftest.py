@@ -3,6 +3,7 @@
 Where tests run in several processes, each has one thread: threads of many would wait for one another.
 """
 
+import importlib.util
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -12,3 +13,7 @@ import torch  # noqa: E402 (reads OMP_NUM_THREADS)
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if importlib.util.find_spec("triton"):
+        from tests.interpreter import make_faster
+
+        make_faster()
