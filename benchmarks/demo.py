@@ -108,11 +108,12 @@ def main() -> None:
     report = miracle_hub.compress(source, out, bits_per_weight=_BITS_PER_WEIGHT)
     print("== Loading both models and comparing what they say of some sentences", flush=True)
     table = Table("all-MiniLM-L6-v2", "dense", "compressed")
-    for name, values in rows(report, source, out).items():
+    figures = rows(report, source, out)
+    for name, values in figures.items():
         table.add_row(name, *values)
     Console().print(table)
-    for name, meaning in _MEANINGS.items():
-        print(f"{name}: {meaning}")
+    for name in figures:
+        print(f"{name}: {_MEANINGS[name]}")
     print(
         f"\n{out}/ loads with AutoModel.from_pretrained('{out}'); `miracle inspect {out}` shows every tensor."
     )
