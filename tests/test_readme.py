@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from miracle_hub.coding.quantiles import QUANTILES_SHA256
+from tests.limits import HANG_SECONDS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -26,6 +27,7 @@ def test_every_python_block_runs(tmp_path: Path) -> None:
             cwd=tmp_path,
             capture_output=True,
             text=True,
+            timeout=HANG_SECONDS,
         )
         assert done.returncode == 0, done.stderr
 
@@ -42,6 +44,7 @@ def test_every_command_of_the_readme_exists() -> None:
             [str(Path(sys.executable).with_name("miracle")), words[1], "--help"],
             capture_output=True,
             text=True,
+            timeout=HANG_SECONDS,
             check=True,
             env={"COLUMNS": "200", "PATH": ""},
         ).stdout

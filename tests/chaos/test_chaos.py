@@ -5,13 +5,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.limits import HANG_SECONDS
+
 ROOT = Path(__file__).parents[2]
 
 
 def test_a_few_kills_races_and_small_disks_find_every_output_whole_or_absent() -> None:
     options = ["--kills", "10", "--races", "2", "--disks", "3"]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.chaos", *options], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "tests.chaos", *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = re.search(r"^(\d+) kills", done.stdout, re.MULTILINE)

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from miracle_hub.training.model import variational_of
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
 
@@ -16,6 +15,7 @@ from miracle_hub import CodingOptions, MiracleConfig, VariationalConfig
 from miracle_hub.errors import BudgetError
 from miracle_hub.finetune.budget import within_budget
 from miracle_hub.training import convert
+from miracle_hub.training.model import variational_of
 
 from ..training.networks import conv_net
 

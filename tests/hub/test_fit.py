@@ -25,6 +25,7 @@ import miracle_hub
 from miracle_hub.errors import BudgetError, DataError, OptionError, OutputExistsError
 from miracle_hub.files.whole import alone_in
 from miracle_hub.finetune.trainer import MiracleTrainer
+from tests.limits import HANG_SECONDS
 
 pytest.importorskip("datasets", reason="fit needs the package datasets: pip install '.[fit]'")
 WORDS = ["good", "bad", "film", "a", "the", "very", "movie", "is", "awful", "nice"]
@@ -120,11 +121,11 @@ def test_a_fit_that_is_killed_while_coding_goes_on_to_the_same_file(
     while not checkpoint.exists() and killed.poll() is None:
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
-    _, complaint = killed.communicate()
+    _, complaint = killed.communicate(timeout=HANG_SECONDS)
     assert checkpoint.exists() and not stopped.exists(), complaint
-    digest, complaint = reference.communicate()
+    digest, complaint = reference.communicate(timeout=HANG_SECONDS)
     assert reference.returncode == 0, complaint
-    again, complaint = start(source, stopped, tsv, True).communicate()
+    again, complaint = start(source, stopped, tsv, True).communicate(timeout=HANG_SECONDS)
     assert again.splitlines()[-1] == digest.splitlines()[-1], complaint
     assert (stopped / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 

@@ -33,6 +33,7 @@ from miracle_hub.plugin.compressed_linear import (
     CompressedLinear,
     compressed_layers,
 )
+from tests.limits import HANG_SECONDS
 
 from .client import Client
 from .loopback import TOKEN, LoopbackHub
@@ -691,7 +692,9 @@ config = MiracleConfig(keep_compressed=True)
 model = AutoModel.from_pretrained({str(llama.compressed)!r}, quantization_config=config)
 print(type(model.layers[0].mlp.up_proj).__name__)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == CompressedLinear.__name__
 
