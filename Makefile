@@ -1,10 +1,10 @@
-# make demo | test | fuzz | chaos | matrix | bench | bench-fit | lint | kernel-build | setup. Everything runs in .venv, which `setup` makes.
+# make demo | test | fuzz | chaos | matrix | bench | bench-fit | docs | lint | kernel-build | setup. Everything runs in .venv, which `setup` makes.
 
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test fuzz chaos matrix bench bench-fit lint kernel-build
+.PHONY: setup demo test fuzz chaos matrix bench bench-fit docs lint kernel-build
 
 setup: .venv/.ready
 
@@ -37,6 +37,11 @@ chaos: setup
 # Other versions of transformers and huggingface_hub, each pair in an environment of its own.
 matrix: setup
 	$(BIN)/python tests/versions/matrix.py
+
+# What is generated in README.md and docs/: tables, figures, the file tree.
+docs: setup
+	$(BIN)/python benchmarks/report.py
+	$(BIN)/python docs/tree.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,13 +1,7 @@
 """Stages: a base and refinements of it, each in files of its own, which together are one repository.
 
-    stage 1      model.stage-1.safetensors: every tensor, as in a repository of one stage
-    stage n > 1  model.stage-<n>.safetensors: for every coded tensor a payload named <tensor>.stage_<n>, which
-                 holds what the stages before leave of it
-    index        model.safetensors.index.json names the tensors of all stages,
-                 model.stages-<n>.safetensors.index.json those of the first n
-
-The weights of n stages are the float32 weights of their payloads, added in order of stages (one correctly
-rounded addition each), then cast to the dtype of stage 1.
+FORMAT.md, "Stages", has their names and the order of additions. A refinement holds what the stages before
+leave of a tensor.
 """
 
 import re

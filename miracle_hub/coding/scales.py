@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-# Within these bounds scale · z is exact in float32 and never subnormal (README, "Exactness").
+# Within these bounds scale · z is exact in float32 and never subnormal (FORMAT.md, "Exactness").
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-64, 2.0**64
 
 

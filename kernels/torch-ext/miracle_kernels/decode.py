@@ -226,7 +226,7 @@ def decode_triton(
         KernelInputError: a tensor or a number is not as said.
         KernelUnavailableError: there is no Triton, or no GPU.
 
-    Source: README, "The format".
+    Source: FORMAT.md, "Weights".
     """
     _check(
         out, message, table, scales, mean, rows, first_row, window_bits, step_bits, step_weights, seed,
