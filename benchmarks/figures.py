@@ -131,8 +131,7 @@ def shown(name: str) -> str:
 def svg(name: str) -> str:
     """A figure's file; equal results give equal text under one version of matplotlib."""
     data, draw = DRAWN[name]
-    settings = {"svg.hashsalt": name, "svg.fonttype": "path", "font.size": 9, "path.simplify": False}
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "path", "font.size": 9}):
         figure = Figure(figsize=(7, 3.6), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.subplots()

@@ -43,7 +43,7 @@ def round_to_nearest(matrix: Tensor, bits: int) -> Coded:
 
 def hqq(matrix: Tensor, bits: int) -> Coded:
     """Half-quadratic quantization, its own defaults but for the group."""
-    from hqq.core.quantize import Quantizer
+    from hqq.core.quantize import Quantizer  # pyright: ignore[reportMissingImports]
 
     packed, meta = Quantizer.quantize(
         matrix, nbits=bits, group_size=GROUP, axis=1, device="cpu", compute_dtype=torch.float32
@@ -53,7 +53,10 @@ def hqq(matrix: Tensor, bits: int) -> Coded:
 
 def nf4(matrix: Tensor, bits: int) -> Coded:
     """Normal floats of 4 bits in blocks of 64, scales quantized once more."""
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from bitsandbytes.functional import (  # pyright: ignore[reportMissingImports]
+        dequantize_4bit,
+        quantize_4bit,
+    )
 
     packed, state = quantize_4bit(matrix, blocksize=GROUP, compress_statistics=True, quant_type="nf4")
     scales = [state.absmax, state.state2.absmax, state.offset]
@@ -76,7 +79,7 @@ def each_matrix(coder: Callable[[Tensor, int], Coded], bits: int, state: dict[st
 
 def nncodec(qp: int, state: dict[str, Tensor]) -> float:
     """The whole state dict through NNCodec with its trellis, in place; the bits of its stream."""
-    from nncodec.nn import decode, encode
+    from nncodec.nn import decode, encode  # pyright: ignore[reportMissingImports]
 
     floats = {name: t.numpy() for name, t in state.items() if t.is_floating_point()}
     with tempfile.TemporaryDirectory() as folder:

@@ -206,11 +206,11 @@ def gpu() -> str:
     """What is known of a GPU as long as nothing is measured."""
     found = load("gpu-floors")["results"]
     problems = found["problems"]
-    met = sum(problem["predicted_met_at_best"] for problem in problems)
+    targets = [p["predicted_met_at_best"] for p in problems if p["target"] is not None]
     return (
         f"## On a GPU\n\nNothing is measured yet. `benchmarks/results/gpu-floors.json` predicts the times of "
-        f"{len(problems)} calls of the kernels ({found['chip']['name']}); {met} of them meet their targets if "
-        "all units of the GPU overlap perfectly."
+        f"{len(problems)} calls of the kernels ({found['chip']['name']}). Of {len(targets)} with a target, "
+        f"{sum(targets)} meet it if all units of the GPU overlap perfectly."
     )
 
 

@@ -9,8 +9,8 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import click
 import pytest
 import typer
 
@@ -102,12 +102,9 @@ def test_every_command_exists_with_its_options(page: Path, line: str) -> None:
             assert extra in extras["optional-dependencies"]
     else:
         assert program == "miracle"
-        group = typer.main.get_command(cli.app)
-        assert isinstance(group, click.Group)
+        verb = vars(typer.main.get_command(cli.app))["commands"][words[0]]
         if len(words) > 1:  # it parses; nothing runs
-            group.commands[words[0]].make_context(words[0], words[1:])
-        else:
-            assert words[0] in group.commands
+            verb.make_context(words[0], words[1:])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -137,7 +134,7 @@ def test_the_readme_is_short_and_begins_with_its_two_commands_and_a_picture() ->
 
 
 @pytest.fixture(scope="module")
-def report() -> dict[str, object]:
+def report() -> dict[str, Any]:
     """benchmarks/report.py, whose imports are its neighbors."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
@@ -146,13 +143,13 @@ def report() -> dict[str, object]:
         sys.path.remove(str(ROOT / "benchmarks"))
 
 
-def test_the_results_are_those_of_the_benchmarks(report: dict) -> None:
+def test_the_results_are_those_of_the_benchmarks(report: dict[str, Any]) -> None:
     found = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert found == report["results_page"](), "run `make docs`"
     assert (ROOT / "README.md").read_text(encoding="utf-8") == report["readme"](), "run `make docs`"
 
 
-def test_the_figures_show_the_results(report: dict) -> None:
+def test_the_figures_show_the_results(report: dict[str, Any]) -> None:
     figures = report["figures"]
     assert {path.stem for path in figures.FIGURES.glob("*.svg")} == set(figures.DRAWN)
     for figure in figures.DRAWN:
@@ -161,7 +158,7 @@ def test_the_figures_show_the_results(report: dict) -> None:
         assert len(text) < 100_000
 
 
-def test_equal_results_are_equal_figures(report: dict) -> None:
+def test_equal_results_are_equal_figures(report: dict[str, Any]) -> None:
     assert report["figures"].svg("lenet") == report["figures"].svg("lenet")
 
 
@@ -172,7 +169,7 @@ def test_the_file_tree_is_that_of_the_modules() -> None:
     )
     for path in [*(ROOT / "miracle_hub").rglob("*.py"), *(ROOT / "kernels" / "torch-ext").rglob("*.py")]:
         assert path.name in ("__init__.py", "conftest.py") or re.search(
-            rf"^ *{path.name} +\w", written["tree"](), re.MULTILINE
+            rf"^ *{path.name} +\S", written["tree"](), re.MULTILINE
         )
 
 
@@ -241,7 +238,7 @@ def templates() -> Iterator[re.Pattern[str]]:
                 parts = [
                     re.escape(str(p.value)) if isinstance(p, ast.Constant) else ".*" for p in node.values
                 ]
-                if sum(len(part) for part in parts if part != ".*") > 30:
+                if sum(len(part) for part in parts if part != ".*") > 15:
                     yield re.compile("".join(parts), re.DOTALL)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) > 30:
                 yield re.compile(re.escape(node.value))
