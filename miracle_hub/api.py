@@ -5,8 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from miracle_hub.codec.artifact import DEFAULT_SHARD_SIZE
-from miracle_hub.codec.compress import DEFAULT_WINDOW_BITS, Report, compress_folder
+from miracle_hub.code import DEFAULT_WIDTH
+from miracle_hub.codec.compress import Report, compress_folder
 from miracle_hub.codec.decompress import decompress_folder
 from miracle_hub.codec.decompress import load_state_dict as load_folder
 from miracle_hub.codec.inspection import Inspection, inspect_folder
@@ -14,6 +14,7 @@ from miracle_hub.codec.verification import Verification
 from miracle_hub.hub.card import verify_with_card, write_card
 from miracle_hub.hub.plots import read_journal, write_plots
 from miracle_hub.hub.resolve import local_folder
+from miracle_hub.options import DEFAULT_SHARD_SIZE, DEFAULT_WINDOW_BITS, CompressOptions, chosen
 
 
 def compress(
@@ -23,61 +24,55 @@ def compress(
     bits_per_weight: float | None = None,
     size: str | int | None = None,
     window_bits: int = DEFAULT_WINDOW_BITS,
-    rotation: int | None = None,
+    rotation: int = DEFAULT_WIDTH,
     seed: int = 0,
-    modules_to_not_convert: list[str] | None = None,
+    modules_to_not_convert: list[str] | str | None = None,
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     stages: int = 1,
     backend: str = "auto",
     revision: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
+    options: CompressOptions | None = None,
 ) -> Report:
     """Write `out`, a repository that `from_pretrained` loads, of exactly the size asked for.
 
     Args:
         source: a folder written by `save_pretrained`, or a Hub id.
         out: the folder to write; it appears whole or not at all.
-        bits_per_weight: bits of all `*.safetensors` of `out` over the number of weights of `source`.
-        size: the same as bytes, such as "5.5MB"; never exceeded. Give one of the two.
-        window_bits: window of the code, 8 to 16; each further bit doubles the time and lowers the
-            squared error a little.
-        rotation: widest Hadamard rotation, a power of two; every tensor gets the widest up to it that
-            divides its rows. None means 128; 1 is none.
+        bits_per_weight: bits of the whole files, headers and plain tensors included, over all weights.
+        size: the same as bytes, such as "5.5MB"; never exceeded.
+        window_bits: window of the code, 8 to 16; each further bit doubles the time and lowers the squared
+            error a little.
+        rotation: widest Hadamard rotation, a power of two; every tensor gets the widest up to it that divides
+            its rows; 1 is none.
         seed: of the shared candidates; part of the file.
-        modules_to_not_convert: tensors whose names contain one of these stay plain.
+        modules_to_not_convert: modules or tensors that stay plain, by name or end of name after a dot; or, in
+            Python, a regular expression that matches whole names.
         max_shard_size: of one output file.
-        stages: files of their own that can be loaded one after the other; each but the first halves the
-            squared error for 4/7 bits per weight. The size is that of all together.
-        backend: who searches: "cpu" (numba), "triton" (a GPU), or "auto" for a GPU where there is one.
-        revision: branch, tag or commit of a Hub source.
-        overwrite: replace an existing `out`.
+        stages: files of their own, 1 to 9, that can be loaded one after the other; each but the first halves
+            the squared error for 4/7 bits per weight. The size is that of all together.
+        backend: "auto" (a GPU where there is one), "cpu" (numba) or "triton" (a GPU).
+        revision: branch, tag or commit of a Hub id.
+        overwrite: replace the output if it exists.
         progress: show a progress bar.
+        options: all of these from `bits_per_weight` on, instead of the keywords.
 
     Raises:
         SourceError: and its subclasses: the source cannot be read or holds NaN.
         BudgetError: the size cannot be met; the message says the least or most possible.
-        OptionError: an option is out of range.
+        OptionError: an option is out of range; or there is not exactly one of bits_per_weight and size.
         BackendError: the backend cannot run here.
         OutputExistsError: `out` exists. OutputWriteError: it cannot be written.
     """
-    folder = local_folder(source, revision)
+    options = chosen(CompressOptions, options, locals())
+    folder = local_folder(source, options.revision)
     base_model = None if Path(source).exists() else str(source)
     return compress_folder(
         folder,
         Path(out),
-        bits_per_weight=bits_per_weight,
-        size=size,
-        window_bits=window_bits,
-        rotation=rotation,
-        seed=seed,
-        modules_to_not_convert=modules_to_not_convert,
-        max_shard_size=max_shard_size,
-        stages=stages,
-        backend=backend,
-        overwrite=overwrite,
+        options,
         card=lambda target, report: write_card(target, report, folder, base_model),
-        progress=progress,
     )
 
 

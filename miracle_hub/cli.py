@@ -1,8 +1,12 @@
 """The command line: the verbs of the package, with the same names and defaults."""
 
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
 from rich.console import Console
@@ -10,10 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 
 import miracle_hub
-from miracle_hub.codec.artifact import DEFAULT_SHARD_SIZE
-from miracle_hub.codec.compress import DEFAULT_WINDOW_BITS
 from miracle_hub.codec.inspection import Inspection, TensorReport
 from miracle_hub.errors import MiracleError
+from miracle_hub.options import DEFAULT_SHARD_SIZE, CompressOptions, FitOptions, Options, helps
 
 app = typer.Typer(
     add_completion=False,
@@ -28,60 +31,58 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a H
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 ShardSize = Annotated[str, typer.Option(help="Largest output file.")]
 Progress = Annotated[bool, typer.Option(help="Show a progress bar.")]
-BitsPerWeight = Annotated[float | None, typer.Option(help="Bits of the whole files over all weights.")]
-Size = Annotated[str | None, typer.Option(help="Bytes of the whole files, such as 5.5MB; never exceeded.")]
-WindowBits = Annotated[int, typer.Option(help="8 to 16; longer is slower, with a little less error.")]
-Rotation = Annotated[
-    int | None,
-    typer.Option(help="Widest Hadamard rotation; 1 is none.", show_default="128"),
-]
-Seed = Annotated[int, typer.Option(help="Seed of the shared candidates.")]
 Backend = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu or triton.")]
 Dense = Annotated[str | None, typer.Option(help="The folder that was compressed, to compare with.")]
 Split = Annotated[str | None, typer.Option(help="Of the data, where they have several.")]
 Stages = Annotated[int | None, typer.Option(help="Read so many stages only.")]
 Data = Annotated[str, typer.Option(help="csv, tsv, json, jsonl, parquet, txt; a folder; a Hub id.")]
-Task = Annotated[str, typer.Option(help="text-classification or causal-lm.")]
-Targets = Annotated[str, typer.Option(help="all-matrices, all-linear, all, or a regular expression.")]
 TextColumns = Annotated[list[str] | None, typer.Option(help="One or two; else those of strings.")]
 LabelColumn = Annotated[str, typer.Option(help="Of classes: numbers or names.")]
-Excluded = Annotated[list[str] | None, typer.Option(help="Leave tensors plain whose names contain this.")]
 
 
-@app.command()
-def compress(
-    source: Source,
-    out: Out,
-    bits_per_weight: BitsPerWeight = None,
-    size: Size = None,
-    window_bits: WindowBits = DEFAULT_WINDOW_BITS,
-    rotation: Rotation = None,
-    seed: Seed = 0,
-    modules_to_not_convert: Excluded = None,
-    max_shard_size: ShardSize = DEFAULT_SHARD_SIZE,
-    stages: Annotated[int, typer.Option(help="Files that refine one another, 1 to 9.")] = 1,
-    backend: Backend = "auto",
-    revision: Revision = None,
-    overwrite: Overwrite = False,
-    progress: Progress = True,
-) -> None:
+Command = Callable[..., None]
+
+
+def _command(kind: type[Options]) -> Callable[[Command], Command]:
+    """A command of the function's own arguments and the options of a dataclass, which it gets as `options`.
+
+    Of a union of types the command line takes the first, with None if that is one of them; an option that is
+    off by default has no --no- form.
+    """
+
+    def decorate(command: Command) -> Command:
+        own = [p for p in signature(command).parameters.values() if p.name != "options"]
+        names = [field.name for field in fields(kind)]
+
+        def run(**given: Any) -> None:
+            options = kind(**{name: given.pop(name) for name in names})
+            command(**given, options=options)
+
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__signature__ = Signature([*own, *_parameters(kind)])  # pyright: ignore[reportFunctionMemberAccess]
+        app.command()(run)
+        return run
+
+    return decorate
+
+
+def _parameters(kind: type[Options]) -> Iterator[Parameter]:
+    hints, texts = get_type_hints(kind), helps(kind)
+    for field in fields(kind):
+        hint = hints[field.name]
+        if isinstance(hint, UnionType) or get_origin(hint) is Union:
+            first, *others = get_args(hint)
+            hint = first | None if NoneType in others else first
+        declared = [f"--{field.name.replace('_', '-')}"] if field.default is False else []
+        option = typer.Option(*declared, help=texts[field.name])
+        annotation = Annotated[hint, option]
+        yield Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)
+
+
+@_command(CompressOptions)
+def compress(source: Source, out: Out, options: CompressOptions) -> None:
     """Write OUT, a repository of exactly the size asked for that from_pretrained loads."""
-    report = miracle_hub.compress(
-        source,
-        out,
-        bits_per_weight=bits_per_weight,
-        size=size,
-        window_bits=window_bits,
-        rotation=rotation,
-        seed=seed,
-        modules_to_not_convert=modules_to_not_convert,
-        max_shard_size=max_shard_size,
-        stages=stages,
-        backend=backend,
-        revision=revision,
-        overwrite=overwrite,
-        progress=progress,
-    )
+    report = miracle_hub.compress(source, out, options=options)
     typer.echo(
         f"{out}: {report.dense_bytes:,} → {report.compressed_bytes:,} bytes "
         f"({report.dense_bytes / report.compressed_bytes:.2f} times smaller), "
@@ -116,38 +117,10 @@ def decompress(
     typer.echo(f"{out}: {n_bytes:,} bytes")
 
 
-@app.command()
-def fit(
-    source: Source,
-    out: Out,
-    data: Data,
-    task: Task = "text-classification",
-    bits_per_weight: Annotated[float, typer.Option(help="Message bits per coded weight.")] = 1.0,
-    target_modules: Targets = "all-matrices",
-    parametrization: Annotated[str, typer.Option(help="test-channel, mean-kl or mean-var.")] = "test-channel",
-    text_columns: TextColumns = None,
-    label_column: LabelColumn = "label",
-    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
-    steps: Annotated[int, typer.Option(help="Steps of the optimizer, instead of epochs.")] = -1,
-    batch_size: Annotated[int, typer.Option(help="Rows of a step.")] = 32,
-    learning_rate: Annotated[float, typer.Option(help="That of a dense fine-tuning.")] = 1e-4,
-    max_length: Annotated[int, typer.Option(help="Tokens of a text, or of a window.")] = 128,
-    groups: Annotated[int, typer.Option(help="Groups that are coded one after the other.")] = 40,
-    refit_steps: Annotated[int, typer.Option(help="Steps after every group.")] = 10,
-    distill: Annotated[bool, typer.Option(help="Refits hold to the fitted model, not to labels.")] = True,
-    seed: Seed = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted fit.")] = False,
-    overwrite: Overwrite = False,
-    progress: Progress = True,
-) -> None:
+@_command(FitOptions)
+def fit(source: Source, out: Out, data: Data, options: FitOptions) -> None:
     """Fine-tune SOURCE on a data set within a budget of bits, and write OUT, which from_pretrained loads."""
-    found = miracle_hub.fit(
-        source, out, data=data, task=task, bits_per_weight=bits_per_weight, target_modules=target_modules,
-        parametrization=parametrization, text_columns=text_columns, label_column=label_column, epochs=epochs,
-        steps=steps, batch_size=batch_size, learning_rate=learning_rate, max_length=max_length, groups=groups,
-        refit_steps=refit_steps, distill=distill, seed=seed, resume=resume, overwrite=overwrite,
-        progress=progress,
-    )  # fmt: skip
+    found = miracle_hub.fit(source, out, data=data, options=options)
     size = f"{found.report.compressed_bytes:,} bytes, {found.report.bits_per_weight:.4f} bits per weight"
     typer.echo(f"{out}: {size}\nbefore coding {_figures(found.fitted)}; as written {_figures(found.coded)}")
     typer.echo(f"digest {found.report.digest}")

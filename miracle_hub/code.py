@@ -15,6 +15,10 @@ MAX_STEP_WEIGHTS = 256
 BACKENDS = ("auto", "cpu", "triton")
 # Of the widest Hadamard rotation.
 MAX_WIDTH_LOG2 = 15
+# The width of the first probes on MiniLM; every figure in benchmarks/results was measured with it.
+DEFAULT_WIDTH = 128
+# Of a repository: files that refine one another.
+MAX_STAGES = 9
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,9 @@ def test_a_lenet_card_is_made_from_a_run_and_its_file(
     torch.manual_seed(0)
     network: Any = lenet.LeNet5()
     sharing = {"conv2.weight": 100.0, "fc1.weight": 2000.0, "fc2.weight": 50.0}
-    miracle_hub.make_variational(network, bits=2000, streams="network", window_bits=8, sharing=sharing)
+    miracle_hub.make_variational(
+        network, message_bits=2000, streams="network", window_bits=8, sharing=sharing
+    )
     options = miracle_hub.CodingOptions(groups=2, refit_steps=0)
     journal = miracle_hub.code_model(network, options=options, progress=False)
     (tmp_path / "lenet").mkdir()

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miracle_hub.errors import OptionError, SourceError
+from miracle_hub.errors import SourceError
 from miracle_hub.files.container import Entry, encode_file_header
 from miracle_hub.files.whole import writing
 
-DEFAULT_SHARD_SIZE = "5GB"
 INDEX = "model.safetensors.index.json"
 _DEEPEST_CONFIG = 100
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -123,18 +120,3 @@ def repository_digest(digests: dict[str, int]) -> str:
 def raw_bytes(tensor: Tensor) -> bytes:
     """A tensor's bytes as safetensors stores them."""
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def parse_size(size: str | int, what: str = "size") -> int:
-    """Bytes of "5.5MB", "800 kB", "1GiB" or a plain number.
-
-    Raises:
-        OptionError: the text is no size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B|)\s*", str(size).upper())
-    n_bytes = int(float(match[1]) * _UNITS.get(match[2] or "B", 0)) if match else 0
-    if n_bytes <= 0:
-        raise OptionError(
-            f"{what}: expected a positive number of bytes such as 5.5MB, 800kB or 1GiB, found {size!r}"
-        )
-    return n_bytes

@@ -5,24 +5,22 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from miracle_hub.code import FORMAT_VERSION, MAX_WIDTH_LOG2, QUANT_METHOD, Code
+from miracle_hub.code import FORMAT_VERSION, QUANT_METHOD, Code
 from miracle_hub.codec.artifact import (
-    DEFAULT_SHARD_SIZE,
     OutputFile,
-    parse_size,
     raw_bytes,
     read_config,
     read_quantization,
     write_index,
 )
 from miracle_hub.codec.plan import (
+    EXCLUDED,
     LARGEST_RMS,
     OUT_OF_RANGE,
     Budget,
@@ -36,8 +34,6 @@ from miracle_hub.codec.plan import (
 from miracle_hub.codec.rates import Choice, Sample, measure_options, sample_rows
 from miracle_hub.codec.source import companion_files, list_tensors, weight_files
 from miracle_hub.codec.stages import (
-    MAX_STAGES,
-    check_stages,
     encode_refinement,
     lay_out_stage,
     refinement_code,
@@ -48,16 +44,12 @@ from miracle_hub.codec.stages import (
 )
 from miracle_hub.codec.tensor import TORCH_DTYPES, encode_tensor
 from miracle_hub.coding.backend import Backend, choose
-from miracle_hub.coding.rotation import DEFAULT_WIDTH
-from miracle_hub.errors import BudgetError, NonFiniteWeightError, OptionError, SourceError
+from miracle_hub.errors import NonFiniteWeightError, OptionError, SourceError
 from miracle_hub.files.container import Entry, write_file
 from miracle_hub.files.whole import output_folder, refuse_overlap, writing
 from miracle_hub.format.payload import decode_header, is_payload
+from miracle_hub.options import CompressOptions, budget_bytes, parse_size
 
-# Windows of 14 bits: on two cores 1.3 M weights/s at 2 bits and 3.5 % more squared error than windows
-# of 16 bits, which take at least four times as long (benchmarks/throughput.py, rate_distortion.py).
-DEFAULT_WINDOW_BITS = 14
-WINDOW_BITS = (8, 16)
 CODED, NO_BUDGET = "coded by training", "no budget for it"
 
 
@@ -77,44 +69,35 @@ class Report:
 def compress_folder(
     source: Path,
     out: Path,
+    options: CompressOptions,
     *,
-    bits_per_weight: float | None = None,
-    size: str | int | None = None,
-    window_bits: int = DEFAULT_WINDOW_BITS,
-    rotation: int | None = None,
-    seed: int = 0,
-    modules_to_not_convert: list[str] | None = None,
-    max_shard_size: str | int = DEFAULT_SHARD_SIZE,
-    backend: str = "auto",
-    overwrite: bool = False,
     card: Callable[[Path, Report], None] | None = None,
-    progress: bool = True,
     payloads: Mapping[str, bytes] | None = None,
-    stages: int = 1,
 ) -> Report:
     """Compress a folder written by `save_pretrained`; see `miracle_hub.compress`.
 
     With `payloads`, of tensors that are coded already, no budget means that all others stay plain.
     """
-    started, excluded = time.monotonic(), list(modules_to_not_convert or [])
-    shard_bytes = parse_size(max_shard_size, "max_shard_size")
-    width = DEFAULT_WIDTH if rotation is None else rotation
-    _check_options(bits_per_weight, size, window_bits, width, bool(payloads), stages)
-    chosen, weights = choose(backend), _source_files(source, out)
-    with output_folder(out, overwrite) as temporary:
+    started, excluded = time.monotonic(), options.modules_to_not_convert or []
+    window_bits, seed, stages = options.window_bits, options.seed, options.stages
+    shard_bytes = parse_size(options.max_shard_size, "max_shard_size")
+    if not options.has_budget and not payloads:
+        raise OptionError("expected either bits_per_weight or size, found neither; give one of them")
+    chosen, weights = choose(options.backend), _source_files(source, out)
+    with output_folder(out, options.overwrite) as temporary:
         copied = _copy_companions(source, temporary, weights)
-        plans = _plan(weights, width, excluded, payloads or {})
+        plans = _plan(weights, options.rotation, excluded, payloads or {})
         n_weights = sum(plan.source.n_weights for plan in plans.values()) + copied.n_weights
         stem = "model" if stages == 1 else stem_of(1)
-        target = _target_bytes(bits_per_weight, size, n_weights)
+        target = _target_bytes(options, n_weights)
         budget = None if target is None else Budget(target, copied.n_bytes, n_weights, shard_bytes, stem)
         choices, refined = _choices(plans, budget, window_bits, seed, chosen, stages)
         files = [lay_out(plans, choices, shard_bytes, stem), *refined]
         writer = _Writer(temporary, plans, choices, refinement_code(window_bits, seed), chosen)
-        digests = writer.write(files, progress)
+        digests = writer.write(files, options.progress)
         facts = (time.monotonic() - started, digests[-1], chosen.name)
         report = _report(weights, files, copied, n_weights, facts)
-        _write_config(source, temporary, report, excluded, seed, _main_dtype(plans), digests)
+        _write_config(source, temporary, report, _names(excluded, plans), seed, _main_dtype(plans), digests)
         _write_card(card, temporary, report)
     return report
 
@@ -145,46 +128,18 @@ def _report(
     return Report(dense_bytes, n_bytes, n_weights, 8 * n_bytes / n_weights, *facts)
 
 
-def _check_options(
-    bits_per_weight: float | None,
-    size: str | int | None,
-    window_bits: int,
-    rotation: int,
-    has_payloads: bool,
-    stages: int,
-) -> None:
-    check_stages(stages, MAX_STAGES, "compress")
-    is_neither = bits_per_weight is None and size is None
-    if (bits_per_weight is None) == (size is None) and not (is_neither and has_payloads):
-        found = "neither" if size is None else "both"
-        raise OptionError(f"expected either bits_per_weight or size, found {found}; give one of them")
-    low, high = WINDOW_BITS
-    if not low <= window_bits <= high:
-        raise OptionError(
-            f"window_bits: expected {low} to {high}, found {window_bits}; longer windows are slower and "
-            f"lose a little less, {DEFAULT_WINDOW_BITS} suits most models"
-        )
-    if rotation not in (1 << i for i in range(MAX_WIDTH_LOG2 + 1)):
-        raise OptionError(
-            f"rotation: expected a power of two up to {1 << MAX_WIDTH_LOG2}, found {rotation}; "
-            f"{DEFAULT_WIDTH} suits most models, 1 is none"
-        )
-
-
-def _target_bytes(bits_per_weight: float | None, size: str | int | None, n_weights: int) -> int | None:
+def _target_bytes(options: CompressOptions, n_weights: int) -> int | None:
     """Bytes of the whole files; None where no budget is given."""
-    if bits_per_weight is None and size is None:
+    if not options.has_budget:
         return None
-    return parse_size(size) if size is not None else _bytes_of(bits_per_weight, n_weights)
+    return budget_bytes(options.bits_per_weight, options.size, n_weights)
 
 
-def _bytes_of(bits_per_weight: float | None, n_weights: int) -> int:
-    if bits_per_weight is None or not 0 < bits_per_weight < 64:
-        raise BudgetError(
-            f"bits_per_weight: expected a number above 0 and below 64, found {bits_per_weight}; "
-            "2 to 4 suit most models"
-        )
-    return int(Fraction(bits_per_weight) * n_weights / 8)
+def _names(excluded: list[str] | str, plans: dict[str, TensorPlan]) -> list[str]:
+    """What config.json says: a list as it was given, or the names that a regular expression matches."""
+    if isinstance(excluded, str):
+        return [name for name, plan in plans.items() if plan.reason == EXCLUDED]
+    return list(excluded)
 
 
 def _source_files(source: Path, out: Path) -> list[Path]:
@@ -213,7 +168,7 @@ def _copy_companions(source: Path, target: Path, weights: list[Path]) -> _Copied
 
 
 def _plan(
-    weights: list[Path], rotation: int, excluded: list[str], payloads: Mapping[str, bytes]
+    weights: list[Path], rotation: int, excluded: list[str] | str, payloads: Mapping[str, bytes]
 ) -> dict[str, TensorPlan]:
     """The plan of every tensor of the source.
 

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from miracle_hub.code import FORMAT_VERSION, QUANT_METHOD
+from miracle_hub.code import FORMAT_VERSION, MAX_STAGES, QUANT_METHOD
 from miracle_hub.codec.artifact import (
-    parse_size,
     raw_bytes,
     read_config,
     read_quantization,
@@ -27,13 +26,14 @@ from miracle_hub.codec.source import (
     list_tensors,
     weight_files,
 )
-from miracle_hub.codec.stages import MAX_STAGES, check_stages, decode_stages, index_name, stage_of
+from miracle_hub.codec.stages import check_stages, decode_stages, index_name, stage_of
 from miracle_hub.codec.tensor import TORCH_DTYPES
 from miracle_hub.coding.backend import Backend, choose
 from miracle_hub.errors import ChecksumError, FormatError, UnsupportedVersionError
 from miracle_hub.files.container import Entry, files_kept_open, write_file
 from miracle_hub.files.whole import output_folder, refuse_overlap, writing
 from miracle_hub.format.payload import Header, decode_header, is_payload
+from miracle_hub.options import parse_size
 
 
 @dataclass(frozen=True)

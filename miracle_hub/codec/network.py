@@ -115,13 +115,7 @@ def write_network(
     if STREAM in plain:
         raise FormatError(f"{STREAM}: this name is that of the stream; give the module's tensor another one")
     raw = {name: raw_bytes(tensor.detach().cpu()) for name, tensor in plain.items()}
-    entries = [
-        Entry(name, _safetensors_dtype(name, plain[name]), tuple(plain[name].shape), len(data))
-        for name, data in raw.items()
-    ]
-    # Widest first, so that every tensor is aligned.
-    entries.sort(key=lambda entry: (-plain[entry.name].element_size(), entry.name))
-    entries += [Entry(name, "U8", (len(data),), len(data)) for name, data in coded.items()]
+    entries = network_entries(plain, {name: len(data) for name, data in coded.items()})
     everything = {**raw, **coded}
     with temporary_beside(path) as temporary:
         written = temporary / path.name
@@ -131,6 +125,26 @@ def write_network(
         with writing(path):
             written.replace(path)
     return n_bytes
+
+
+def network_entries(plain: Mapping[str, Tensor], coded: Mapping[str, int]) -> list[Entry]:
+    """The entries of plain tensors and of coded ones, whose bytes are given, in the order of a file.
+
+    Raises:
+        FormatError: a plain tensor has a dtype that safetensors has not.
+    """
+    entries = [
+        Entry(
+            name,
+            _safetensors_dtype(name, tensor),
+            tuple(tensor.shape),
+            tensor.numel() * tensor.element_size(),
+        )
+        for name, tensor in plain.items()
+    ]
+    # Widest first, so that every tensor is aligned.
+    entries.sort(key=lambda entry: (-plain[entry.name].element_size(), entry.name))
+    return entries + [Entry(name, "U8", (n_bytes,), n_bytes) for name, n_bytes in coded.items()]
 
 
 def read_network(path: Path) -> tuple[bytes | None, dict[str, Tensor]]:

@@ -12,6 +12,7 @@ from miracle_hub.coding.rotation import widest_rotation
 from miracle_hub.errors import BudgetError
 from miracle_hub.files.container import Entry
 from miracle_hub.format.payload import DTYPES, Header, Segment
+from miracle_hub.names import matches
 
 # Below this a payload's header and scales outweigh what coding saves.
 _SMALLEST_CODED = 1024
@@ -59,14 +60,14 @@ class TensorPlan:
     payload: bytes | None = None
 
 
-def reason_plain(name: str, dtype: str, shape: tuple[int, ...], excluded: list[str]) -> str:
+def reason_plain(name: str, dtype: str, shape: tuple[int, ...], excluded: list[str] | str) -> str:
     """Why a tensor is stored plainly; empty when it is coded."""
     n_weights = math.prod(shape)
     if dtype not in DTYPES:
         return f"dtype {dtype} is not floating point" if dtype[0] in "IUB" else f"dtype {dtype}"
     if n_weights == 0:
         return "empty"
-    if any(part in name for part in excluded):
+    if matches(name, excluded):
         return EXCLUDED
     if len(shape) < 2 and n_weights < _SMALLEST_CODED_VECTOR:
         return f"a vector of fewer than {_SMALLEST_CODED_VECTOR} weights"
@@ -75,7 +76,7 @@ def reason_plain(name: str, dtype: str, shape: tuple[int, ...], excluded: list[s
     return ""
 
 
-def plan_tensor(tensor: SourceTensor, rotation: int, excluded: list[str]) -> TensorPlan:
+def plan_tensor(tensor: SourceTensor, rotation: int, excluded: list[str] | str) -> TensorPlan:
     """The plan of one tensor, rotated by the widest power of two up to `rotation` that divides its rows."""
     reason = reason_plain(tensor.name, tensor.dtype, tensor.shape, excluded)
     if reason:

@@ -21,7 +21,6 @@ from miracle_hub.errors import OptionError, SourceError
 from miracle_hub.files.container import Entry, opened
 from miracle_hub.format.payload import Header, Segment
 
-MAX_STAGES = 9
 # 4/7 bits per weight leave 0.485 and 0.477 of a Gaussian's squared error with windows of 12 and 14 bits (10:
 # 0.499, which short tensors miss), 1/2 bit leaves 0.529 and 0.521 (benchmarks/rate_distortion.py).
 _STEP_BITS, _STEP_WEIGHTS = 4, 7

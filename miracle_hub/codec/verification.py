@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from miracle_hub.code import MAX_STAGES
 from miracle_hub.codec.decompress import StoredTensor, read_stage_digests, stored_digest, stored_tensors
 from miracle_hub.codec.network import STREAM
 from miracle_hub.codec.source import (
@@ -21,7 +22,7 @@ from miracle_hub.codec.source import (
     refuse_leaving,
     weight_files,
 )
-from miracle_hub.codec.stages import MAX_STAGES, stage_of
+from miracle_hub.codec.stages import stage_of
 from miracle_hub.codec.tensor import TORCH_DTYPES, decode_payload
 from miracle_hub.coding.backend import Backend, choose
 from miracle_hub.errors import ChecksumError, FormatError, MiracleError, NonFiniteWeightError, SourceError

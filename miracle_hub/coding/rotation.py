@@ -9,11 +9,8 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from miracle_hub.code import MAX_WIDTH_LOG2
+from miracle_hub.code import DEFAULT_WIDTH, MAX_WIDTH_LOG2
 from miracle_hub.errors import OptionError
-
-# The width of the first probes on MiniLM; every figure in benchmarks/results was measured with it.
-DEFAULT_WIDTH = 128
 
 
 def hadamard(values: Float32[Tensor, "rows columns"], width: int) -> Float32[Tensor, "rows columns"]:

@@ -22,15 +22,15 @@ from transformers import (
 )
 
 from miracle_hub.codec.compress import Report
-from miracle_hub.errors import DataError, MiracleError, OptionError, OutputWriteError
+from miracle_hub.errors import DataError, MiracleError, OutputWriteError
 from miracle_hub.evaluate.data import Split, read_split
 from miracle_hub.files.whole import WRITE_ERRORS, alone_in, refuse_existing, writing
 from miracle_hub.finetune.models import make_variational
 from miracle_hub.finetune.trainer import MiracleTrainer
-from miracle_hub.plugin.quantizer import MiracleConfig
+from miracle_hub.options import TASKS, FitOptions, chosen
 from miracle_hub.training.coder import CodingOptions
+from miracle_hub.training.config import VariationalConfig
 
-TASKS = ("text-classification", "causal-lm")
 _FULL_BYTES = 1 << 16  # with less of it left, the disk is why torch.save failed, which does not say so
 
 
@@ -54,9 +54,11 @@ def fit(
     out: str | Path,
     *,
     data: str | Path,
-    task: str = "text-classification",
-    bits_per_weight: float = 1.0,
-    target_modules: str = "all-matrices",
+    task: str = TASKS[0],
+    bits_per_weight: float | None = None,
+    size: str | int | None = None,
+    rate: float | None = None,
+    target_modules: str | list[str] = "all-matrices",
     parametrization: str = "test-channel",
     text_columns: list[str] | None = None,
     label_column: str = "label",
@@ -72,57 +74,73 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
+    options: FitOptions | None = None,
 ) -> FitReport:
     """Make a hub model variational, fine-tune it, code it with refits, and write `out`.
 
+    Exactly one of `bits_per_weight`, `size` and `rate` is the budget. That of the whole files is met by the
+    highest rate whose files stay within it: they may be smaller, and the report says how large they are.
     What an interrupted fit goes on from, and coding.csv, coding.json and coding.png, are in the folder `out`
     with "-fit" appended.
 
     Args:
         source: a folder or a Hub id of a dense model with its tokenizer.
+        out: the folder to write; it appears whole or not at all.
         data: a file (csv, tsv, json, jsonl, parquet, txt), a folder of `datasets`, or a Hub id.
         task: "text-classification" or "causal-lm".
-        bits_per_weight, target_modules, parametrization: see `training.config.VariationalConfig`.
+        bits_per_weight: bits of the whole files, headers and plain tensors included, over all weights.
+        size: the same as bytes, such as "5.5MB"; never exceeded.
+        rate: bits per coded value instead; headers, scales and plain tensors come on top.
+        target_modules: what is coded: "all-matrices", "all-linear", "all", a regular expression that matches
+            whole names of modules or parameters; or, in Python, a list of names or ends of names.
+        parametrization: "test-channel", "mean-kl" or "mean-var".
         text_columns: one or two columns of text; by default the columns of strings.
         label_column: of a classification: whole numbers from 0 on, or names of classes.
         epochs: passes over the data.
         steps: of the optimizer; above 0 they count instead of epochs.
-        learning_rate: of the fit; see `MiracleTrainer.refit_learning_rate` for that of refits.
+        batch_size: rows of a step.
+        learning_rate: that of a dense fine-tuning; refits have their own.
         max_length: tokens of a text, or of a language model's window.
-        groups, refit_steps: see `training.coder.CodingOptions`.
+        groups: groups that are coded one after the other.
+        refit_steps: steps of the optimizer after every group.
         distill: refits hold the model to what the fit made of it, instead of to labels.
+        seed: of the data's order, a new head, the noise and the shared candidates.
         resume: go on where an interrupted fit of the same arguments was.
+        overwrite: replace the output if it exists.
+        progress: show a progress bar.
+        options: all of these from `task` on, instead of the keywords.
 
     Raises:
         DataError: the data lack a column, a label or any row.
-        OptionError, BudgetError: an option is out of range.
+        OptionError: an option is out of range.
+        BudgetError: there is not exactly one budget, or it cannot be met; the message says the least or most
+            possible.
         TrainingError: a loss is not finite.
         OutputExistsError: `out` exists, or another process is fitting it.
         OutputWriteError: it, or a checkpoint, cannot be written.
     """
-    _check(task, Path(out), overwrite)
-    splits, folder = read_split(data, task, text_columns, label_column, seed), Path(f"{out}-fit")
-    options: dict[str, Any] = dict(target_modules=target_modules, parametrization=parametrization, seed=seed)
-    config = MiracleConfig(bits_per_weight=bits_per_weight, **options)
-    arguments = _arguments(folder, epochs, steps, batch_size, learning_rate, seed, progress)
+    options = chosen(FitOptions, options, locals())
+    refuse_existing(Path(out), options.overwrite)  # before any work
+    config, folder = _config(options), Path(f"{out}-fit")
+    splits = read_split(data, options.task, options.text_columns, options.label_column, options.seed)
     with alone_in(folder):
-        trainer = _trainer(source, splits, arguments, config, max_length)
+        trainer = _trainer(source, splits, _arguments(folder, options), config, options.max_length)
         checkpoint = folder / "coding.safetensors"
-        fitted = _train(trainer, folder, checkpoint, resume)
-        set_seed(seed)  # or where coding begins would depend on how often training was interrupted
-        rate = trainer.refit_learning_rate(distill)
+        fitted = _train(trainer, folder, checkpoint, options.resume)
+        set_seed(options.seed)  # or where coding begins would depend on how often training was interrupted
+        rate = trainer.refit_learning_rate(options.distill)
         report = trainer.compress(
-            out, options=CodingOptions(groups, refit_steps, rate), distill=distill, checkpoint=checkpoint,
-            log_folder=folder, overwrite=overwrite,
+            out, options=CodingOptions(options.groups, options.refit_steps, rate), distill=options.distill,
+            checkpoint=checkpoint, log_folder=folder, overwrite=options.overwrite,
         )  # fmt: skip
         return FitReport(report, fitted, _figures(trainer))
 
 
-def _check(task: str, out: Path, overwrite: bool) -> None:
-    """Refuse before any work what can only fail after it."""
-    if task not in TASKS:
-        raise OptionError(f"task: expected one of {TASKS}, found {task!r}; choose one of them")
-    refuse_existing(out, overwrite)
+def _config(options: FitOptions) -> VariationalConfig:
+    return VariationalConfig(
+        bits_per_weight=options.bits_per_weight, size=options.size, rate=options.rate,
+        target_modules=options.target_modules, parametrization=options.parametrization, seed=options.seed,
+    )  # fmt: skip
 
 
 def _train(trainer: MiracleTrainer, folder: Path, checkpoint: Path, resume: bool) -> dict[str, float]:
@@ -182,7 +200,7 @@ def _train_or_name_a_full_disk(
 
 
 def _trainer(
-    source: Any, splits: Split, arguments: TrainingArguments, config: MiracleConfig, max_length: int
+    source: Any, splits: Split, arguments: TrainingArguments, config: VariationalConfig, max_length: int
 ) -> MiracleTrainer:
     """The trainer of a model made variational; classes mean classification, else language modeling."""
     set_seed(arguments.seed)  # a new head starts at random
@@ -235,14 +253,13 @@ def _language_model(source: Any, tokenizer: Any, splits: Split, max_length: int)
     return model, DataCollatorForLanguageModeling(tokenizer, mlm=False), encode
 
 
-def _arguments(
-    folder: Path, epochs: float, steps: int, batch: int, rate: float, seed: int, progress: bool
-) -> TrainingArguments:
+def _arguments(folder: Path, options: FitOptions) -> TrainingArguments:
     return TrainingArguments(
-        output_dir=str(folder), num_train_epochs=epochs, max_steps=steps, per_device_train_batch_size=batch,
-        per_device_eval_batch_size=4 * batch, learning_rate=rate, warmup_steps=0.06, seed=seed,
-        logging_steps=50, save_steps=200, save_total_limit=1, report_to=[], disable_tqdm=not progress,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        output_dir=str(folder), num_train_epochs=options.epochs, max_steps=options.steps,
+        per_device_train_batch_size=options.batch_size, per_device_eval_batch_size=4 * options.batch_size,
+        learning_rate=options.learning_rate, warmup_steps=0.06, seed=options.seed,
+        logging_steps=50, save_steps=200, save_total_limit=1, report_to=[],
+        disable_tqdm=not options.progress, dataloader_pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
 
 

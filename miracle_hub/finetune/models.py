@@ -19,12 +19,14 @@ from miracle_hub.codec.network import (
 from miracle_hub.codec.tensor import payload_of_stream
 from miracle_hub.errors import ChecksumError, OptionError
 from miracle_hub.files.whole import temporary_beside, writing
+from miracle_hub.finetune.budget import within_budget
 from miracle_hub.format.network import NetworkHeader
 from miracle_hub.hub.card import write_card
+from miracle_hub.names import matches
+from miracle_hub.options import CompressOptions
 from miracle_hub.training import convert
 from miracle_hub.training.coder import message_of
-from miracle_hub.training.config import VariationalConfig
-from miracle_hub.training.targets import matches_any
+from miracle_hub.training.config import VariationalConfig, refuse_old_names
 from miracle_hub.training.variational import Variational, variational_of
 
 if TYPE_CHECKING:
@@ -40,11 +42,13 @@ def make_variational(
     of the weights (the test channel has no noise), in evaluation mode they are the posterior's means.
 
     Args:
-        config: or the same as keywords: `make_variational(model, bits_per_weight=1.0)`.
+        config: or the same as keywords: `make_variational(model, bits_per_weight=1.0)`. A budget of the whole
+            file (`bits_per_weight`, `size`) is never exceeded; the file may be smaller, and the report of
+            `compress_model` or the result of `save` says how large it is.
 
     Raises:
         OptionError: nothing matches, a parameter cannot be converted, or an option is unknown.
-        BudgetError: the budget is below what the code can use.
+        BudgetError: the budget is below what the code, or the file, can use, or above it.
     """
     if (config is None) == (not options):
         raise OptionError(
@@ -55,10 +59,13 @@ def make_variational(
         config = _from_keywords(options)
     elif not isinstance(config, VariationalConfig):
         config = config.variational()
+    if config.is_of_files:
+        config = within_budget(model, config)
     return convert.make_variational(model, config)
 
 
 def _from_keywords(options: dict[str, Any]) -> VariationalConfig:
+    refuse_old_names(options, "make_variational")
     known = set(VariationalConfig.__dataclass_fields__)
     if unknown := sorted(set(options) - known):
         raise OptionError(
@@ -135,14 +142,16 @@ def compress_model(
             dense.save_pretrained(folder, save_original_format=False)  # or names are not those of payloads
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-        kept = variational.config.modules_to_save
+        kept = variational.config.modules_to_save or []
         base = getattr(dense.config, "_name_or_path", None) or None
         base = None if base is None or Path(base).exists() else base
         report = compress_folder(
-            folder, out, payloads=payloads, size=size, bits_per_weight=bits_per_weight,
-            modules_to_not_convert=[name for name in module_tensors(dense) if matches_any(name, kept)],
-            overwrite=overwrite,
-            card=lambda target, report: write_card(target, report, folder, base), progress=progress,
+            folder, out,
+            CompressOptions(
+                size=size, bits_per_weight=bits_per_weight, overwrite=overwrite, progress=progress,
+                modules_to_not_convert=[name for name in module_tensors(dense) if matches(name, kept)],
+            ),
+            payloads=payloads, card=lambda target, report: write_card(target, report, folder, base),
         )  # fmt: skip
     _compare_decoded(out, {name: t for name, t in module_tensors(dense).items() if name in payloads})
     return report

@@ -16,8 +16,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import repo_folder_name
 
+from miracle_hub.code import MAX_STAGES
 from miracle_hub.codec.source import missing_weights
-from miracle_hub.codec.stages import MAX_STAGES, stem_of
+from miracle_hub.codec.stages import stem_of
 from miracle_hub.errors import SourceError
 
 # Other copies of the weights, and what training left behind.

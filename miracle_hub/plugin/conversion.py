@@ -24,6 +24,7 @@ from miracle_hub.codec.decompress import StoredTensor
 from miracle_hub.codec.packed import is_packable
 from miracle_hub.codec.stages import decode_stages
 from miracle_hub.errors import FormatError, OptionError
+from miracle_hub.names import matches
 from miracle_hub.plugin.compressed_linear import COMPRESSED_CLASSES, PAYLOAD, is_payload_tensor
 
 if TYPE_CHECKING:
@@ -214,7 +215,7 @@ def replace_layers(
     stored: list[StoredTensor],
     conversions: list[WeightTransform],
     expected: Mapping[str, Expected],
-    skipped: list[str],
+    skipped: list[str] | str,
     backend: str,
 ) -> list[WeightTransform]:
     """Put compressed layers where the checkpoint has the weight of a linear layer as a payload.
@@ -224,7 +225,7 @@ def replace_layers(
     Args:
         stored: all tensors of the checkpoint.
         conversions: by which the checkpoint's names become the model's.
-        skipped: names of modules to load dense: from the start, to the end, or as a regular expression.
+        skipped: modules to load dense, as `names.matches` selects them.
 
     Returns:
         The conversions that lead the payloads to the layers.
@@ -247,7 +248,7 @@ def replace_layers(
     return [PayloadRenaming(rf"^({'|'.join(renamed)})\.weight$", rf"\1.{PAYLOAD}")] if renamed else []
 
 
-def _replaceable_layers(model: "PreTrainedModel", skipped: list[str]) -> dict[str, Any]:
+def _replaceable_layers(model: "PreTrainedModel", skipped: list[str] | str) -> dict[str, Any]:
     """Linear layers of their own by the name of their weight."""
     named = [*model.named_modules(remove_duplicate=False)]
     uses = Counter(id(module) for _, module in named)
@@ -258,19 +259,8 @@ def _replaceable_layers(model: "PreTrainedModel", skipped: list[str]) -> dict[st
         if type(module) in COMPRESSED_CLASSES
         and uses[id(module)] == 1
         and f"{name}.weight" not in tied
-        and not any(_names(pattern, name) for pattern in skipped)
+        and not matches(name, skipped)
     }
-
-
-def _names(pattern: str, module: str) -> bool:
-    """Whether a pattern of modules_to_not_convert means a module, as transformers reads it; one that is no
-    regular expression is plain text."""
-    if module.endswith(pattern):
-        return True
-    try:
-        return re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", module) is not None
-    except re.error:
-        return module.startswith(pattern)
 
 
 def _names_in_model(

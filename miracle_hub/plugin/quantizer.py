@@ -26,8 +26,9 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from miracle_hub.code import BACKENDS, FORMAT_VERSION, QUANT_METHOD
+from miracle_hub.code import FORMAT_VERSION, QUANT_METHOD
 from miracle_hub.errors import ChecksumError, FormatError, OptionError, UnsupportedVersionError
+from miracle_hub.options import LoadOptions
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
@@ -54,7 +55,7 @@ class MiracleConfig(QuantizationConfigMixin):
         /,  # or a figure named "self" would be taken for it
         format_version: int = FORMAT_VERSION,
         digest: str | None = None,
-        modules_to_not_convert: list[str] | None = None,
+        modules_to_not_convert: list[str] | str | None = None,
         keep_compressed: bool = False,
         backend: str = "auto",
         **figures: Any,
@@ -63,13 +64,15 @@ class MiracleConfig(QuantizationConfigMixin):
         Args:
             format_version: of the repository.
             digest: of all its payloads.
-            modules_to_not_convert: names of modules to load dense though `keep_compressed` is set.
+            modules_to_not_convert: modules to load dense though `keep_compressed` is set, by name or end of
+                name after a dot; or a regular expression that matches whole names.
             keep_compressed: linear layers keep their payloads and decode them in each forward pass,
                 instead of once on load.
             backend: who decodes: "cpu", "triton", or "auto" for Triton where a payload is on a GPU.
             figures: others of config.json; for `make_variational`, the options of
-                `training.config.VariationalConfig`: bits_per_weight, bits, target_modules, exclude_modules,
-                modules_to_save, parametrization, streams, code, window_bits, sharing, seed, …
+                `training.config.VariationalConfig`: bits_per_weight or size (of whole files), rate or
+                message_bits, target_modules, exclude_modules, modules_to_save, parametrization, streams,
+                code, window_bits, sharing, seed, …
 
         Raises:
             UnsupportedVersionError: the repository is newer than this package.
@@ -91,14 +94,30 @@ class MiracleConfig(QuantizationConfigMixin):
         self.backend = backend
         _check_options(keep_compressed, backend, modules_to_not_convert)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The config of a repository.
+
+        Raises:
+            OptionError: `modules_to_not_convert` is no list; a stranger's regular expression may not end.
+        """
+        names = config_dict.get("modules_to_not_convert")
+        if isinstance(names, str):
+            raise OptionError(
+                f"config.json: modules_to_not_convert: expected a list of names, found {names!r}; the file "
+                "is hostile or damaged: download it again"
+            )
+        return super().from_dict(config_dict, *args, **kwargs)
+
     def variational(self) -> "VariationalConfig":
         """The options of `make_variational` among those given.
 
         Raises:
             OptionError, BudgetError: one is unknown or out of range.
         """
-        from miracle_hub.training.config import VariationalConfig
+        from miracle_hub.training.config import VariationalConfig, refuse_old_names
 
+        refuse_old_names(vars(self), "MiracleConfig")
         known = {f.name for f in fields(VariationalConfig)}
         own = {"quant_method", "format_version", "digest", "modules_to_not_convert", *_LOADING_OPTIONS}
         if unknown := sorted(set(vars(self)) - known - own):
@@ -307,23 +326,13 @@ def _check_figures(figures: dict[str, Any]) -> None:
         )
 
 
-def _check_options(keep_compressed: object, backend: object, modules_to_not_convert: object) -> None:
-    if not isinstance(keep_compressed, bool):
-        raise OptionError(
-            f"MiracleConfig: keep_compressed: expected True or False, found {keep_compressed!r}; "
-            "leave it out for a dense model"
+def _check_options(keep_compressed: Any, backend: Any, modules_to_not_convert: Any) -> None:
+    try:
+        LoadOptions(
+            keep_compressed=keep_compressed, backend=backend, modules_to_not_convert=modules_to_not_convert
         )
-    if backend not in BACKENDS:
-        raise OptionError(
-            f"MiracleConfig: backend: expected one of {', '.join(BACKENDS)}, found {backend!r}; "
-            "leave it out to have the best chosen"
-        )
-    names = modules_to_not_convert
-    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise OptionError(
-            f"MiracleConfig: modules_to_not_convert: expected a list of names, found {names!r}; write "
-            "['name'] for one"
-        )
+    except OptionError as error:
+        raise OptionError(f"MiracleConfig: {error}") from None
 
 
 def _check_payloads(files: list[str], digest: str | None) -> "list[StoredTensor]":

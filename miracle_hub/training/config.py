@@ -1,11 +1,15 @@
 """What a variational fine-tuning is told: the budget, what is coded, and how."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cache
 
 from miracle_hub.code import MAX_STEP_WEIGHTS, MAX_WINDOW_BITS, Code
 from miracle_hub.coding.sharing import KINDS
 from miracle_hub.errors import BudgetError, OptionError
+from miracle_hub.names import check_names
+from miracle_hub.options import check_budget, check_one_budget
 
 PARAMETRIZATIONS = ("mean-kl", "mean-var", "test-channel")
 STREAMS = ("tensor", "network")
@@ -18,15 +22,21 @@ SELECTIONS = ("best", "sample")
 # Rates are fractions k/V with k of this at most, because windows of L bits remember L/k steps.
 _MAX_STEP_BITS = 4
 _MAX_BLOCK_WEIGHTS = 1024  # of the draws' kernels
+# What options were called before.
+_OLD_NAMES = {"bits": "message_bits"}
 
 
 @dataclass(frozen=True)
 class VariationalConfig:
-    """Options of `make_variational`; exactly one of `bits_per_weight` and `bits` is the budget.
+    """Options of `make_variational`; exactly one of the first four is the budget.
 
     Attributes:
-        bits_per_weight: message bits per value that is coded (of a sliding code, the rate of a long message).
-        bits: message bits of a whole network, if `streams` is "network".
+        rate: message bits per value that is coded (of a sliding code, the rate of a long message).
+        message_bits: of a whole network, if `streams` is "network".
+        bits_per_weight: bits of the whole file that the model will become, headers, scales and plain tensors
+            included, over all its weights.
+        size: the same as bytes, such as "5.5MB"; never exceeded. `miracle_hub.make_variational` turns either
+            into the highest rate, or the most message bits, whose file stays within it.
         target_modules: "all", "all-matrices", "all-linear", a regular expression that must match whole names
             of modules or parameters, or a list of names or ends of names. None means "all" for a network's
             stream and "all-matrices" for streams of tensors.
@@ -52,8 +62,10 @@ class VariationalConfig:
         OptionError, BudgetError: an option is none.
     """
 
+    rate: float | None = None
+    message_bits: int | None = None
     bits_per_weight: float | None = None
-    bits: int | None = None
+    size: str | int | None = None
     target_modules: str | list[str] | None = None
     exclude_modules: str | list[str] | None = None
     modules_to_save: str | list[str] | None = None
@@ -84,6 +96,8 @@ class VariationalConfig:
             if getattr(self, name) not in choices:
                 raise OptionError(f"{name}: expected one of {choices}, found {getattr(self, name)!r}")
         self._check_budget()
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            check_names(getattr(self, name), name)
         if not isinstance(self.kl_block_weights, int) or not 1 <= self.kl_block_weights <= _MAX_BLOCK_WEIGHTS:
             raise OptionError(
                 f"kl_block_weights: expected an integer from 1 to {_MAX_BLOCK_WEIGHTS}, found "
@@ -109,35 +123,54 @@ class VariationalConfig:
             )
 
     def _check_budget(self) -> None:
-        if (self.bits_per_weight is None) == (self.bits is None):
-            raise BudgetError(
-                "budget: expected exactly one of bits_per_weight and bits, found "
-                f"{self.bits_per_weight!r} and {self.bits!r}; pass one of them"
-            )
-        if self.bits is not None and self.streams != "network":
-            raise BudgetError("bits: a number of bits is that of a network's stream; pass streams='network'")
+        check_one_budget(
+            "budget", bits_per_weight=self.bits_per_weight, size=self.size, rate=self.rate,
+            message_bits=self.message_bits,
+        )  # fmt: skip
+        check_budget(self.bits_per_weight, self.size)
+        if self.message_bits is not None and self.streams != "network":
+            raise BudgetError("message_bits: are those of a network's stream; pass streams='network'")
         if not isinstance(self.window_bits, int) or not 1 <= self.window_bits <= MAX_WINDOW_BITS:
             raise BudgetError(
                 f"window_bits: expected 1 to {MAX_WINDOW_BITS} bits per block or window, found "
                 f"{self.window_bits!r}; choose another value (12 to 20 are usual)"
             )
-        if self.bits is not None and (not isinstance(self.bits, int) or self.bits < 1):
-            raise BudgetError(f"bits: expected a positive whole number, found {self.bits!r}; pass more")
-        rate = 1.0 if self.bits_per_weight is None else self.bits_per_weight
+        bits = 1 if self.message_bits is None else self.message_bits
+        if not isinstance(bits, int) or bits < 1:
+            raise BudgetError(f"message_bits: expected a positive whole number, found {bits!r}; pass more")
+        rate = 1.0 if self.rate is None else self.rate
         if not isinstance(rate, int | float) or not 0 < rate <= MAX_WINDOW_BITS:
             raise BudgetError(
-                f"bits_per_weight: expected more than 0 and at most {MAX_WINDOW_BITS}, found {rate!r}; "
-                "choose another value (0.1 to 4 are usual)"
+                f"rate: expected more than 0 and at most {MAX_WINDOW_BITS} bits per coded value, found "
+                f"{rate!r}; choose another value (0.1 to 4 are usual)"
             )
 
+    @property
+    def is_of_files(self) -> bool:
+        """Whether the budget is that of the whole file, which only the whole model can be measured by."""
+        return self.bits_per_weight is not None or self.size is not None
+
+    def codes(self) -> Iterator[Code]:
+        """Every code that a stream may get, from the highest rate on."""
+        if self.code == "block":
+            steps = range(1, MAX_STEP_WEIGHTS + 1)
+            yield from (Code(self.window_bits, self.window_bits, n, self.seed) for n in steps)
+        for rate in _sliding_rates(self.window_bits) if self.code == "sliding" else ():
+            yield Code(self.window_bits, rate.numerator, rate.denominator, self.seed)
+
     def code_for(self, n_values: int, where: str) -> Code:
-        """The code of a stream. Its message never exceeds `bits`, nor its rate `bits_per_weight`; to that
-        the first window of a sliding code adds its L - k bits.
+        """The code of a stream. Its message never exceeds `message_bits`, nor its rate `rate`; to that the
+        first window of a sliding code adds its L - k bits.
 
         Raises:
-            BudgetError: the budget allows no message.
+            BudgetError: the budget allows no message, or is that of a whole file.
         """
-        budget = int((self.bits_per_weight or 0) * n_values) if self.bits is None else self.bits
+        if self.is_of_files:
+            raise BudgetError(
+                f"{where}: expected rate or message_bits, found the budget of a whole file; call "
+                "miracle_hub.make_variational, which measures the model by it"
+            )
+        budget = int((self.rate or 0) * n_values) if self.message_bits is None else self.message_bits
         if budget > MAX_WINDOW_BITS * n_values:
             raise BudgetError(
                 f"{where}: {budget} bits for {n_values} values are more than {MAX_WINDOW_BITS} bits for "
@@ -146,7 +179,7 @@ class VariationalConfig:
         if self.code == "block":
             code = _block_code(n_values, budget, self.window_bits, self.seed)
         else:
-            code = _sliding_code(n_values, self.bits, self.bits_per_weight, self.window_bits, self.seed)
+            code = _sliding_code(n_values, self.message_bits, self.rate, self.window_bits, self.seed)
         if code is None:
             raise BudgetError(
                 f"{where}: {budget} bits for {n_values} values are less than a {self.code} code with windows "
@@ -154,6 +187,17 @@ class VariationalConfig:
                 "the budget, share weights, or choose shorter windows"
             )
         return code
+
+
+def refuse_old_names(options: Iterable[str], where: str) -> None:
+    """Name what an option is called now.
+
+    Raises:
+        OptionError: one of the names is not in use any more.
+    """
+    for name in options:
+        if name in _OLD_NAMES:
+            raise OptionError(f"{where}: {name} is now {_OLD_NAMES[name]}; write {_OLD_NAMES[name]}=…")
 
 
 def _block_code(n_values: int, budget: int, window_bits: int, seed: int) -> Code | None:
@@ -165,18 +209,27 @@ def _block_code(n_values: int, budget: int, window_bits: int, seed: int) -> Code
 
 
 def _sliding_code(
-    n_values: int, bits: int | None, bits_per_weight: float | None, window_bits: int, seed: int
+    n_values: int, message_bits: int | None, rate: float | None, window_bits: int, seed: int
 ) -> Code | None:
     """The highest rate k/V within the budget; of equal rates, the smallest step."""
+    for step in _sliding_rates(window_bits):
+        code = Code(window_bits, step.numerator, step.denominator, seed)
+        if message_bits is not None:
+            fits = code.message_bits(n_values) <= message_bits
+        else:
+            fits = code.rate <= (rate or 0)
+        if fits:
+            return code
+    return None
+
+
+@cache
+def _sliding_rates(window_bits: int) -> tuple[Fraction, ...]:
+    """The rates k/V that a sliding code may have, from the highest on."""
     rates = {
         Fraction(k, weights)
         for k in range(1, min(_MAX_STEP_BITS, window_bits) + 1)
         for weights in range(1, MAX_STEP_WEIGHTS + 1)
     }
     rates |= {Fraction(k) for k in range(1, min(8, window_bits) + 1)}
-    for rate in sorted(rates, reverse=True):
-        code = Code(window_bits, rate.numerator, rate.denominator, seed)
-        fits = code.message_bits(n_values) <= bits if bits is not None else rate <= (bits_per_weight or 0)
-        if fits:
-            return code
-    return None
+    return tuple(sorted(rates, reverse=True))

@@ -8,6 +8,7 @@ from torch.nn.utils import parametrize
 
 from miracle_hub.coding.sharing import Sharing
 from miracle_hub.errors import OptionError
+from miracle_hub.names import is_named
 from miracle_hub.training.config import VariationalConfig
 from miracle_hub.training.stream import Member, Stream
 from miracle_hub.training.targets import Target, find_targets
@@ -58,11 +59,11 @@ def make_variational(model: nn.Module, config: VariationalConfig) -> nn.Module:
                 "remove_variational(model) first"
             )
     targets = find_targets(model, config)
-    factors = _sharing_factors(targets, config)
+    factors = sharing_factors(targets, config)
     groups = [targets] if config.streams == "network" else [[target] for target in targets]
     streams: list[Stream] = []
     for group in groups:
-        sharings = [_sharing(target, factors[target.name], config) for target in group]
+        sharings = [sharing_of(target, factors[target.name], config) for target in group]
         streams.append(_stream(group, sharings, config, len(streams)))
     variational = Variational(streams, config)
     siblings = {id(module): tuple(module._parameters) for t in targets for module, _ in t.owners}
@@ -206,14 +207,15 @@ def _stream(group: list[Target], sharings: list[Sharing], config: VariationalCon
     return stream.to(group[0].parameter.device)
 
 
-def _sharing(target: Target, factor: float, config: VariationalConfig) -> Sharing:
+def sharing_of(target: Target, factor: float, config: VariationalConfig) -> Sharing:
+    """How a target's weights share values, by its factor."""
     n_weights = target.parameter.numel()
     n_values = max(1, round(n_weights / factor))
     kind = config.sharing_kind if n_values < n_weights else "none"
     return Sharing(kind, n_values, n_weights)
 
 
-def _sharing_factors(targets: list[Target], config: VariationalConfig) -> dict[str, float]:
+def sharing_factors(targets: list[Target], config: VariationalConfig) -> dict[str, float]:
     """The factor of every target.
 
     Raises:
@@ -221,7 +223,7 @@ def _sharing_factors(targets: list[Target], config: VariationalConfig) -> dict[s
     """
     factors = {target.name: 1.0 for target in targets}
     for end, factor in config.sharing.items():
-        found = [name for name in factors if name == end or name.endswith(f".{end}")]
+        found = [name for name in factors if is_named(name, [end])]
         if not found:
             raise OptionError(
                 f"sharing: expected (the end of) the name of a coded parameter, found {end!r}; the names are "

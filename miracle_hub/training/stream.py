@@ -73,7 +73,7 @@ class Stream(nn.Module):
         ]
         # Zeros stay zeros in a fit without noise; with it, they need some room to move.
         self.scale_of_zeros = SMALLEST_SCALE if POSTERIORS[parametrization].is_noiseless else 0.01
-        self.scale_columns = _scale_columns(members[0].shape) if has_row_scales else 0
+        self.scale_columns = scale_columns(members[0].shape) if has_row_scales else 0
         self.share = test_channel_share(block_kl_nats / block_weights)
         in_order = torch.cat(values)[self.order] if self.is_permuted else values[0]
         scales, make = self._scales_of(in_order), POSTERIORS[parametrization]
@@ -233,7 +233,7 @@ def _shared_values(weights: Tensor, sharing: Sharing, seed: int, number: int) ->
     return mean * (flat.square().mean().sqrt() / power) if float(power) > 0 else mean
 
 
-def _scale_columns(shape: tuple[int, ...]) -> int:
+def scale_columns(shape: tuple[int, ...]) -> int:
     """The length of rows that have a scale of their own; 0 where they are short."""
     columns = matrix_columns(shape)
     return columns if columns >= ROW_SCALE_COLUMNS and columns < math.prod(shape) else 0

@@ -1,6 +1,5 @@
 """Which parameters of a module become variational, in the manner of PEFT's target_modules."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from miracle_hub.errors import OptionError
+from miracle_hub.names import is_named, matches
 from miracle_hub.training.config import VariationalConfig
 
 KEYWORDS = ("all", "all-matrices", "all-linear")
@@ -43,7 +43,7 @@ def find_targets(model: nn.Module, config: VariationalConfig) -> list[Target]:
         target
         for target in _parameters(model)
         if _is_wanted(target, wanted, model, config.streams)
-        and not any(_matches(target.name, names) for names in kept)
+        and not any(matches(target.name, names) for names in kept)
     ]
     if not targets:
         modules = dict.fromkeys(name.rpartition(".")[0] or name for name, _ in model.named_parameters())
@@ -55,11 +55,6 @@ def find_targets(model: nn.Module, config: VariationalConfig) -> list[Target]:
     for target in targets:
         _check(target)
     return targets
-
-
-def matches_any(name: str, *selections: str | list[str] | None) -> bool:
-    """Whether a parameter's name is selected by one of them."""
-    return any(_matches(name, names) for names in selections if names)
 
 
 def _parameters(model: nn.Module) -> Iterator[Target]:
@@ -97,8 +92,8 @@ def _is_wanted(target: Target, wanted: str | list[str], model: nn.Module, stream
         is_linear = any(_is_linear(module) and name == "weight" for module, name in target.owners)
         return is_linear and not any(module is head for module, _ in target.owners)
     # Vectors of a hub model are stored plainly unless they are named or all is asked for.
-    return _matches(target.name, wanted) and (
-        streams == "network" or is_matrix or _names(target.name, wanted)
+    return matches(target.name, wanted) and (
+        streams == "network" or is_matrix or is_named(target.name, wanted)
     )
 
 
@@ -110,22 +105,6 @@ def _output_layer(model: nn.Module) -> nn.Module | None:
     """What PEFT's "all-linear" leaves out: the head of a language model."""
     get: Any = getattr(model, "get_output_embeddings", None)
     return None if get is None else get()
-
-
-def _matches(name: str, wanted: str | list[str]) -> bool:
-    """Whether a parameter's own name, or that of its module or one above, is meant."""
-    parts = name.split(".")
-    prefixes = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
-    if isinstance(wanted, str):
-        return any(re.fullmatch(wanted, prefix) for prefix in prefixes)
-    return any(prefix == end or prefix.endswith(f".{end}") for prefix in prefixes for end in wanted)
-
-
-def _names(name: str, wanted: str | list[str]) -> bool:
-    """Whether the parameter itself is named, not only a module."""
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
-    return any(name == end or name.endswith(f".{end}") for end in wanted)
 
 
 def _check(target: Target) -> None:

@@ -152,8 +152,8 @@ def fit(folder: Path) -> None:
     try:
         with redirect_stdout(StringIO()):  # the Trainer prints its figures
             miracle_hub.fit(
-                dense(), folder / "out", data=sentences(), steps=12, batch_size=4, groups=4, refit_steps=4,
-                learning_rate=1e-3, resume=True, progress=False,
+                dense(), folder / "out", data=sentences(), rate=1.0, steps=12, batch_size=4, groups=4,
+                refit_steps=4, learning_rate=1e-3, resume=True, progress=False,
             )  # fmt: skip
     finally:
         fit_module._arguments, Checkpoint.__init__.__defaults__ = arguments, defaults

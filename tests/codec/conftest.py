@@ -14,6 +14,7 @@ from torch import Tensor
 
 from miracle_hub.codec.compress import Report, compress_folder
 from miracle_hub.errors import BudgetError
+from miracle_hub.options import CompressOptions
 
 
 def save_folder(
@@ -67,7 +68,8 @@ def compress() -> Callable[..., Report]:
     def run(source: Path, out: Path, **options: Any) -> Report:
         if not {"size", "bits_per_weight"} & options.keys():
             options["bits_per_weight"] = 3.0
-        return compress_folder(source, out, **{"window_bits": 8, "progress": False, **options})
+        fastest = {"window_bits": 8, "progress": False}
+        return compress_folder(source, out, CompressOptions(**{**fastest, **options}))
 
     return run
 
@@ -99,7 +101,8 @@ def model(save_model: Callable[..., Path], tensors: dict[str, Tensor]) -> Path:
 def compressed_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("once")
     save_folder(folder / "model", layers())
-    compress_folder(folder / "model", folder / "small", bits_per_weight=3.0, window_bits=8, progress=False)
+    options = CompressOptions(bits_per_weight=3.0, window_bits=8, progress=False)
+    compress_folder(folder / "model", folder / "small", options)
     return folder / "small"
 
 

@@ -30,7 +30,8 @@ from miracle_hub.errors import (
 from miracle_hub.files import container
 from miracle_hub.files.container import Entry, write_file
 from miracle_hub.format.payload import Header, Segment, encode_header, encode_payload
-from miracle_hub.plugin.conversion import _names
+from miracle_hub.names import matches
+from miracle_hub.options import CompressOptions
 from miracle_hub.plugin.quantizer import MiracleConfig
 
 DAMAGED = "; the file is truncated or damaged: download it again"
@@ -326,8 +327,13 @@ def test_a_figure_of_a_config_may_have_any_other_name() -> None:
     assert MiracleConfig(**figures).to_dict().items() >= figures.items()
 
 
-def test_a_module_pattern_that_is_no_regular_expression_is_text() -> None:
-    assert _names("layer[0", "layer[0].query") and not _names("layer[0", "other.layer")
+def test_a_strangers_regular_expression_is_never_run() -> None:
+    facts: dict[str, Any] = {"quant_method": "miracle", "modules_to_not_convert": "(a+)+b"}
+    with pytest.raises(OptionError, match="^config.json: modules_to_not_convert: expected a list of names, "):
+        MiracleConfig.from_dict(facts)
+    facts["modules_to_not_convert"] = ["layer[0", "(a+)+b"]
+    assert MiracleConfig.from_dict(facts).modules_to_not_convert == ["layer[0", "(a+)+b"]
+    assert matches("layer[0.query", ["layer[0"]) and not matches("a" * 40, ["(a+)+b"])
 
 
 def test_inspection_refuses_scales_that_no_reader_takes(folder: Path) -> None:
@@ -374,7 +380,8 @@ def test_names_of_tensors_never_become_paths(tmp_path: Path) -> None:
     save_file(tensors, source / "model.safetensors")
     (source / "config.json").write_text('{"model_type": "bert"}')
     small, dense = tmp_path / "in" / "small", tmp_path / "in" / "dense"
-    compress_folder(source, small, bits_per_weight=6.0, window_bits=8, max_shard_size="1kB", progress=False)
+    options = CompressOptions(bits_per_weight=6.0, window_bits=8, max_shard_size="1kB", progress=False)
+    compress_folder(source, small, options)
     decompress_folder(small, dense, max_shard_size="1kB", overwrite=False, progress=False)
     assert load_state_dict(dense).keys() == load_state_dict(small).keys() == tensors.keys()
     assert everything(tmp_path) == sorted(

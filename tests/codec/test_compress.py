@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from miracle_hub.codec.artifact import parse_size
 from miracle_hub.codec.compress import Report
 from miracle_hub.codec.decompress import decompress_folder, load_state_dict
 from miracle_hub.codec.inspection import inspect_folder
 from miracle_hub.errors import OptionError
+from miracle_hub.options import parse_size
 
 Compress = Callable[..., Report]
 LeastSize = Callable[..., int]
@@ -296,7 +296,7 @@ def test_a_folder_without_config_compresses_all_the_same(
         ({"rotation": 65536}, "rotation: expected a power of two up to 32768, found 65536; "),
         ({"window_bits": 7}, "window_bits: expected 8 to 16, found 7; longer windows are slower"),
         ({"window_bits": 17}, "window_bits: expected 8 to 16, found 17; longer windows are slower"),
-        ({"seed": -1}, "code: seed must be an integer from 0 to 18446744073709551615, found -1; "),
+        ({"seed": -1}, "seed: expected 0 to 18446744073709551615, found -1; "),
         (
             {"size": "many"},
             "size: expected a positive number of bytes such as 5.5MB, 800kB or 1GiB, found 'many'",

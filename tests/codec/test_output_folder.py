@@ -31,6 +31,7 @@ SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
 import miracle_hub.codec.compress as module
+from miracle_hub.options import CompressOptions
 
 encode = module.encode_tensor
 def slow_encode(*args, **kwargs):
@@ -44,8 +45,8 @@ def slow_encode(*args, **kwargs):
 module.encode_tensor = slow_encode
 parent, processes, die = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "die"
 try:
-    options = dict(bits_per_weight=3.0, window_bits=8, progress=False)
-    module.compress_folder(parent / "model", parent / "out", **options)
+    options = CompressOptions(bits_per_weight=3.0, window_bits=8, progress=False)
+    module.compress_folder(parent / "model", parent / "out", options)
 except Exception as error:
     print(type(error).__name__, error)
 """

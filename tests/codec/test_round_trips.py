@@ -32,6 +32,7 @@ from miracle_hub.coding.scales import rounded_scales
 from miracle_hub.errors import BudgetError
 from miracle_hub.files.container import Entry, opened, write_file
 from miracle_hub.format.network import NetworkHeader, TensorSpec
+from miracle_hub.options import CompressOptions
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PAYLOADS, NETWORKS, REPOSITORIES = (
@@ -154,11 +155,12 @@ def test_a_networks_file_decodes_to_the_same_bits_here_and_apart(data: st.DataOb
 def compressed(source: Path, out: Path, extra_bytes: int, **options: Any) -> None:
     """Some bytes above the least size, which the error for asking less says."""
     try:
-        compress_folder(source, out, size=1, **options)
+        compress_folder(source, out, CompressOptions(size=1, **options))
     except BudgetError as error:
         match = re.search(r"least possible is ([\d,]+) bytes", str(error))
         assert match
-        compress_folder(source, out, size=int(match[1].replace(",", "")) + extra_bytes, **options)
+        size = int(match[1].replace(",", "")) + extra_bytes
+        compress_folder(source, out, CompressOptions(size=size, **options))
 
 
 @given(st.data())

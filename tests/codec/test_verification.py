@@ -16,12 +16,13 @@ from miracle_hub.codec.compress import compress_folder
 from miracle_hub.codec.inspection import inspect_folder
 from miracle_hub.codec.verification import verify_folder
 from miracle_hub.errors import ChecksumError, MissingWeightsError
+from miracle_hub.options import CompressOptions
 
 OPTIONS: dict[str, Any] = {"bits_per_weight": 5, "window_bits": 8, "progress": False}
 
 
 def compressed_as(model: Path, out: Path, **options: Any) -> Path:
-    compress_folder(model, out, **{**OPTIONS, **options})
+    compress_folder(model, out, CompressOptions(**{**OPTIONS, **options}))
     return out
 
 

@@ -20,6 +20,7 @@ from miracle_hub.codec.modules import load
 from miracle_hub.codec.network import encode_stream_entry, write_network
 from miracle_hub.codec.tensor import SegmentPlan, encode_tensor
 from miracle_hub.format.network import NetworkHeader, TensorSpec
+from miracle_hub.options import CompressOptions
 
 GOLDEN = Path(__file__).parent
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
@@ -63,8 +64,11 @@ def make_repository(path: Path) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as temporary:
         dense = Path(temporary) / "dense"
         dense_model(dense)
-        options = {"bits_per_weight": 4.0, "window_bits": 8, "seed": 2**40 + 3, "max_shard_size": "2kB"}
-        compress_folder(dense, path, **options, stages=stages, progress=False)
+        options = CompressOptions(
+            bits_per_weight=4.0, window_bits=8, seed=2**40 + 3, max_shard_size="2kB", stages=stages,
+            progress=False,
+        )  # fmt: skip
+        compress_folder(dense, path, options)
     return content(load_state_dict(path))
 
 

@@ -135,7 +135,7 @@ def test_what_fit_writes_is_certified_by_the_names_of_its_classes(dense: Path, t
     data, base = table(tmp_path / "d.tsv", pairs), tmp_path / "base"
     AutoModelForSequenceClassification.from_pretrained(dense).base_model.save_pretrained(base)
     AutoTokenizer.from_pretrained(dense).save_pretrained(base)
-    options: dict[str, Any] = dict(bits_per_weight=2.0, steps=2, groups=2, refit_steps=1, progress=False)
+    options: dict[str, Any] = dict(rate=2.0, steps=2, groups=2, refit_steps=1, progress=False)
     fitted = miracle_hub.fit(base, tmp_path / "out", data=data, **options)
     found = miracle_hub.certify(tmp_path / "out", data=data, fitted=True, progress=False)
     assert (found.examples, found.classes) == (len(pairs), 2)

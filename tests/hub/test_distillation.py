@@ -59,7 +59,7 @@ def test_the_loss_is_the_kl_of_outputs_plus_ten_times_the_relative_error_of_hidd
 def test_what_padding_says_is_of_no_account() -> None:
     model = make_variational(
         GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=16)).eval(),
-        bits_per_weight=2.0,
+        rate=2.0,
     )
     teacher = Teacher(model)
     with torch.no_grad():
@@ -155,7 +155,7 @@ def test_a_common_shift_counts_where_outputs_are_no_classes(
 def test_an_encoder_with_a_decoder_is_held_to_what_both_said(tmp_path: Path) -> None:
     config = T5Config(vocab_size=50, d_model=16, d_ff=32, d_kv=8, num_layers=1, num_heads=2)
     config.decoder_start_token_id = 0
-    model: Any = make_variational(T5ForConditionalGeneration(config), bits_per_weight=2.0)
+    model: Any = make_variational(T5ForConditionalGeneration(config), rate=2.0)
     rows = [{**row, "labels": row["input_ids"]} for row in ROWS]
     trainer = MiracleTrainer(model=model, args=arguments(tmp_path / "t"), train_dataset=rows)
     trainer.compress(tmp_path / "out", options=CodingOptions(groups=2, refit_steps=2))
@@ -230,7 +230,7 @@ def test_a_model_whose_files_have_other_names_is_written(tmp_path: Path) -> None
     config = ViTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, **options
     )
-    model: Any = make_variational(ViTForImageClassification(config), bits_per_weight=2.0)
+    model: Any = make_variational(ViTForImageClassification(config), rate=2.0)
     rows = [{"pixel_values": torch.randn(3, 8, 8), "labels": i % 2} for i in range(16)]
     trainer = MiracleTrainer(model=model, args=arguments(tmp_path / "t"), train_dataset=rows)
     trainer.compress(tmp_path / "out", options=CodingOptions(groups=2, refit_steps=1))
@@ -242,7 +242,7 @@ def test_a_model_whose_files_have_other_names_is_written(tmp_path: Path) -> None
 
 def test_a_float16_model_survives_its_refits(tmp_path: Path) -> None:
     half = remove_variational(classifier()).half()
-    trainer = trainer_of(make_variational(half, bits_per_weight=2.0), tmp_path / "t")
+    trainer = trainer_of(make_variational(half, rate=2.0), tmp_path / "t")
     trainer.compress(tmp_path / "out", options=CodingOptions(groups=3, refit_steps=5))
     weights = posterior_mean(half).state_dict()
     assert all(bool(t.isfinite().all()) for t in weights.values())

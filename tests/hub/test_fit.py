@@ -64,7 +64,7 @@ def test_a_classifier_learns_within_its_budget_and_loads_plainly(
     source: Path, tsv: Path, tmp_path: Path
 ) -> None:
     options: dict[str, Any] = dict(epochs=8, learning_rate=4e-3, groups=4, refit_steps=4, progress=False)
-    found = miracle_hub.fit(source, tmp_path / "out", data=tsv, bits_per_weight=2.0, **options)
+    found = miracle_hub.fit(source, tmp_path / "out", data=tsv, rate=2.0, **options)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert found.coded["accuracy"] >= 0.9 and model.config.num_labels == 2
     assert found.report.compressed_bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
@@ -81,10 +81,11 @@ def test_a_language_model_is_fitted_to_text(source: Path, tmp_path: Path) -> Non
     LlamaForCausalLM(LlamaConfig(vocab_size=20, pad_token_id=0, **sizes)).save_pretrained(folder)
     BertTokenizer.from_pretrained(source).save_pretrained(folder)
     (tmp_path / "text.txt").write_text("\n".join(text for text, _ in sentences(200)))
-    options: dict[str, Any] = dict(steps=30, learning_rate=1e-2, max_length=16, groups=3, refit_steps=2)
+    options: dict[str, Any] = dict(rate=1.0, steps=30, learning_rate=1e-2, max_length=16, groups=3)
     found = miracle_hub.fit(
-        folder, tmp_path / "out", data=tmp_path / "text.txt", task="causal-lm", progress=False, **options
-    )
+        folder, tmp_path / "out", data=tmp_path / "text.txt", task="causal-lm", refit_steps=2,
+        progress=False, **options,
+    )  # fmt: skip
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert found.coded["loss"] < 2.8  # 20 tokens at random are 3.0 nats
 
@@ -93,7 +94,7 @@ SCRIPT = """
 import sys
 import miracle_hub
 source, out, data, resume = sys.argv[1:]
-options = dict(steps=2, groups=4, refit_steps=5, progress=False, resume=resume == "True")
+options = dict(rate=1.0, steps=2, groups=4, refit_steps=5, progress=False, resume=resume == "True")
 miracle_hub.training.checkpoint.Checkpoint.__init__.__defaults__ = (0.0, "")
 print(miracle_hub.fit(source, out, data=data, **options).report.digest)
 """
@@ -134,7 +135,7 @@ def test_a_fit_that_stops_between_training_and_coding_goes_on_without_another_st
     def stop(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    options: dict[str, Any] = dict(data=tsv, steps=3, groups=2, refit_steps=2, progress=False)
+    options: dict[str, Any] = dict(data=tsv, rate=1.0, steps=3, groups=2, refit_steps=2, progress=False)
     whole = miracle_hub.fit(source, tmp_path / "whole", **options)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(MiracleTrainer, "compress", stop)
@@ -152,7 +153,7 @@ def test_two_fits_of_one_output_do_not_share_their_checkpoints(
     source: Path, tsv: Path, tmp_path: Path
 ) -> None:
     with alone_in(tmp_path / "out-fit"), pytest.raises(OutputExistsError) as raised:
-        miracle_hub.fit(source, tmp_path / "out", data=tsv, steps=1, progress=False)
+        miracle_hub.fit(source, tmp_path / "out", data=tsv, rate=1.0, steps=1, progress=False)
     assert str(raised.value) == (
         f"{tmp_path / 'out-fit'}: expected no other run that uses this folder, found one; wait for its end, "
         "or choose another output"
@@ -162,7 +163,7 @@ def test_two_fits_of_one_output_do_not_share_their_checkpoints(
 def refused(source: Path, tmp_path: Path, text: str, name: str = "d.csv", **options: Any) -> str:
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError) as error:
-        miracle_hub.fit(source, tmp_path / "out", data=tmp_path / name, progress=False, **options)
+        miracle_hub.fit(source, tmp_path / "out", data=tmp_path / name, rate=1.0, progress=False, **options)
     assert not (tmp_path / "out").exists()
     return str(error.value)
 
@@ -193,14 +194,14 @@ def test_an_empty_file_and_a_missing_one_are_refused(source: Path, tmp_path: Pat
     assert "expected a file (.csv" in refused(source, tmp_path, "")
     assert "at least two rows, found 1" in refused(source, tmp_path, "text,label\na,0\n")
     with pytest.raises(DataError, match="expected a file .* found FileNotFoundError: no such file"):
-        miracle_hub.fit(source, tmp_path / "out", data="none.csv")
+        miracle_hub.fit(source, tmp_path / "out", data="none.csv", rate=1.0)
 
 
 def test_an_unknown_task_and_an_existing_output_are_refused_before_any_work(
     source: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(OptionError, match="task: expected one of"):
-        miracle_hub.fit(source, tmp_path / "out", data="none", task="regression")
+        miracle_hub.fit(source, tmp_path / "out", data="none", task="regression", rate=1.0)
     (tmp_path / "out").mkdir()
     with pytest.raises(OutputExistsError):
-        miracle_hub.fit(source, tmp_path / "out", data="none")
+        miracle_hub.fit(source, tmp_path / "out", data="none", rate=1.0)

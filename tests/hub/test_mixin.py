@@ -37,7 +37,7 @@ X = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
 
 def coded(streams: str = "network", **arguments: Any) -> Digits:
     model: Any = Digits(**arguments)
-    config: Any = {"bits_per_weight": 3.0, "window_bits": 6, "kl_block_weights": 16, "streams": streams}
+    config: Any = {"rate": 3.0, "window_bits": 6, "kl_block_weights": 16, "streams": streams}
     make_variational(model, **config, target_modules="all")
     options = CodingOptions(groups=2, refit_steps=2)
     code_model(model, lambda number: model(X + number).square().mean(), options=options, progress=False)
@@ -82,7 +82,7 @@ def test_only_a_coded_network_is_saved(tmp_path: Path) -> None:
         OptionError, match="^model: expected a variational model, found Digits without posteriors; "
     ):
         Digits().save_pretrained(tmp_path)
-    model: Any = make_variational(Digits(), bits_per_weight=3.0, streams="network", window_bits=6)
+    model: Any = make_variational(Digits(), rate=3.0, streams="network", window_bits=6)
     with pytest.raises(
         OptionError, match="^gain: expected a coded stream, found one that is not; call code_model"
     ):

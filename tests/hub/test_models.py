@@ -96,8 +96,8 @@ def test_a_saved_network_loads_with_the_weights_that_evaluation_had(
 
 def test_the_file_of_a_network_is_its_message_scales_and_little_more(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(1, 20, 5), nn.Conv2d(20, 50, 5), nn.Linear(80, 50), nn.Linear(50, 10))
-    options: Any = {"bits": 3000, "streams": "network", "sharing": {"1.weight": 16.0, "2.weight": 8.0}}
-    miracle_hub.make_variational(model, **options, window_bits=10)
+    options: Any = {"streams": "network", "sharing": {"1.weight": 16.0, "2.weight": 8.0}}
+    miracle_hub.make_variational(model, message_bits=3000, **options, window_bits=10)
     miracle_hub.code_model(model, options=CodingOptions(groups=1), progress=False)
     (stream,) = streams_of(model)
     n_bytes = miracle_hub.save(model, tmp_path / "net.safetensors")
@@ -112,7 +112,7 @@ def test_tied_weights_and_other_dtypes_are_saved_once_and_as_they_are(tmp_path: 
         model[3].weight = model[0].weight
         return model
 
-    model = miracle_hub.make_variational(make(), bits_per_weight=2.0, streams="network", window_bits=6)
+    model = miracle_hub.make_variational(make(), rate=2.0, streams="network", window_bits=6)
     miracle_hub.code_model(model, options=CodingOptions(groups=2), progress=False)
     miracle_hub.save(model, tmp_path / "net.safetensors")
     fresh: Any = miracle_hub.load(tmp_path / "net.safetensors", make())
@@ -126,7 +126,7 @@ def test_a_network_that_was_an_ordinary_one_in_between_loads_into_a_fresh_one(tm
     """The order of a module's parameters is that of the file: it survives removal."""
     model = variational_net(streams="network", target_modules=r".*weight")
     miracle_hub.remove_variational(model)
-    options: Any = {"bits_per_weight": 3.0, "streams": "network", "window_bits": 6}
+    options: Any = {"rate": 3.0, "streams": "network", "window_bits": 6}
     miracle_hub.make_variational(model, **options)
     miracle_hub.code_model(model, options=CodingOptions(groups=1), progress=False)
     miracle_hub.save(model, tmp_path / "net.safetensors")
@@ -276,7 +276,7 @@ def test_what_is_read_back_must_be_what_was_coded(tmp_path: Path, monkeypatch: p
 
 
 def test_keywords_a_config_and_transformers_config_make_the_same_model() -> None:
-    options: Any = {"bits_per_weight": 3.0, "window_bits": 6, "modules_to_save": ["head"]}
+    options: Any = {"rate": 3.0, "window_bits": 6, "modules_to_save": ["head"]}
     models = [
         miracle_hub.make_variational(conv_net(), **options),
         miracle_hub.make_variational(conv_net(), VariationalConfig(**options)),
@@ -284,15 +284,13 @@ def test_keywords_a_config_and_transformers_config_make_the_same_model() -> None
     ]
     configs = [variational_of(model).config for model in models]
     assert configs[0] == configs[1] == configs[2] == VariationalConfig(**options)
-    for arguments, keywords in (((), {}), ((VariationalConfig(bits_per_weight=1.0),), options)):
+    for arguments, keywords in (((), {}), ((VariationalConfig(rate=1.0),), options)):
         with pytest.raises(
             OptionError, match="^make_variational: expected either a config or options as keywords; "
         ):
             miracle_hub.make_variational(conv_net(), *arguments, **keywords)
-    with pytest.raises(
-        OptionError, match="^make_variational: expected options among .*, found 'bit_per_weight'; "
-    ):
-        miracle_hub.make_variational(conv_net(), bit_per_weight=1.0)
+    with pytest.raises(OptionError, match="^make_variational: expected options among .*, found 'rte'; "):
+        miracle_hub.make_variational(conv_net(), rte=1.0)
 
 
 def tiny(kind: str) -> Any:
@@ -317,7 +315,7 @@ def test_a_coded_transformers_model_loads_with_plain_from_pretrained(
 ) -> None:
     model = tiny(kind)
     miracle_hub.make_variational(
-        model, bits_per_weight=2.0, window_bits=8, modules_to_save=["classifier"], exclude_modules=["pooler"]
+        model, rate=2.0, window_bits=8, modules_to_save=["classifier"], exclude_modules=["pooler"]
     )
     miracle_hub.code_model(model, options=CodingOptions(groups=2), progress=False)
     report = miracle_hub.compress_model(model, tmp_path / "out", progress=False)
@@ -335,12 +333,12 @@ def test_a_coded_transformers_model_loads_with_plain_from_pretrained(
 
 
 def test_a_repository_needs_a_coded_model_with_a_stream_per_tensor(tmp_path: Path) -> None:
-    model = miracle_hub.make_variational(tiny("bert"), bits_per_weight=2.0, window_bits=8)
+    model = miracle_hub.make_variational(tiny("bert"), rate=2.0, window_bits=8)
     with pytest.raises(
         OptionError, match="embeddings.weight: expected a coded stream, found one that is not; "
     ):
         miracle_hub.compress_model(model, tmp_path / "out", progress=False)
-    one = miracle_hub.make_variational(tiny("bert"), bits_per_weight=2.0, window_bits=8, streams="network")
+    one = miracle_hub.make_variational(tiny("bert"), rate=2.0, window_bits=8, streams="network")
     with pytest.raises(
         OptionError, match="^streams: expected 'tensor' for a repository, found 'network'; use save"
     ):

@@ -50,7 +50,7 @@ def classifier(**options: Any) -> Any:
     )
     return make_variational(
         BertForSequenceClassification(config),
-        MiracleConfig(bits_per_weight=1.5, **{"parametrization": "mean-kl", **options}),
+        MiracleConfig(rate=1.5, **{"parametrization": "mean-kl", **options}),
     )
 
 
@@ -173,7 +173,7 @@ def test_a_repository_of_a_given_size_codes_the_other_tensors_too(tmp_path: Path
 
 def test_the_plain_trainer_fits_mean_kl_with_tied_weights(tmp_path: Path) -> None:
     config = GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=16)
-    model: Any = make_variational(GPT2LMHeadModel(config), bits_per_weight=2.0)
+    model: Any = make_variational(GPT2LMHeadModel(config), rate=2.0)
     rows: Any = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in ROWS]
     options: dict[str, Any] = dict(save_strategy="steps", save_steps=2)
     Trainer(model=model, args=arguments(tmp_path / "t", **options), train_dataset=rows).train()

@@ -18,7 +18,7 @@ IMAGES = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(20) % 5
 # Every tensor of ConvNet has 4 values at least, whose message at 3 bits each has room for a window.
 SMALL: dict[str, Any] = {
-    "bits_per_weight": 3.0,
+    "rate": 3.0,
     "window_bits": 6,
     "kl_block_weights": 32,
     "parametrization": "mean-kl",

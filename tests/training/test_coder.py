@@ -94,7 +94,7 @@ def test_weights_are_those_of_the_messages_and_what_is_coded_never_moves(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes_hold_the_rounded_weights(dtype: torch.dtype) -> None:
     model = nn.Linear(16, 16).to(dtype)
-    make_variational(model, VariationalConfig(bits_per_weight=2.0, window_bits=8))
+    make_variational(model, VariationalConfig(rate=2.0, window_bits=8))
     code(model, groups=2)
     assert weight_of(model, "weight").dtype == dtype
     assert_weights_are_the_messages(model)
@@ -139,7 +139,7 @@ def test_no_group_ends_inside_a_block_whose_rest_would_get_the_budget_of_what_is
 @pytest.mark.parametrize("n_values", [5, 97, 1118, 12_406])
 def test_the_last_block_of_a_sliding_stream_is_nearly_full(n_values: int) -> None:
     model = nn.Linear(n_values, 1, bias=False)
-    make_variational(model, VariationalConfig(bits_per_weight=2.0, window_bits=4, kl_block_weights=64))
+    make_variational(model, VariationalConfig(rate=2.0, window_bits=4, kl_block_weights=64))
     (stream,) = streams_of(model)
     n_steps = stream.posterior.block_weights // stream.code.step_weights
     assert n_steps * stream.code.step_weights == stream.posterior.block_weights <= 80
@@ -149,7 +149,7 @@ def test_the_last_block_of_a_sliding_stream_is_nearly_full(n_values: int) -> Non
 @pytest.mark.parametrize("kind", ["sliding", "block"])
 def test_one_value_is_a_message_of_one_window(kind: str) -> None:
     model = nn.Linear(1, 1, bias=False)
-    config = VariationalConfig(bits=12, streams="network", code=kind, window_bits=12)
+    config = VariationalConfig(message_bits=12, streams="network", code=kind, window_bits=12)
     code(make_variational(model, config), groups=3)
     (stream,) = streams_of(model)
     assert stream.code.message_bits(1) <= 12 and len(message_of(stream)) == 2

@@ -9,11 +9,13 @@ from miracle_hub.code import MAX_STEP_WEIGHTS, Code
 from miracle_hub.errors import BudgetError, MiracleError, OptionError
 from miracle_hub.training.config import VariationalConfig
 
+EXACTLY_ONE = "budget: expected exactly one of bits_per_weight, size, rate and message_bits"
+
 
 @pytest.mark.parametrize(("bits", "blocks", "weights"), [(12_420, 621, 40), (24_840, 1242, 20)])
 def test_blocks_of_the_papers_lenet_are_the_papers(bits: int, blocks: int, weights: int) -> None:
     """Havasi et al. 2019, table 1: 1.52 kB and 3.03 kB for 24,830 values in blocks of 20 bits."""
-    config = VariationalConfig(bits=bits, streams="network", code="block", window_bits=20)
+    config = VariationalConfig(message_bits=bits, streams="network", code="block", window_bits=20)
     code = config.code_for(24_830, "LeNet-5")
     assert (code.steps(24_830), code.step_weights, code.step_bits) == (blocks, weights, 20)
     assert code.message_bits(24_830) == bits
@@ -33,7 +35,7 @@ def test_a_sliding_code_has_the_highest_rate_whose_message_is_within_the_bits(
     n_values: int, rate: float, window_bits: int
 ) -> None:
     bits = max(1, int(rate * n_values))
-    config = VariationalConfig(bits=bits, streams="network", window_bits=window_bits, seed=7)
+    config = VariationalConfig(message_bits=bits, streams="network", window_bits=window_bits, seed=7)
     fitting = [code for code in sliding_codes(window_bits) if code.message_bits(n_values) <= bits]
     if not fitting:
         with pytest.raises(BudgetError, match=f"^w: {bits} bits for {n_values} values are"):
@@ -46,9 +48,9 @@ def test_a_sliding_code_has_the_highest_rate_whose_message_is_within_the_bits(
 
 @pytest.mark.parametrize("rate", [0.05, 0.5, 1.0, 2.7, 6.0])
 @pytest.mark.parametrize("window_bits", [3, 14])
-def test_bits_per_weight_are_the_rate_of_a_long_message(rate: float, window_bits: int) -> None:
+def test_the_rate_is_that_of_a_long_message(rate: float, window_bits: int) -> None:
     """Else the L - k bits of the first window would cost a whole step of the ladder, 1 → 4/5."""
-    config = VariationalConfig(bits_per_weight=rate, window_bits=window_bits, seed=7)
+    config = VariationalConfig(rate=rate, window_bits=window_bits, seed=7)
     rates = [code.rate for code in sliding_codes(window_bits) if code.rate <= rate]
     assert config.code_for(1000, "w").rate == max(rates)
 
@@ -56,7 +58,7 @@ def test_bits_per_weight_are_the_rate_of_a_long_message(rate: float, window_bits
 @pytest.mark.parametrize("n_values", [1, 17, 1000])
 @pytest.mark.parametrize("rate", [0.06, 0.5, 1.0, 12.0])
 def test_a_block_code_has_as_many_blocks_as_the_budget_pays_for(n_values: int, rate: float) -> None:
-    config = VariationalConfig(bits_per_weight=rate, code="block", window_bits=12)
+    config = VariationalConfig(rate=rate, code="block", window_bits=12)
     n_blocks = int(rate * n_values) // 12
     if n_blocks == 0 or n_values > n_blocks * MAX_STEP_WEIGHTS:
         with pytest.raises(BudgetError, match="are less than a block code with windows of 12 bits"):
@@ -71,42 +73,62 @@ def test_a_block_code_has_as_many_blocks_as_the_budget_pays_for(n_values: int, r
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({}, BudgetError, "budget: expected exactly one of bits_per_weight and bits, found None and None; "),
+        ({}, BudgetError, f"{EXACTLY_ONE}, found none; give one of them"),
         (
-            {"bits_per_weight": 1.0, "bits": 9},
+            {"rate": 1.0, "message_bits": 9},
             BudgetError,
-            "budget: expected exactly one of bits_per_weight and bits, found 1.0 and 9; pass one of them",
+            f"{EXACTLY_ONE}, found rate and message_bits; give one of them",
         ),
         (
-            {"bits": 9},
+            {"message_bits": 9},
             BudgetError,
-            "bits: a number of bits is that of a network's stream; pass streams='network'",
+            "message_bits: are those of a network's stream; pass streams='network'",
         ),
         (
-            {"bits": 9.5, "streams": "network"},
+            {"message_bits": 9.5, "streams": "network"},
             BudgetError,
-            "bits: expected a positive whole number, found 9.5; ",
-        ),
-        ({"bits": 0, "streams": "network"}, BudgetError, "bits: expected a positive whole number, found 0; "),
-        (
-            {"bits_per_weight": 0.0},
-            BudgetError,
-            "bits_per_weight: expected more than 0 and at most 24, found 0.0; ",
+            "message_bits: expected a positive whole number, found 9.5; ",
         ),
         (
-            {"bits_per_weight": float("nan")},
+            {"message_bits": 0, "streams": "network"},
             BudgetError,
-            "bits_per_weight: expected more than 0 and at most 24, ",
+            "message_bits: expected a positive whole number, found 0; ",
         ),
         (
-            {"bits_per_weight": 24.5},
+            {"bits_per_weight": 64},
             BudgetError,
-            "bits_per_weight: expected more than 0 and at most 24, found 24.5; ",
+            "bits_per_weight: expected a number above 0 and below 64, found 64; ",
+        ),
+        ({"size": "much"}, OptionError, "size: expected a positive number of bytes such as 5.5MB, "),
+        (
+            {"target_modules": "layer.(1"},
+            OptionError,
+            "target_modules: expected a regular expression, found 'layer.(1' (missing ), unterminated ",
         ),
         (
-            {"bits_per_weight": "1"},
+            {"exclude_modules": 5},
+            OptionError,
+            "exclude_modules: expected a list of names or a regular expression, found 5; write ['name'] ",
+        ),
+        (
+            {"rate": 0.0},
             BudgetError,
-            "bits_per_weight: expected more than 0 and at most 24, found '1'; choose another value",
+            "rate: expected more than 0 and at most 24 bits per coded value, found 0.0; ",
+        ),
+        (
+            {"rate": float("nan")},
+            BudgetError,
+            "rate: expected more than 0 and at most 24 bits per coded value, ",
+        ),
+        (
+            {"rate": 24.5},
+            BudgetError,
+            "rate: expected more than 0 and at most 24 bits per coded value, found 24.5; ",
+        ),
+        (
+            {"rate": "1"},
+            BudgetError,
+            "rate: expected more than 0 and at most 24 bits per coded value, found '1'; choose another value",
         ),
         (
             {"window_bits": 0},
@@ -173,20 +195,21 @@ def test_a_block_code_has_as_many_blocks_as_the_budget_pays_for(n_values: int, r
 def test_options_that_cannot_be_are_refused(
     options: dict[str, Any], error: type[MiracleError], message: str
 ) -> None:
-    budget = {} if {"bits", "bits_per_weight"} & options.keys() or not options else {"bits_per_weight": 1.0}
+    budgets = {"rate", "message_bits", "bits_per_weight", "size"}
+    budget = {} if budgets & options.keys() or not options else {"rate": 1.0}
     with pytest.raises(error) as raised:
         VariationalConfig(**{**budget, **options})
     assert str(raised.value).startswith(message)
 
 
 def test_a_budget_that_values_cannot_use_is_refused() -> None:
-    config = VariationalConfig(bits=1000, streams="network")
+    config = VariationalConfig(message_bits=1000, streams="network")
     with pytest.raises(
         BudgetError, match="^3 tensors: 1000 bits for 41 values are more than 24 bits for each; "
     ):
         config.code_for(41, "3 tensors")
     with pytest.raises(BudgetError) as raised:
-        VariationalConfig(bits=13, streams="network").code_for(13, "head.bias")
+        VariationalConfig(message_bits=13, streams="network").code_for(13, "head.bias")
     assert str(raised.value) == (
         "head.bias: 13 bits for 13 values are less than a sliding code with windows of 14 bits and at most "
         "256 values per step can use; raise the budget, share weights, or choose shorter windows"

@@ -252,6 +252,6 @@ def test_shared_weights_take_few_values_in_the_way_that_is_named(kind: str) -> N
 def test_a_frozen_tensor_is_coded_and_stays_frozen() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     model[0].weight.requires_grad_(False)
-    make_variational(model, VariationalConfig(bits_per_weight=2.0, parametrization="mean-kl"))
+    make_variational(model, VariationalConfig(rate=2.0, parametrization="mean-kl"))
     learned = [[p.requires_grad for p in stream.parameters()] for stream in streams_of(model)]
     assert learned == [[False] * 3, [True] * 3]

@@ -46,7 +46,7 @@ WORDS = torch.randint(64, (5, 9), generator=torch.Generator().manual_seed(0))
 def test_it_is_the_mean_square_of_the_inputs_of_linear_layers_and_convolutions() -> None:
     torch.manual_seed(1)
     model: Any = make_variational(
-        Mixed(), VariationalConfig(bits_per_weight=1.0, window_bits=8, target_modules="all-matrices")
+        Mixed(), VariationalConfig(rate=1.0, window_bits=8, target_modules="all-matrices")
     )
     seen: list[dict[str, Tensor]] = []
 
@@ -84,7 +84,7 @@ def test_errors_move_to_where_they_cost_less() -> None:
         torch.manual_seed(0)
         layer = nn.Linear(256, 64, bias=False)
         wanted, before = layer(x).detach(), layer.weight.detach().clone()
-        make_variational(layer, VariationalConfig(bits_per_weight=1.0))
+        make_variational(layer, VariationalConfig(rate=1.0))
         if measured:
             measure_curvature(layer, lambda _: layer(x), 1)
         code_model(layer, options=CodingOptions(groups=1), progress=False)
@@ -135,9 +135,7 @@ def test_posteriors_that_have_none_run_nothing(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_inputs_that_are_not_finite_stop_before_anything_is_coded(bad: float) -> None:
-    model = make_variational(
-        conv_net(), VariationalConfig(bits_per_weight=3.0, window_bits=6, target_modules="all")
-    )
+    model = make_variational(conv_net(), VariationalConfig(rate=3.0, window_bits=6, target_modules="all"))
     images = IMAGES.clone()
     images[3] = bad
 
@@ -170,7 +168,7 @@ class OtherInputs(nn.Module):
 
 
 def test_a_layer_with_a_forward_of_its_own_has_no_curvature() -> None:
-    model = make_variational(OtherInputs(), VariationalConfig(bits_per_weight=2.0, window_bits=8))
+    model = make_variational(OtherInputs(), VariationalConfig(rate=2.0, window_bits=8))
     x = torch.randn(4, 16, 16) * torch.linspace(0.1, 3, 16)[:, None]
     measure_curvature(model, lambda _: model(x), 1)
     first, second = streams_of(model)
@@ -204,7 +202,7 @@ def test_losses_that_refits_can_use_are_not_refused(loss: Callable[[nn.Module], 
         network = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1)
     else:
         network = nn.Sequential(nn.Linear(16, 16), nn.Tanh())
-    model = make_variational(network, VariationalConfig(bits_per_weight=2.0, window_bits=8))
+    model = make_variational(network, VariationalConfig(rate=2.0, window_bits=8))
     code_model(model, lambda _: loss(model), options=CodingOptions(3, 2), progress=False)
 
 
@@ -217,7 +215,7 @@ def test_a_row_of_another_size_costs_the_other_rows_nothing(size: float, moved: 
     with torch.no_grad():
         layer.weight[40] = size * torch.randn(128)
     before = layer.weight.detach().clone()
-    model = make_variational(layer, VariationalConfig(bits_per_weight=2.0))
+    model = make_variational(layer, VariationalConfig(rate=2.0))
     for stream in streams_of(model):
         stream.begin_coding()
         with torch.no_grad():

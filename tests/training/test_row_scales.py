@@ -14,7 +14,7 @@ from miracle_hub.training.config import VariationalConfig
 from .networks import decoded, part_of, streams_of
 
 OPTIONS: dict[str, Any] = {
-    "bits_per_weight": 2.0,
+    "rate": 2.0,
     "window_bits": 8,
     "target_modules": "all-matrices",
     "parametrization": "mean-kl",
@@ -121,4 +121,4 @@ def test_a_state_dict_of_a_half_coded_model_brings_its_row_scales() -> None:
 
 def test_another_word_for_scales_is_refused() -> None:
     with pytest.raises(OptionError, match=r"scales: expected one of \('row', 'tensor'\), found 'column'"):
-        VariationalConfig(bits_per_weight=1.0, scales="column")
+        VariationalConfig(rate=1.0, scales="column")

@@ -17,12 +17,12 @@ def wide(**options: object) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(256, 64, bias=False), nn.Tanh(), nn.Linear(64, 256, bias=False))
-    return make_variational(model, VariationalConfig(**{"bits_per_weight": 1.0, **options}))  # pyright: ignore[reportArgumentType]
+    return make_variational(model, VariationalConfig(**{"rate": 1.0, **options}))  # pyright: ignore[reportArgumentType]
 
 
 def test_it_is_what_tensors_of_hub_models_get_and_networks_in_one_stream_do_not() -> None:
-    assert VariationalConfig(bits_per_weight=1.0).parametrization == "test-channel"
-    assert VariationalConfig(bits=99, streams="network").parametrization == "mean-kl"
+    assert VariationalConfig(rate=1.0).parametrization == "test-channel"
+    assert VariationalConfig(message_bits=99, streams="network").parametrization == "mean-kl"
 
 
 @pytest.mark.parametrize("streams", ["tensor", "network"])
@@ -40,18 +40,16 @@ def test_outputs_and_gradients_before_coding_are_those_of_the_dense_network(stre
         torch.testing.assert_close(found, flat[stream.order] if stream.is_permuted else flat)
 
 
-@pytest.mark.parametrize("bits_per_weight", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("rate", [0.5, 1.0, 3.0])
 def test_the_mean_kl_is_the_budget_and_draws_miss_the_weights_by_the_channels_distortion(
-    bits_per_weight: float,
+    rate: float,
 ) -> None:
-    stream = streams_of(wide(bits_per_weight=bits_per_weight))[0]
-    assert float(stream.kl_nats().sum()) == pytest.approx(
-        stream.n_values * bits_per_weight * math.log(2), rel=1e-5
-    )
+    stream = streams_of(wide(rate=rate))[0]
+    assert float(stream.kl_nats().sum()) == pytest.approx(stream.n_values * rate * math.log(2), rel=1e-5)
     weight = stream.posterior.weight.detach()
     draws = torch.stack([stream.sample(torch.tensor(seed)) for seed in range(8)])
     error = (draws - weight).square().mean() / weight.square().mean()
-    assert float(error) == pytest.approx(4.0**-bits_per_weight, rel=0.02)
+    assert float(error) == pytest.approx(4.0**-rate, rel=0.02)
 
 
 def test_scales_are_of_the_weights_as_they_are_when_coding_begins() -> None:
@@ -123,6 +121,6 @@ def test_rows_of_zeros_stay_zeros_as_far_as_scales_go() -> None:
 def test_a_network_that_is_frozen_is_coded_without_refits() -> None:
     model = conv_net()
     model.requires_grad_(False)
-    make_variational(model, VariationalConfig(bits_per_weight=3.0, window_bits=6, target_modules="all"))
+    make_variational(model, VariationalConfig(rate=3.0, window_bits=6, target_modules="all"))
     code_model(model, loss_of(model), options=CodingOptions(groups=3, refit_steps=2), progress=False)
     assert not model.conv.weight.requires_grad

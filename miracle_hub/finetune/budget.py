@@ -1,0 +1,202 @@
+"""A budget of the whole file → the highest rate, or the most message bits, whose file stays within it.
+
+The size of a file is known before any training: of every stream the header, the scales and the message, of
+every other tensor its bytes, and the header of the safetensors file. What only training decides is taken at
+its worst: whether a repository holds a trained vector in 16 bits instead of 32 depends on its values. So a
+file may be smaller than its budget, also by up to a step of the rates, and its report says how large it is.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from miracle_hub.codec.artifact import OutputFile, shard_entries
+from miracle_hub.codec.modules import module_tensors
+from miracle_hub.codec.network import STREAM, network_entries, spec_of
+from miracle_hub.codec.tensor import DTYPE_NAMES
+from miracle_hub.coding.matrix import matrix_columns
+from miracle_hub.errors import BudgetError
+from miracle_hub.files.container import Entry
+from miracle_hub.format.network import NetworkHeader, TensorSpec, encode_network
+from miracle_hub.format.payload import Header, Segment
+from miracle_hub.options import DEFAULT_SHARD_SIZE, budget_bytes, parse_size
+from miracle_hub.training.config import VariationalConfig
+from miracle_hub.training.convert import sharing_factors, sharing_of
+from miracle_hub.training.stream import scale_columns
+from miracle_hub.training.targets import Target, find_targets
+
+_SCALE_BYTES = 2
+
+
+def within_budget(model: nn.Module, config: VariationalConfig) -> VariationalConfig:
+    """The options with `rate` or `message_bits` instead of the budget of a file.
+
+    Raises:
+        BudgetError: the budget is below the least or above the most that the model's file can have.
+        OptionError: nothing matches, or a parameter cannot be converted.
+    """
+    targets = find_targets(model, config)
+    n_weights = sum(parameter.numel() for parameter in model.parameters())
+    budget = budget_bytes(config.bits_per_weight, config.size, n_weights)
+    file = _network_file(model, targets, config) if config.streams == "network" else _files(model, targets)
+    sizes = []
+    for candidate in _candidates(file, config):
+        try:
+            sizes.append(file.n_bytes(candidate))
+        except BudgetError:  # a rate at which some stream has no code
+            continue
+        if sizes[-1] <= budget <= sizes[0]:
+            return candidate
+    raise _impossible(budget, sizes, n_weights)
+
+
+def _impossible(budget: int, sizes: list[int], n_weights: int) -> BudgetError:
+    if not sizes:
+        return BudgetError(
+            "budget: expected streams that some rate suits, found none; share weights, choose shorter "
+            "windows, or code fewer modules"
+        )
+    unit = n_weights / 8 / 10_000  # rates are rounded inwards, so that asking for the printed one works
+    least, most = min(sizes), max(sizes)
+    return BudgetError(
+        f"size: {budget:,} bytes were asked for, but the file of this model can have {least:,} "
+        f"({math.ceil(least / unit) / 10_000} bits per weight: at the lowest rate, what is not coded plain) "
+        f"to {most:,} bytes ({math.floor(most / unit) / 10_000} bits per weight: at the highest rate); ask "
+        "for a size in between, or code other modules"
+    )
+
+
+class _File(Protocol):
+    """The file or files that a model will become."""
+
+    @property
+    def n_values(self) -> int:
+        """Values that are coded."""
+        ...
+
+    def n_bytes(self, config: VariationalConfig) -> int:
+        """The size with a rate or a number of message bits; it may turn out smaller, and never larger.
+
+        Raises:
+            BudgetError: no code suits a stream.
+        """
+        ...
+
+
+def _candidates(file: _File, config: VariationalConfig) -> Iterator[VariationalConfig]:
+    """The options at every rate, from the highest on."""
+    own = replace(config, bits_per_weight=None, size=None, rate=1.0)
+    for code in config.codes():
+        if config.streams == "network":
+            yield replace(own, rate=None, message_bits=code.message_bits(file.n_values))
+        else:
+            yield replace(own, rate=code.rate)
+
+
+@dataclass(frozen=True)
+class _NetworkFile:
+    """What `save` writes of a network with one stream."""
+
+    specs: tuple[TensorSpec, ...]
+    plain: dict[str, Tensor]
+
+    @property
+    def n_values(self) -> int:
+        """Values that are coded."""
+        return sum(spec.n_values for spec in self.specs)
+
+    def n_bytes(self, config: VariationalConfig) -> int:
+        """Exact.
+
+        Raises:
+            BudgetError: no code suits the stream.
+        """
+        code = config.code_for(self.n_values, f"{len(self.specs)} tensors")
+        stream = len(encode_network(NetworkHeader(code, self.specs), b"", b""))
+        stream += _SCALE_BYTES * len(self.specs) + code.message_bytes(self.n_values)
+        return OutputFile("", network_entries(self.plain, {STREAM: stream}), {}).n_bytes
+
+
+def _network_file(model: nn.Module, targets: Sequence[Target], config: VariationalConfig) -> _NetworkFile:
+    factors = sharing_factors(list(targets), config)
+    specs = tuple(spec_of(t.name, t.parameter, sharing_of(t, factors[t.name], config)) for t in targets)
+    coded = {target.name for target in targets}
+    plain = {name: tensor for name, tensor in module_tensors(model).items() if name not in coded}
+    return _NetworkFile(specs, plain)
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What `save` or `compress_model` writes of a model with a stream per tensor, at most.
+
+    Attributes:
+        coded: shape and dtype of the coded tensors, by name.
+        plain: the entries of all others, as they are now.
+    """
+
+    coded: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    plain: list[Entry]
+
+    @property
+    def n_values(self) -> int:
+        """Values that are coded."""
+        return sum(math.prod(shape) for shape, _ in self.coded.values())
+
+    def n_bytes(self, config: VariationalConfig) -> int:
+        """An upper bound.
+
+        Raises:
+            BudgetError: no code suits a stream.
+        """
+        entries = list(self.plain)
+        for name, (shape, dtype) in self.coded.items():
+            n_bytes = _payload_bytes(name, shape, dtype, config)
+            entries.append(Entry(name, "U8", (n_bytes,), n_bytes))
+        files = shard_entries(entries, parse_size(DEFAULT_SHARD_SIZE))
+        return sum(file.n_bytes for file in files) + _room(entries, len(files))
+
+
+def _files(model: nn.Module, targets: Sequence[Target]) -> _Files:
+    coded = {t.name: (tuple(t.parameter.shape), t.parameter.dtype) for t in targets}
+    own = {id(target.parameter) for target in targets}
+    aliases: dict[int, str] = {}
+    tensors = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    for name, tensor in tensors.items():  # of a tied tensor's names the longest may be written
+        aliases[id(tensor)] = max(name, aliases.get(id(tensor), ""), key=len)
+    plain = {aliases[id(tensor)]: tensor for tensor in tensors.values() if id(tensor) not in own}
+    return _Files(coded, network_entries(plain, {}))
+
+
+def _payload_bytes(name: str, shape: tuple[int, ...], dtype: torch.dtype, config: VariationalConfig) -> int:
+    columns, n_values = matrix_columns(shape), math.prod(shape)
+    has_row_scales = config.scales == "row" and scale_columns(shape) > 0
+    segment = Segment(n_values // columns, config.code_for(n_values, name), has_row_scales)
+    return Header(DTYPE_NAMES[dtype], shape, columns, 1, (segment,)).payload_bytes
+
+
+def _room(entries: list[Entry], n_files: int) -> int:
+    """What headers may grow by: offsets in another order, names of narrowed vectors, metadata, shards."""
+    digits = len(str(sum(entry.n_bytes for entry in entries)))
+    offset, short = 0, 0
+    for entry in entries:
+        short += 2 * digits - len(str(offset)) - len(str(offset + entry.n_bytes))
+        offset += entry.n_bytes
+    names = sum(_narrowing(entry) for entry in entries)
+    return short + names + n_files * _METADATA
+
+
+def _narrowing(entry: Entry) -> int:
+    """Bytes that halving a vector adds at most: its name goes to the metadata, a list of JSON within JSON."""
+    if entry.dtype != "F32" or len(entry.shape) != 1:
+        return 0
+    return max(0, len(json.dumps(json.dumps(entry.name))) + 2 - entry.n_bytes // 2)
+
+
+# Of one file: {"format": "pt", "narrowed_from_F32": "[…]"} with its key, and the padding of the header, twice
+# for the shard more that another order may need.
+_METADATA = 2 * (len('"__metadata__":{"format":"pt","narrowed_from_F32":"[]"},') + 8)

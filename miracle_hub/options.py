@@ -1,0 +1,308 @@
+"""What the verbs are told: every option once, with its type, default, help and check.
+
+The text behind a field's type is its help. The command line makes its options of these fields, where a union
+of types is the first of them; the verbs have the same names and defaults in their signatures and the same
+texts in their docstrings, which a test compares.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from fractions import Fraction
+from typing import Annotated, Any, ClassVar, Protocol, TypeVar, get_type_hints
+
+from miracle_hub.code import BACKENDS, DEFAULT_WIDTH, MAX_STAGES, MAX_WIDTH_LOG2
+from miracle_hub.errors import BudgetError, OptionError
+from miracle_hub.names import check_names
+
+# Windows of 14 bits: on two cores 1.3 M weights/s at 2 bits and 3.5 % more squared error than windows
+# of 16 bits, which take at least four times as long (benchmarks/throughput.py, rate_distortion.py).
+DEFAULT_WINDOW_BITS = 14
+WINDOW_BITS = (8, 16)
+DEFAULT_SHARD_SIZE = "5GB"
+TASKS = ("text-classification", "causal-lm")
+_MAX_BITS_PER_WEIGHT = 64
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+BitsPerWeight = Annotated[
+    float | None, "Bits of the whole files, headers and plain tensors included, over all weights."
+]
+Size = Annotated[str | int | None, 'The same as bytes, such as "5.5MB"; never exceeded.']
+ShardSize = Annotated[str | int, "Of one output file."]
+Seed = Annotated[int, "Of the shared candidates; part of the file."]
+Backend = Annotated[str, '"auto" (a GPU where there is one), "cpu" (numba) or "triton" (a GPU).']
+Stages = Annotated[int | None, "Read so many stages only; by default all."]
+Revision = Annotated[str | None, "Branch, tag or commit of a Hub id."]
+Overwrite = Annotated[bool, "Replace the output if it exists."]
+Progress = Annotated[bool, "Show a progress bar."]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressOptions:
+    """How `compress` writes a repository, and how large.
+
+    Raises:
+        OptionError, BudgetError: an option is out of range, or there are two budgets.
+    """
+
+    bits_per_weight: BitsPerWeight = None
+    size: Size = None
+    window_bits: Annotated[
+        int,
+        "Window of the code, 8 to 16; each further bit doubles the time and lowers the squared error a "
+        "little.",
+    ] = DEFAULT_WINDOW_BITS
+    rotation: Annotated[
+        int,
+        "Widest Hadamard rotation, a power of two; every tensor gets the widest up to it that divides its "
+        "rows; 1 is none.",
+    ] = DEFAULT_WIDTH
+    seed: Seed = 0
+    modules_to_not_convert: Annotated[
+        list[str] | str | None,
+        "Modules or tensors that stay plain, by name or end of name after a dot; or, in Python, a regular "
+        "expression that matches whole names.",
+    ] = None
+    max_shard_size: ShardSize = DEFAULT_SHARD_SIZE
+    stages: Annotated[
+        int,
+        "Files of their own, 1 to 9, that can be loaded one after the other; each but the first halves the "
+        "squared error for 4/7 bits per weight. The size is that of all together.",
+    ] = 1
+    backend: Backend = "auto"
+    revision: Revision = None
+    overwrite: Overwrite = False
+    progress: Progress = True
+
+    def __post_init__(self) -> None:
+        if self.bits_per_weight is not None and self.size is not None:
+            raise OptionError("expected either bits_per_weight or size, found both; give one of them")
+        check_budget(self.bits_per_weight, self.size)
+        check_integer("window_bits", self.window_bits, *WINDOW_BITS, hint=_WINDOW_HINT)
+        if self.rotation not in (1 << i for i in range(MAX_WIDTH_LOG2 + 1)):
+            raise OptionError(
+                f"rotation: expected a power of two up to {1 << MAX_WIDTH_LOG2}, found {self.rotation}; "
+                f"{DEFAULT_WIDTH} suits most models, 1 is none"
+            )
+        check_integer("seed", self.seed, 0, 2**64 - 1)
+        check_integer("stages", self.stages, 1, MAX_STAGES, hint="1 suits who loads all at once")
+        check_names(self.modules_to_not_convert, "modules_to_not_convert")
+        parse_size(self.max_shard_size, "max_shard_size")
+        _check_choice("backend", self.backend, BACKENDS)
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether a size of the whole files is asked for."""
+        return self.bits_per_weight is not None or self.size is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """How `fit` fine-tunes and codes a model; exactly one of `bits_per_weight`, `size` and `rate` is its
+    budget.
+
+    Raises:
+        OptionError, BudgetError: an option is out of range, or there is not exactly one budget.
+    """
+
+    task: Annotated[str, '"text-classification" or "causal-lm".'] = TASKS[0]
+    bits_per_weight: BitsPerWeight = None
+    size: Size = None
+    rate: Annotated[
+        float | None, "Bits per coded value instead; headers, scales and plain tensors come on top."
+    ] = None
+    target_modules: Annotated[
+        str | list[str],
+        'What is coded: "all-matrices", "all-linear", "all", a regular expression that matches whole names '
+        "of modules or parameters; or, in Python, a list of names or ends of names.",
+    ] = "all-matrices"
+    parametrization: Annotated[str, '"test-channel", "mean-kl" or "mean-var".'] = "test-channel"
+    text_columns: Annotated[
+        list[str] | None, "One or two columns of text; by default the columns of strings."
+    ] = None
+    label_column: Annotated[str, "Of a classification: whole numbers from 0 on, or names of classes."] = (
+        "label"
+    )
+    epochs: Annotated[float, "Passes over the data."] = 1.0
+    steps: Annotated[int, "Of the optimizer; above 0 they count instead of epochs."] = -1
+    batch_size: Annotated[int, "Rows of a step."] = 32
+    learning_rate: Annotated[float, "That of a dense fine-tuning; refits have their own."] = 1e-4
+    max_length: Annotated[int, "Tokens of a text, or of a language model's window."] = 128
+    groups: Annotated[int, "Groups that are coded one after the other."] = 40
+    refit_steps: Annotated[int, "Steps of the optimizer after every group."] = 10
+    distill: Annotated[bool, "Refits hold the model to what the fit made of it, instead of to labels."] = True
+    seed: Annotated[int, "Of the data's order, a new head, the noise and the shared candidates."] = 0
+    resume: Annotated[bool, "Go on where an interrupted fit of the same arguments was."] = False
+    overwrite: Overwrite = False
+    progress: Progress = True
+
+    def __post_init__(self) -> None:
+        check_one_budget("fit", bits_per_weight=self.bits_per_weight, size=self.size, rate=self.rate)
+        check_budget(self.bits_per_weight, self.size)
+        _check_choice("task", self.task, TASKS)
+        check_names(self.target_modules, "target_modules")
+        for name in ("batch_size", "max_length", "groups"):
+            check_integer(name, getattr(self, name), 1)
+        check_integer("refit_steps", self.refit_steps, 0)
+        check_integer("seed", self.seed, 0, 2**32 - 1)
+        for name in ("epochs", "learning_rate"):
+            check_positive(name, getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How compressed files are read: what a reader chooses, not what a repository is.
+
+    Raises:
+        OptionError: an option is none.
+    """
+
+    stages: Stages = None
+    verify: Annotated[bool, "Compare the digests in the file with those of what was decoded."] = True
+    backend: Annotated[str, 'Who decodes: "cpu", "triton", or "auto" for a GPU where there is one.'] = "auto"
+    keep_compressed: Annotated[
+        bool,
+        "Linear layers keep their payloads and decode them in each forward pass, instead of once on load.",
+    ] = False
+    modules_to_not_convert: Annotated[
+        list[str] | str | None,
+        "Modules to load dense though layers stay compressed, by name or end of name after a dot; or a "
+        "regular expression that matches whole names.",
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.stages is not None:
+            check_integer("stages", self.stages, 1, MAX_STAGES, hint="leave it out for all")
+        for name in ("verify", "keep_compressed"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise OptionError(f"{name}: expected True or False, found {value!r}; leave it out")
+        _check_choice("backend", self.backend, BACKENDS)
+        check_names(self.modules_to_not_convert, "modules_to_not_convert")
+
+
+class Options(Protocol):
+    """A dataclass of options."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+def helps(kind: type[Options]) -> dict[str, str]:
+    """The help of every option, by name."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {field.name: hints[field.name].__metadata__[0] for field in fields(kind)}
+
+
+OptionsT = TypeVar("OptionsT", bound=Options)
+
+
+def chosen(kind: type[OptionsT], options: OptionsT | None, given: Mapping[str, Any]) -> OptionsT:
+    """The options of a verb that takes them together or as keywords.
+
+    Args:
+        options: all together, or None.
+        given: the verb's arguments by name, options and others; locals() at its beginning.
+
+    Raises:
+        OptionError: both are given, or an option is out of range.
+    """
+    if options is None:
+        return kind(**{field.name: given[field.name] for field in fields(kind)})
+    for field in fields(kind):
+        if given[field.name] != field.default:
+            raise OptionError(
+                f"options: expected either options or keywords, found options and {field.name}; give all of "
+                f"them in {kind.__name__}, or none"
+            )
+    return options
+
+
+def budget_bytes(bits_per_weight: float | None, size: str | int | None, n_weights: int) -> int:
+    """Bytes of whole files that either of two budgets asks for.
+
+    Raises:
+        OptionError, BudgetError: it is none.
+    """
+    check_budget(bits_per_weight, size)
+    if size is not None:
+        return parse_size(size)
+    assert bits_per_weight is not None
+    return int(Fraction(bits_per_weight) * n_weights / 8)
+
+
+def check_budget(bits_per_weight: object, size: str | int | None) -> None:
+    """Refuse a budget of whole files that no model could have.
+
+    Raises:
+        OptionError: the size is none. BudgetError: the rate of the files is out of range.
+    """
+    if size is not None:
+        parse_size(size)
+    if bits_per_weight is None:
+        return
+    if not isinstance(bits_per_weight, int | float) or not 0 < bits_per_weight < _MAX_BITS_PER_WEIGHT:
+        raise BudgetError(
+            f"bits_per_weight: expected a number above 0 and below {_MAX_BITS_PER_WEIGHT}, found "
+            f"{bits_per_weight}; 2 to 4 suit most models"
+        )
+
+
+def check_one_budget(where: str, **budgets: object) -> None:
+    """Refuse anything but exactly one budget.
+
+    Raises:
+        BudgetError: there is none, or more than one.
+    """
+    given = [name for name, value in budgets.items() if value is not None]
+    if len(given) != 1:
+        *others, last = budgets
+        raise BudgetError(
+            f"{where}: expected exactly one of {', '.join(others)} and {last}, found "
+            f"{' and '.join(given) or 'none'}; give one of them"
+        )
+
+
+def check_integer(
+    name: str, value: object, low: int, high: int | None = None, *, hint: str = "choose another value"
+) -> None:
+    """Refuse what is no whole number in a range.
+
+    Raises:
+        OptionError: it is not.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= (high or value):
+        what = f"{low} or more" if high is None else f"{low} to {high}"
+        raise OptionError(f"{name}: expected {what}, found {value!r}; {hint}")
+
+
+def check_positive(name: str, value: object) -> None:
+    """Refuse what is no positive, finite number.
+
+    Raises:
+        OptionError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise OptionError(f"{name}: expected a positive number, found {value!r}; choose another value")
+
+
+def parse_size(size: str | int, what: str = "size") -> int:
+    """Bytes of "5.5MB", "800 kB", "1GiB" or a plain number.
+
+    Raises:
+        OptionError: the text is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B|)\s*", str(size).upper())
+    n_bytes = int(float(match[1]) * _UNITS.get(match[2] or "B", 0)) if match else 0
+    if n_bytes <= 0:
+        raise OptionError(
+            f"{what}: expected a positive number of bytes such as 5.5MB, 800kB or 1GiB, found {size!r}"
+        )
+    return n_bytes
+
+
+_WINDOW_HINT = f"longer windows are slower and lose a little less, {DEFAULT_WINDOW_BITS} suits most models"
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise OptionError(f"{name}: expected one of {choices}, found {value!r}; choose one of them")
