@@ -16,8 +16,7 @@ import typer
 
 import miracle_hub.errors
 from miracle_hub import cli
-from miracle_hub.code import FORMAT_VERSION, MAX_STEP_WEIGHTS, MAX_WIDTH_LOG2, MAX_WINDOW_BITS
-from miracle_hub.codec.stages import MAX_STAGES
+from miracle_hub.code import FORMAT_VERSION, MAX_STAGES, MAX_STEP_WEIGHTS, MAX_WIDTH_LOG2, MAX_WINDOW_BITS
 from miracle_hub.coding.quantiles import QUANTILES_SHA256
 from miracle_hub.coding.scales import LARGEST_SCALE, SMALLEST_SCALE
 from miracle_hub.format import network, payload
