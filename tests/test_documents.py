@@ -16,7 +16,7 @@ import typer
 
 import miracle_hub.errors
 from miracle_hub import cli
-from miracle_hub.code import FORMAT_VERSION, MAX_STAGES, MAX_STEP_WEIGHTS, MAX_WIDTH_LOG2, MAX_WINDOW_BITS
+from miracle_hub.code import FORMAT_VERSION, MAX_STEP_WEIGHTS, MAX_WIDTH_LOG2, MAX_WINDOW_BITS
 from miracle_hub.coding.quantiles import QUANTILES_SHA256
 from miracle_hub.coding.scales import LARGEST_SCALE, SMALLEST_SCALE
 from miracle_hub.format import network, payload
@@ -119,6 +119,14 @@ def test_links_and_anchors_between_pages_resolve(page: Path) -> None:
     assert set(re.findall(r"\]\[([\w-]+)\]", text)) == defined
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    roots = (ROOT, ROOT / "miracle_hub", ROOT / "kernels", ROOT / "tests" / "golden")
+    for named in re.findall(r"`([\w./-]+/[\w.-]*|\w+\.py)`", prose(page)):
+        ours = named.endswith((".py", "/", ".md", ".json")) and not named.startswith(("build/", "../"))
+        assert not ours or any((root / named).exists() for root in roots), named
+
+
 def test_every_page_of_docs_is_reached_from_the_readme() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for page in (ROOT / "docs").glob("*.md"):
@@ -195,14 +203,18 @@ def test_the_format_has_the_limits_of_the_code() -> None:
     assert f"1 to {vars(network)['_MAX_TENSORS']:,})" in FORMAT
     assert f"1 to\n{power(vars(network)['_MAX_VALUES'].bit_length() - 1)} of them" in FORMAT
     assert f"never stands for more than {8 * MAX_STEP_WEIGHTS:,} weights" in FORMAT
-    assert f"at most {MAX_STAGES - 1} refinements" in FORMAT
+    schema = json.loads((ROOT / "miracle_hub" / "format" / "schema.json").read_text(encoding="utf-8"))
+    digests = schema["$defs"]["quantization_config"]["properties"]["stage_digests"]
+    assert f"at most {digests['maxItems'] - 1} refinements" in FORMAT
 
 
 def test_the_format_has_the_versions_and_the_table_of_the_code() -> None:
     versions = dict(re.findall(r"^\| (repository|payload|network) \| (.+?) \|", FORMAT, re.MULTILINE))
     assert max(map(int, re.findall(r"\d+", versions["repository"]))) == FORMAT_VERSION
     assert versions["payload"] == str(payload.VERSION) and versions["network"] == str(network.VERSION)
-    assert f"| 4 | `{payload.MAGIC.decode()}` |" in FORMAT and f"| 4 | `{network.MAGIC.decode()}` |" in FORMAT
+    magics = f"`{payload.MAGIC.decode()}` for a payload, `{network.MAGIC.decode()}` for a network's stream"
+    assert f"| 4 | magic: {magics} |" in FORMAT
+    assert payload.VERSION == network.VERSION and f"| 1 | version: {payload.VERSION} for both |" in FORMAT
     assert QUANTILES_SHA256 in FORMAT
     dtypes = ", ".join(f"{number} {dtype}" for number, dtype in enumerate(payload.DTYPES))
     assert f"dtype ({dtypes})" in FORMAT
