@@ -20,6 +20,8 @@ from record import RESULTS, ROOT
 import miracle_hub
 from miracle_hub.codec.inspection import Inspection
 from miracle_hub.codec.modules import stream_header
+from miracle_hub.codec.source import files_of_weights
+from miracle_hub.files.digests import sha256_of
 from miracle_hub.hub.card import read_metadata, update_card
 from miracle_hub.hub.facts import CardFacts, Evaluation, facts_of_folder, facts_of_network
 from miracle_hub.hub.plots import write_plots
@@ -68,9 +70,10 @@ def minilm() -> Path:
         evaluation = Evaluation(
             "STS-B test, Spearman × 100", row["spearman"]["test"], before, "python benchmarks/minilm.py"
         )
-        plots = miracle_hub.inspect(out, plots=CARDS / _MINILM).plots
+        inspection = miracle_hub.inspect(out, plots=CARDS / _MINILM)
+        plots = inspection.plots
         facts = replace(
-            measured_by(facts_of_folder(out), result),
+            measured_by(facts_of_folder(out, inspection, sha256_of(*files_of_weights(out))), result),
             dense_bytes=report.dense_bytes,
             evaluations=(evaluation,),
             plots=tuple(f"{_MINILM}/{plot.path.name}" for plot in plots if not plot.absent),

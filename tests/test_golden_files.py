@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 import miracle_hub
 from miracle_hub.code import FORMAT_VERSION
-from miracle_hub.codec.artifact import raw_bytes
-from miracle_hub.codec.tensor import DTYPE_NAMES
+from miracle_hub.codec.dtypes import DTYPE_NAMES, raw_bytes
 from miracle_hub.format import network, payload
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -1,27 +1,28 @@
 """What a compressed repository holds, read from its headers: nothing is decoded."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from miracle_hub.code import Code
-from miracle_hub.codec.artifact import read_quantization
-from miracle_hub.codec.decompress import StoredTensor, stored_digest, stored_tensors
-from miracle_hub.codec.plan import OUT_OF_RANGE, reason_plain
-from miracle_hub.codec.source import companion_files, list_tensors, weight_files
-from miracle_hub.codec.tensor import check_payload
-from miracle_hub.errors import FormatError
+from miracle_hub.codec.config import excluded_names
+from miracle_hub.codec.plan import Why
+from miracle_hub.codec.repository import Repository, open_repository
+from miracle_hub.codec.source import SourceTensor, companion_files, list_tensors, weight_files
+from miracle_hub.codec.stored import StoredTensor
 from miracle_hub.files.container import files_kept_open
+from miracle_hub.format.payload import DTYPES
+from miracle_hub.format.spec import TensorSpec
+from miracle_hub.names import matches
 
 
 @dataclass(frozen=True)
 class TensorReport:
-    """One tensor. For plain tensors `reason` says why; the code's fields are then empty.
+    """One tensor.
 
     Attributes:
-        bits_per_weight: stored bytes of this tensor over its weights.
+        reason: of a plain tensor, what the files prove of why; empty for a coded one.
+        n_bytes: that are stored of it.
+        codes: of windows and steps, part after part.
         relative_error: ‖decoded - source‖² / ‖source‖², measured by the encoder; 0 for plain ones.
         scale: median prior scale.
     """
@@ -37,9 +38,11 @@ class TensorReport:
     row_scales: bool = False
     scale: float = 0.0
     relative_error: float = 0.0
+    codec: str = ""
 
     @property
-    def bits_per_weight(self) -> float:
+    def rate(self) -> float:
+        """Stored bits of this tensor over its weights."""
         return 8 * self.n_bytes / self.n_weights if self.n_weights else 0.0
 
 
@@ -53,7 +56,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A repository. `bits_per_weight` counts whole files, `payload_bits_per_weight` payloads alone."""
+    """A repository. `bits_per_weight` counts whole files, `payload_rate` payloads alone."""
 
     tensors: tuple[TensorReport, ...]
     file_bytes: int
@@ -63,10 +66,12 @@ class Inspection:
 
     @property
     def bits_per_weight(self) -> float:
+        """Of whole files."""
         return 8 * self.file_bytes / self.n_weights if self.n_weights else 0.0
 
     @property
-    def payload_bits_per_weight(self) -> float:
+    def payload_rate(self) -> float:
+        """Bits of payloads, headers and scales included, per coded weight."""
         coded = [tensor for tensor in self.tensors if not tensor.reason]
         n_weights = sum(tensor.n_weights for tensor in coded)
         return 8 * sum(tensor.n_bytes for tensor in coded) / n_weights if n_weights else 0.0
@@ -75,10 +80,15 @@ class Inspection:
 @files_kept_open()
 def inspect_folder(path: Path, stages: int | None = None) -> Inspection:
     """See `miracle_hub.inspect`."""
-    stored = stored_tensors(path, stages)
-    excluded = _excluded(path)
-    reports = [_report(tensor, excluded) for tensor in stored]
-    files = {part.stored.path for tensor in stored for part in (tensor, *tensor.refinements)}
+    return inspected(open_repository(path, stages))
+
+
+def inspected(repository: Repository) -> Inspection:
+    """What a repository holds that was opened before."""
+    path = repository.path
+    excluded = excluded_names(dict(repository.facts), path)
+    reports = [_report(tensor, excluded) for tensor in repository.tensors]
+    files = set(repository.files)
     for nested in _copied_files(path):
         reports += _copied_reports(path, nested)
         files.add(nested)
@@ -86,19 +96,8 @@ def inspect_folder(path: Path, stages: int | None = None) -> Inspection:
         tensors=tuple(reports),
         file_bytes=sum(file.stat().st_size for file in files),
         n_weights=sum(report.n_weights for report in reports),
-        digest=stored_digest(stored),
+        digest=repository.digest,
     )
-
-
-def _excluded(path: Path) -> list[str]:
-    facts = read_quantization(path) if path.is_dir() else {}
-    names = facts.get("modules_to_not_convert") or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise FormatError(
-            f"{path / 'config.json'}: modules_to_not_convert: expected a list of names, found "
-            f"{str(names)[:80]!r}; download it again"
-        )
-    return names
 
 
 def _copied_files(path: Path) -> list[Path]:
@@ -111,29 +110,37 @@ def _copied_files(path: Path) -> list[Path]:
 
 def _copied_reports(folder: Path, file: Path) -> list[TensorReport]:
     where = file.parent.relative_to(folder).as_posix()
-    return [
-        TensorReport(f"{where}/{t.name}", t.shape, t.dtype, t.n_bytes, t.n_weights, "in a subfolder, copied")
-        for t in list_tensors([file])
-    ]
+    return [_copied_report(where, tensor) for tensor in list_tensors([file])]
+
+
+def _copied_report(where: str, t: SourceTensor) -> TensorReport:
+    name, reason = f"{where}/{t.name}", "in a subfolder, copied"
+    return TensorReport(name, t.shape, t.dtype, t.n_bytes, t.n_weights, reason)
 
 
 def _report(tensor: StoredTensor, excluded: list[str]) -> TensorReport:
-    stored, header = tensor.stored, tensor.header
-    n_bytes = stored.n_bytes + sum(later.stored.n_bytes for later in tensor.refinements)
-    common = (stored.name, tensor.shape, tensor.dtype, n_bytes, tensor.n_weights)
-    if header is None:
-        reason = reason_plain(stored.name, tensor.dtype, tensor.shape, excluded)
-        return TensorReport(*common, reason=reason or OUT_OF_RANGE)
-    payload = stored.load().numpy().tobytes()
-    start = check_payload(payload, stored.name)[1]
-    scales = np.frombuffer(payload, "<u2", header.n_scales, start).astype(np.uint32) << 16
-    headers = [header, *(later.header for later in tensor.refinements if later.header is not None)]
+    common = (tensor.name, tensor.shape, tensor.dtype, tensor.stored_bytes, tensor.n_weights)
+    if not tensor.is_coded:
+        return TensorReport(*common, reason=reason_plain(tensor, tensor.is_narrowed, excluded))
+    first = tensor.facts[0]
     return TensorReport(
         *common,
         reason="",
-        codes=tuple(segment.code for each in headers for segment in each.segments),
-        rotation=header.rotation,
-        row_scales=any(segment.row_scales for segment in header.segments),
-        scale=float(np.median(scales.view(np.float32))),
-        relative_error=math.prod(each.relative_error for each in headers),
+        codes=tuple(code for facts in tensor.facts for code in facts.codes),
+        rotation=first.rotation,
+        row_scales=first.row_scales,
+        scale=first.scale,
+        relative_error=tensor.relative_error,
+        codec=first.codec,
     )
+
+
+def reason_plain(spec: TensorSpec, is_narrowed: bool, excluded: list[str]) -> str:
+    """What the files prove of why a tensor is plain: dtype, emptiness, or that config.json names it."""
+    if spec.dtype not in DTYPES:
+        return (Why.NOT_FLOATING if spec.dtype[0] in "IUB" else Why.OTHER_DTYPE).text(spec.dtype)
+    if spec.n_weights == 0:
+        return Why.EMPTY.text(spec.dtype)
+    if matches(spec.name, excluded):
+        return Why.EXCLUDED.text(spec.dtype)
+    return "stored plainly, narrowed from F32 to F16" if is_narrowed else "stored plainly"

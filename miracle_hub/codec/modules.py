@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from miracle_hub.codec import payloads
 from miracle_hub.codec.network import decode_stream_entry, read_network, spec_of
-from miracle_hub.codec.tensor import decode_payload
+from miracle_hub.coding.backend import choose
 from miracle_hub.errors import FormatError
-from miracle_hub.format.network import NetworkHeader, TensorSpec, decode_network
-from miracle_hub.format.payload import decode_header, is_payload
+from miracle_hub.format.network import NetworkHeader, SharedSpec, decode_network
 
 
 def load(path: str | Path, model: nn.Module) -> nn.Module:
@@ -61,7 +61,7 @@ def stream_header(path: Path, model: nn.Module) -> NetworkHeader | None:
     )
 
 
-def _specs(expected: dict[str, Tensor], state: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:
+def _specs(expected: dict[str, Tensor], state: Mapping[str, Tensor]) -> tuple[SharedSpec, ...]:
     """The tensors of a module that a file's stream holds: those of numbers that have no entry."""
     missing = {name: t for name, t in expected.items() if name not in state and t.is_floating_point()}
     return tuple(spec_of(name, tensor) for name, tensor in missing.items())
@@ -73,11 +73,11 @@ def _entry(path: Path, name: str, stored: Tensor, expected: Tensor) -> Tensor:
     Raises:
         FormatError: and its subclasses: it is not sound, or has another shape than the module's.
     """
-    data = stored.numpy().tobytes() if stored.dtype == torch.uint8 and stored.ndim == 1 else b""
-    if not is_payload(data):
+    payload = payloads.read(stored, name)
+    if payload is None:
         return stored
-    _check_shape(path, name, decode_header(data, name)[0].shape, expected)
-    return decode_payload(stored, name, rounded=True, backend="cpu")[0]
+    _check_shape(path, name, payload.facts.shape, expected)
+    return payload.decode(choose("cpu"), rounded=True)
 
 
 def _check_dtype(path: Path, name: str, found: torch.dtype, expected: torch.dtype) -> None:

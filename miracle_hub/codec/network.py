@@ -7,19 +7,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from miracle_hub.codec.artifact import raw_bytes
+from miracle_hub.codec.body import check_scale_words
+from miracle_hub.codec.dtypes import DTYPE_NAMES, TORCH_DTYPES, dtype_name, is_bytes, raw_bytes
+from miracle_hub.codec.naming import STREAM
 from miracle_hub.codec.source import list_tensors
-from miracle_hub.codec.tensor import DTYPE_NAMES, TORCH_DTYPES, check_scale_words
 from miracle_hub.coding.cpu import decode_stream
 from miracle_hub.coding.digest import digest
 from miracle_hub.coding.order import permutation
 from miracle_hub.coding.sharing import KINDS, Sharing
 from miracle_hub.errors import ChecksumError, FormatError
-from miracle_hub.files.container import Entry, files_kept_open, write_file
+from miracle_hub.files.container import files_kept_open, write_file
 from miracle_hub.files.whole import temporary_beside, writing
-from miracle_hub.format.network import NetworkHeader, TensorSpec, decode_network, encode_network
-
-STREAM = "miracle"  # the name of the stream's entry
+from miracle_hub.format.network import NetworkHeader, SharedSpec, decode_network, encode_network
+from miracle_hub.format.payload import DTYPES
+from miracle_hub.format.spec import TensorSpec, bytes_entry
 
 
 def encode_stream_entry(
@@ -36,7 +37,7 @@ def encode_stream_entry(
     return encode_network(header, raw_bytes(scales.bfloat16()), raw_bytes(message)), weights
 
 
-def decode_stream_entry(data: bytes, tensors: tuple[TensorSpec, ...], where: str) -> dict[str, Tensor]:
+def decode_stream_entry(data: bytes, tensors: tuple[SharedSpec, ...], where: str) -> dict[str, Tensor]:
     """The weights of a network's stream by name, in the tensors' dtypes.
 
     Raises:
@@ -82,19 +83,19 @@ def _digest(weights: Mapping[str, Tensor]) -> int:
     return digest(torch.cat([weight.flatten() for weight in weights.values()]))
 
 
-def spec_of(name: str, tensor: Tensor, sharing: Sharing | None = None) -> TensorSpec:
+def spec_of(name: str, tensor: Tensor, sharing: Sharing | None = None) -> SharedSpec:
     """How the format describes a tensor of a module.
 
     Raises:
         FormatError: its dtype is none of the format's.
     """
-    if tensor.dtype not in DTYPE_NAMES:
+    found = DTYPE_NAMES.get(tensor.dtype)
+    if found not in DTYPES:
         raise FormatError(
-            f"{name}: expected one of {', '.join(TORCH_DTYPES)}, found {tensor.dtype}; cast the module to "
-            "one of them"
+            f"{name}: expected one of {', '.join(DTYPES)}, found {tensor.dtype}; cast the module to one"
         )
     kind, n_values = (KINDS.index(sharing.kind), sharing.n_values) if sharing else (0, tensor.numel())
-    return TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), kind, n_values)
+    return SharedSpec(name, found, tuple(tensor.shape), kind, n_values)
 
 
 def write_network(
@@ -127,24 +128,18 @@ def write_network(
     return n_bytes
 
 
-def network_entries(plain: Mapping[str, Tensor], coded: Mapping[str, int]) -> list[Entry]:
+def network_entries(plain: Mapping[str, Tensor], coded: Mapping[str, int]) -> list[TensorSpec]:
     """The entries of plain tensors and of coded ones, whose bytes are given, in the order of a file.
 
     Raises:
         FormatError: a plain tensor has a dtype that safetensors has not.
     """
     entries = [
-        Entry(
-            name,
-            _safetensors_dtype(name, tensor),
-            tuple(tensor.shape),
-            tensor.numel() * tensor.element_size(),
-        )
-        for name, tensor in plain.items()
+        TensorSpec(name, dtype_name(name, tensor), tuple(tensor.shape)) for name, tensor in plain.items()
     ]
     # Widest first, so that every tensor is aligned.
     entries.sort(key=lambda entry: (-plain[entry.name].element_size(), entry.name))
-    return entries + [Entry(name, "U8", (n_bytes,), n_bytes) for name, n_bytes in coded.items()]
+    return entries + [bytes_entry(name, n_bytes) for name, n_bytes in coded.items()]
 
 
 def read_network(path: Path) -> tuple[bytes | None, dict[str, Tensor]]:
@@ -157,20 +152,9 @@ def read_network(path: Path) -> tuple[bytes | None, dict[str, Tensor]]:
     with files_kept_open():
         tensors = {tensor.name: tensor.load() for tensor in list_tensors([path])}
     stream = tensors.pop(STREAM, None)
-    if stream is not None and (stream.dtype != torch.uint8 or stream.ndim != 1):
+    if stream is not None and not is_bytes(stream):
         raise FormatError(
             f"{path}: {STREAM}: expected a stream, a vector of bytes, found {stream.dtype} of shape "
             f"{tuple(stream.shape)}; the file is damaged or was not written by miracle-hub"
         )
     return None if stream is None else raw_bytes(stream), tensors
-
-
-def _safetensors_dtype(name: str, tensor: Tensor) -> str:
-    names = {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
-    names |= {torch.bool: "BOOL", **DTYPE_NAMES}
-    if tensor.dtype not in names:
-        raise FormatError(
-            f"{name}: expected one of {', '.join(names.values())}, found {tensor.dtype}; cast it, or make it "
-            "a buffer that is not persistent"
-        )
-    return names[tensor.dtype]

@@ -13,7 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from miracle_hub.codec.tensor import TORCH_DTYPES, check_payload, coded_rows, decode_payload, layout_of
+from miracle_hub.codec.body import check_payload, coded_rows
+from miracle_hub.codec.dtypes import TORCH_DTYPES
+from miracle_hub.codec.payloads import Packed
+from miracle_hub.codec.trellis import decode_payload, is_packable, layout_of
 from miracle_hub.coding.backend import choose
 from miracle_hub.coding.matrix import CodedRows
 from miracle_hub.errors import OptionError
@@ -65,11 +68,18 @@ class PackedMatrix:
         self._parts = list(_placed(self.header, payload.detach().to(self.backend.device), start))
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows and columns."""
+        return self.header.shape
+
+    @property
     def rows(self) -> int:
+        """Of the matrix."""
         return self.header.shape[0]
 
     @property
     def columns(self) -> int:
+        """Of the matrix."""
         return self.header.shape[1]
 
     def dense(self) -> Tensor:
@@ -166,17 +176,12 @@ class PackedMatrix:
                 self.backend.decode_rows(out[low - first : high - first], part, self.layout, low - top)
 
 
-def is_packable(header: Header) -> bool:
-    """Whether a payload can stay compressed: a matrix, each of whose rows is whole rows of the payload."""
-    return len(header.shape) == 2 and header.shape[1] % header.columns == 0
-
-
 def is_reordered(header: Header) -> bool:
     """Whether a row's weights are spread over the message."""
     return header.permuted or 0 < header.band_columns < header.columns
 
 
-def packed_linear(x: Tensor, packed: PackedMatrix) -> Tensor:
+def packed_linear(x: Tensor, packed: Packed) -> Tensor:
     """x·Wᵀ, differentiable in x: what `torch.nn.functional.linear` computes without a bias.
 
     Under autocast in its dtype, as there. The backward pass decodes again.
@@ -187,7 +192,7 @@ def packed_linear(x: Tensor, packed: PackedMatrix) -> Tensor:
     return _product(x, packed, transposed=False)
 
 
-def packed_matmul(x: Tensor, packed: PackedMatrix) -> Tensor:
+def packed_matmul(x: Tensor, packed: Packed) -> Tensor:
     """x·W, differentiable in x; see `packed_linear`.
 
     Args:
@@ -196,7 +201,7 @@ def packed_matmul(x: Tensor, packed: PackedMatrix) -> Tensor:
     return _product(x, packed, transposed=True)
 
 
-def _product(x: Tensor, packed: PackedMatrix, *, transposed: bool) -> Tensor:
+def _product(x: Tensor, packed: Packed, *, transposed: bool) -> Tensor:
     kind = x.device.type
     if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return _Product.apply(x, packed, transposed)  # pyright: ignore[reportReturnType]
@@ -210,7 +215,7 @@ class _Product(torch.autograd.Function):
     """Each of the two products is the other one's derivative."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: PackedMatrix, transposed: bool) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx: Any, x: Tensor, packed: Packed, transposed: bool) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.packed, ctx.transposed = packed, transposed
         return packed.matmul(x) if transposed else packed.linear(x)
 

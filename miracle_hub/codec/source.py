@@ -6,13 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from miracle_hub.codec.naming import CARD, INDEX, SINGLE, WEIGHTS_ENDING
 from miracle_hub.errors import FormatError, MissingWeightsError, PickleRefusedError, SourceError
 from miracle_hub.files.container import opened
+from miracle_hub.files.folders import is_hidden, refuse_leaving
+from miracle_hub.format.spec import TensorSpec
 
+NARROWED = "narrowed_from_F32"  # in the metadata of a file
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Other copies of the same weights; a compressed repository carries only one.
 _OTHER_WEIGHTS = (
@@ -27,27 +30,13 @@ _OTHER_WEIGHTS = (
     ".gguf",
     ".ot",
 )
-# All others (bytes, truth values, the many float8) have 8.
-_ITEM_BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32}
-_ITEM_BITS |= {"F16": 16, "BF16": 16, "I16": 16, "U16": 16, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
 
 
 @dataclass(frozen=True)
-class SourceTensor:
-    """One tensor as its file's header describes it."""
+class SourceTensor(TensorSpec):
+    """One tensor of a file, as its header describes it."""
 
-    name: str
     path: Path
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def n_weights(self) -> int:
-        return torch.Size(self.shape).numel()
-
-    @property
-    def n_bytes(self) -> int:
-        return self.n_weights * item_bits(self.dtype) // 8
 
     def load(self) -> Tensor:
         """The tensor as the file holds it.
@@ -70,30 +59,29 @@ class SourceTensor:
             return file.get_slice(self.name)[:n_items]
 
 
-def item_bits(dtype: str) -> int:
-    """Size of one element of a safetensors dtype."""
-    return _ITEM_BITS.get(dtype, 8)
-
-
-def weight_files(folder: Path, index_name: str = "model.safetensors.index.json") -> list[Path]:
+def weight_files(folder: Path, index: str = INDEX) -> list[Path]:
     """The safetensors files that transformers would load from a folder.
 
     Args:
-        index_name: of the index, where there is no single file.
+        index: its name, where there is no single file.
 
     Raises:
         PickleRefusedError: there are only pickle weights.
         MissingWeightsError: there are none, or a shard is missing.
     """
-    single, index = folder / "model.safetensors", folder / index_name
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        return indexed_files(folder, index)
-    found = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if (folder / index).is_file():
+        return indexed_files(folder, folder / index)
+    found = files_of_weights(folder)
     if found:
         return found
     raise missing_weights(str(folder), [path.name for path in folder.glob("*")])
+
+
+def files_of_weights(folder: Path) -> list[Path]:
+    """Every safetensors file right in a folder, in order of name."""
+    return sorted(path for path in folder.glob(f"*{WEIGHTS_ENDING}") if path.is_file())
 
 
 def missing_weights(source: str, names: list[str]) -> SourceError:
@@ -163,14 +151,30 @@ def list_tensors(files: list[Path]) -> list[SourceTensor]:
                         f"{path}: tensor {name} is also in {tensors[name].path}; "
                         "expected each tensor once: save the model again"
                     )
-                tensors[name] = SourceTensor(name, path, view.get_dtype(), shape)
+                tensors[name] = SourceTensor(name, view.get_dtype(), shape, path)
     return list(tensors.values())
 
 
-def file_metadata(path: Path) -> dict[str, str]:
-    """The `__metadata__` of a safetensors file."""
+def narrowed_names(path: Path) -> set[str] | None:
+    """The F16 tensors of a file that were F32; None means all of them.
+
+    Raises:
+        FormatError: its metadata do not say.
+    """
     with opened(path) as file:
-        return file.metadata() or {}
+        text = (file.metadata() or {}).get(NARROWED, "[]")
+    if text == "*":
+        return None
+    try:
+        names = json.loads(text)
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise FormatError(
+            f"{path}: metadata {NARROWED}: expected '*' or a JSON list of names, found {text[:80]!r}; the "
+            "file is damaged: download it again"
+        )
+    return set(names)
 
 
 def companion_files(folder: Path, weights: list[Path]) -> Iterator[Path]:
@@ -179,28 +183,17 @@ def companion_files(folder: Path, weights: list[Path]) -> Iterator[Path]:
     Raises:
         SourceError: a file is a link that leaves the folder.
     """
-    skipped = {path.name for path in weights} | {"model.safetensors.index.json", "README.md"}
+    skipped = {path.name for path in weights} | {INDEX, CARD}
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in relative.parts)
         top_weight = len(relative.parts) == 1 and (
-            relative.name in skipped or relative.name.endswith((".safetensors", ".index.json"))
+            relative.name in skipped or relative.name.endswith((WEIGHTS_ENDING, ".index.json"))
         )
-        if path.is_file() and not hidden and not top_weight and path.suffix not in _OTHER_WEIGHTS:
+        if (
+            path.is_file()
+            and not is_hidden(relative)
+            and not top_weight
+            and path.suffix not in _OTHER_WEIGHTS
+        ):
             refuse_leaving(path, folder)
             yield relative
-
-
-def refuse_leaving(path: Path, folder: Path) -> None:
-    """Raise if a file is a link to elsewhere: a copy would publish whatever a stranger's link points to.
-
-    Raises:
-        SourceError: it is.
-    """
-    root, target = folder.resolve(), path.resolve()
-    # In the Hub's cache a repository's files are links to its blobs.
-    if root not in target.parents and root.parent.parent / "blobs" != target.parent:
-        raise SourceError(
-            f"{path}: expected a file of the folder, found a link that leaves it, to {target}; replace the "
-            "link by the file if it is to be copied, or else remove it"
-        )

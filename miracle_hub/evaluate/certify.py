@@ -15,8 +15,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from miracle_hub.code import QUANT_METHOD
-from miracle_hub.codec.artifact import read_quantization
 from miracle_hub.codec.certificate import Certificate, certificate_of_files, check_delta
+from miracle_hub.codec.config import read_quantization
 from miracle_hub.codec.decompress import load_state_dict
 from miracle_hub.codec.modules import load
 from miracle_hub.codec.source import weight_files

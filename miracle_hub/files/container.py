@@ -7,32 +7,25 @@ writer below.
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from miracle_hub.errors import FormatError
+from miracle_hub.files.digests import Hashes
 from miracle_hub.files.whole import writing
+from miracle_hub.format.spec import TensorSpec
 
 _ALIGNMENT = 8
 _KEPT_OPEN: ContextVar[dict[Path, safe_open] | None] = ContextVar("_KEPT_OPEN", default=None)
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a safetensors file: dtype as safetensors spells it, shape, length in bytes."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    n_bytes: int
-
-
-def encode_file_header(entries: list[Entry], metadata: dict[str, str]) -> bytes:
+def encode_file_header(entries: list[TensorSpec], metadata: dict[str, str]) -> bytes:
     """The length prefix and JSON header of a safetensors file with these tensors, in this order."""
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     offset = 0
@@ -49,7 +42,7 @@ def encode_file_header(entries: list[Entry], metadata: dict[str, str]) -> bytes:
 
 
 def write_file(
-    path: Path, entries: list[Entry], metadata: dict[str, str], data: Callable[[Entry], bytes]
+    path: Path, entries: list[TensorSpec], metadata: dict[str, str], data: Callable[[TensorSpec], bytes]
 ) -> None:
     """Write a safetensors file tensor after tensor; `data` is asked for one tensor at a time.
 
@@ -81,6 +74,39 @@ def files_kept_open() -> Iterator[None]:
         yield
     finally:
         _KEPT_OPEN.reset(token)
+
+
+def read_through(path: Path, hashes: Sequence[Hashes]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a file once, in the order of its bytes, all of which are hashed on the way.
+
+    Raises:
+        FormatError: the file is not a sound safetensors file.
+        SafetensorError: a dtype is unknown to torch.
+    """
+    with opened(path) as file:
+        head = _head(path)
+        for each in hashes:
+            each.update(head)
+        for name in _in_order(head):
+            tensor = file.get_tensor(name)
+            data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+            for each in hashes:
+                each.update(data)
+            yield name, tensor
+
+
+def _head(path: Path) -> bytes:
+    """The length of the header, and the header."""
+    with path.open("rb") as file:
+        size = file.read(8)
+        return size + file.read(int.from_bytes(size, "little"))
+
+
+def _in_order(head: bytes) -> list[str]:
+    """The tensors of a header, which the library has found sound, by their place in the data."""
+    entries = json.loads(head[8:])
+    entries.pop("__metadata__", None)
+    return sorted(entries, key=lambda name: entries[name]["data_offsets"])
 
 
 @contextmanager

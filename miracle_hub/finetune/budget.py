@@ -15,15 +15,16 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from miracle_hub.codec.artifact import OutputFile, shard_entries
+from miracle_hub.codec.dtypes import DTYPE_NAMES
 from miracle_hub.codec.modules import module_tensors
-from miracle_hub.codec.network import STREAM, network_entries, spec_of
-from miracle_hub.codec.tensor import DTYPE_NAMES
+from miracle_hub.codec.naming import STREAM
+from miracle_hub.codec.network import network_entries, spec_of
+from miracle_hub.codec.repository import OutputFile, sharded
 from miracle_hub.coding.matrix import matrix_columns
 from miracle_hub.errors import BudgetError
-from miracle_hub.files.container import Entry
-from miracle_hub.format.network import NetworkHeader, TensorSpec, encode_network
+from miracle_hub.format.network import NetworkHeader, SharedSpec, encode_network
 from miracle_hub.format.payload import Header, Segment
+from miracle_hub.format.spec import TensorSpec, bytes_entry
 from miracle_hub.options import DEFAULT_SHARD_SIZE, budget_bytes, parse_size
 from miracle_hub.training.config import VariationalConfig
 from miracle_hub.training.convert import sharing_factors, sharing_of
@@ -102,7 +103,7 @@ def _candidates(file: _File, config: VariationalConfig) -> Iterator[VariationalC
 class _NetworkFile:
     """What `save` writes of a network with one stream."""
 
-    specs: tuple[TensorSpec, ...]
+    specs: tuple[SharedSpec, ...]
     plain: dict[str, Tensor]
 
     @property
@@ -140,7 +141,7 @@ class _Files:
     """
 
     coded: dict[str, tuple[tuple[int, ...], torch.dtype]]
-    plain: list[Entry]
+    plain: list[TensorSpec]
 
     @property
     def n_values(self) -> int:
@@ -156,8 +157,8 @@ class _Files:
         entries = list(self.plain)
         for name, (shape, dtype) in self.coded.items():
             n_bytes = _payload_bytes(name, shape, dtype, config)
-            entries.append(Entry(name, "U8", (n_bytes,), n_bytes))
-        files = shard_entries(entries, parse_size(DEFAULT_SHARD_SIZE))
+            entries.append(bytes_entry(name, n_bytes))
+        files = sharded(entries, parse_size(DEFAULT_SHARD_SIZE))
         return sum(file.n_bytes for file in files) + _room(entries, len(files))
 
 
@@ -179,7 +180,7 @@ def _payload_bytes(name: str, shape: tuple[int, ...], dtype: torch.dtype, config
     return Header(DTYPE_NAMES[dtype], shape, columns, 1, (segment,)).payload_bytes
 
 
-def _room(entries: list[Entry], n_files: int) -> int:
+def _room(entries: list[TensorSpec], n_files: int) -> int:
     """What headers may grow by: offsets in another order, names of narrowed vectors, metadata, shards."""
     digits = len(str(sum(entry.n_bytes for entry in entries)))
     offset, short = 0, 0
@@ -190,7 +191,7 @@ def _room(entries: list[Entry], n_files: int) -> int:
     return short + names + n_files * _METADATA
 
 
-def _narrowing(entry: Entry) -> int:
+def _narrowing(entry: TensorSpec) -> int:
     """Bytes that halving a vector adds at most: its name goes to the metadata, a list of JSON within JSON."""
     if entry.dtype != "F32" or len(entry.shape) != 1:
         return 0

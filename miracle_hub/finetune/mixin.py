@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, PyTorchModelHubMixin
-from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
 from huggingface_hub.utils import filter_repo_objects
 from torch import nn
 
 from miracle_hub.codec.modules import load, stream_header
-from miracle_hub.codec.verification import sha256_of, visible_files
+from miracle_hub.codec.naming import variant_name
 from miracle_hub.errors import MissingWeightsError
+from miracle_hub.files.digests import sha256_of
+from miracle_hub.files.folders import visible_files
 from miracle_hub.finetune.models import save
 from miracle_hub.hub.card import PLACEHOLDER, carried_facts, update_card
 from miracle_hub.hub.facts import facts_of_network
@@ -62,7 +63,7 @@ class MiracleHubMixin(PyTorchModelHubMixin):
             OptionError: the network is not coded.
         """
         assert isinstance(self, nn.Module)
-        save(self, save_directory / _weights_name(vars(self)[_VARIANT]))
+        save(self, save_directory / variant_name(vars(self)[_VARIANT]))
 
     def push_to_hub(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -109,7 +110,7 @@ class MiracleHubMixin(PyTorchModelHubMixin):
     def _write_facts(self, folder: Path, variant: str | None, repo_id: str) -> None:
         """The measured section of the folder's card."""
         assert isinstance(self, nn.Module)
-        path, dense = folder / _weights_name(variant), convert.posterior_mean(self)
+        path, dense = folder / variant_name(variant), convert.posterior_mean(self)
         n_weights = sum(parameter.numel() for parameter in dense.parameters())
         facts = carried_facts(folder, facts_of_network(path, stream_header(path, dense), n_weights))
         name, more = type(dense).__name__, f', variant="{variant}"' if variant else ""
@@ -142,7 +143,7 @@ class MiracleHubMixin(PyTorchModelHubMixin):
             SourceError: there is no such folder or repository. MissingWeightsError: it has no such file.
             FormatError: and its subclasses: the file is not sound, or is that of another module.
         """
-        source, name = Path(pretrained_model_name_or_path), _weights_name(variant)
+        source, name = Path(pretrained_model_name_or_path), variant_name(variant)
         if not source.is_dir():
             prefix = f"{subfolder}/" if subfolder else ""
             source = snapshot(
@@ -180,8 +181,3 @@ class MiracleHubMixin(PyTorchModelHubMixin):
         model = cls(**model_kwargs)
         assert isinstance(model, nn.Module)
         return load(Path(model_id) / miracle_weights_name, model).to(map_location).eval()
-
-
-def _weights_name(variant: str | None) -> str:
-    """As transformers names the weights of a variant."""
-    return f"model.{variant}.safetensors" if variant else SAFETENSORS_SINGLE_FILE

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from miracle_hub.codec.compress import Report, compress_folder
 from miracle_hub.codec.decompress import load_state_dict
 from miracle_hub.codec.modules import module_tensors, read_state
+from miracle_hub.codec.naming import STREAM
 from miracle_hub.codec.network import (
-    STREAM,
     encode_stream_entry,
     spec_of,
     write_network,
 )
-from miracle_hub.codec.tensor import payload_of_stream
+from miracle_hub.codec.trellis import payload_of_stream
 from miracle_hub.errors import ChecksumError, OptionError
 from miracle_hub.files.whole import temporary_beside, writing
 from miracle_hub.finetune.budget import within_budget
@@ -151,7 +151,7 @@ def compress_model(
                 size=size, bits_per_weight=bits_per_weight, overwrite=overwrite, progress=progress,
                 modules_to_not_convert=[name for name in module_tensors(dense) if matches(name, kept)],
             ),
-            payloads=payloads, card=lambda target, report: write_card(target, report, folder, base),
+            coded=payloads, card=lambda target, report: write_card(target, report, folder, base),
         )  # fmt: skip
     _compare_decoded(out, {name: t for name, t in module_tensors(dense).items() if name in payloads})
     return report

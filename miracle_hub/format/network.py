@@ -9,44 +9,29 @@ import zlib
 from dataclasses import dataclass
 
 from miracle_hub.code import Code
-from miracle_hub.errors import (
-    ChecksumError,
-    FormatError,
-    OptionError,
-    TruncatedPayloadError,
-    UnsupportedVersionError,
-)
+from miracle_hub.errors import FormatError, OptionError, TruncatedPayloadError
+from miracle_hub.format import frame
+from miracle_hub.format.spec import TensorSpec
 from miracle_hub.format.varint import encode_varint, read_varint
 
 MAGIC = b"MRCN"
 VERSION = 1
-_FIXED = struct.Struct("<4sBI")
 _TRAILER = struct.Struct("<IQ")
+_FRAME = frame.Frame(MAGIC, VERSION, "network's stream", _TRAILER.size)
 _MAX_TENSORS = 1 << 16
 _MAX_VALUES = 1 << 32
 
 
 @dataclass(frozen=True)
-class TensorSpec:
-    """One tensor of the network, as the module has it.
+class SharedSpec(TensorSpec):
+    """One tensor of the network, as the module has it, and how its weights share values.
 
     Attributes:
-        dtype: as safetensors spells it.
         sharing: kind of sharing, a number; `n_values` are as many as weights if it is 0.
     """
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
     sharing: int
     n_values: int
-
-    @property
-    def n_weights(self) -> int:
-        n = 1
-        for dimension in self.shape:
-            n *= dimension
-        return n
 
 
 @dataclass(frozen=True)
@@ -54,11 +39,12 @@ class NetworkHeader:
     """Everything a decoder must know besides scales and message."""
 
     code: Code
-    tensors: tuple[TensorSpec, ...]
+    tensors: tuple[SharedSpec, ...]
     digest: int = 0
 
     @property
     def n_values(self) -> int:
+        """Of the stream: those of all tensors."""
         return sum(tensor.n_values for tensor in self.tensors)
 
 
@@ -70,11 +56,11 @@ def encode_network(header: NetworkHeader, scales: bytes, message: bytes) -> byte
         numbers += [tensor.sharing, tensor.n_values] if tensor.sharing else [0]
     rest = b"".join(map(encode_varint, numbers))
     rest += _TRAILER.pack(structure(header.tensors), header.digest) + scales + message
-    return _FIXED.pack(MAGIC, VERSION, zlib.crc32(rest)) + rest
+    return _FRAME.seal(rest)
 
 
 def decode_network(
-    data: bytes, tensors: tuple[TensorSpec, ...], where: str
+    data: bytes, tensors: tuple[SharedSpec, ...], where: str
 ) -> tuple[NetworkHeader, bytes, bytes]:
     """Header, scales and message of a string, checked against a module and against its own length.
 
@@ -97,7 +83,7 @@ def decode_network(
         n_values, what = tensor.n_weights, f"{tensor.name}: a number of values"
         if kind:
             n_values, position = read_varint(data, position, what, (1, _MAX_VALUES), where)
-        found.append(TensorSpec(tensor.name, tensor.dtype, tensor.shape, kind, n_values))
+        found.append(SharedSpec(tensor.name, tensor.dtype, tensor.shape, kind, n_values))
     return _body(data, position, numbers, tuple(found), where)
 
 
@@ -107,8 +93,8 @@ def read_start(data: bytes, where: str) -> tuple[list[int], int, int]:
     Raises:
         FormatError: and its subclasses: the CRC-32 of all its bytes is another, or a number is out of range.
     """
-    _check_start(data, where)
-    position, numbers = _FIXED.size, []
+    _FRAME.check(data, where)
+    position, numbers = frame.SIZE, []
     for name, low, high in (("L", 1, 24), ("k", 1, 24), ("V", 1, 256), ("a seed", 0, 2**64 - 1)):
         number, position = read_varint(data, position, name, (low, high), where)
         numbers.append(number)
@@ -117,7 +103,7 @@ def read_start(data: bytes, where: str) -> tuple[list[int], int, int]:
 
 
 def _body(
-    data: bytes, position: int, numbers: list[int], tensors: tuple[TensorSpec, ...], where: str
+    data: bytes, position: int, numbers: list[int], tensors: tuple[SharedSpec, ...], where: str
 ) -> tuple[NetworkHeader, bytes, bytes]:
     if position + _TRAILER.size > len(data):
         raise TruncatedPayloadError(
@@ -141,7 +127,7 @@ def _body(
     return header, data[scales:message], data[message:]
 
 
-def _check_tensors(tensors: tuple[TensorSpec, ...], expected: int, where: str) -> None:
+def _check_tensors(tensors: tuple[SharedSpec, ...], expected: int, where: str) -> None:
     """The module first: sizes that do not fit another one are no damage."""
     if expected != structure(tensors):
         raise FormatError(
@@ -162,32 +148,7 @@ def _check_tensors(tensors: tuple[TensorSpec, ...], expected: int, where: str) -
         )
 
 
-def structure(tensors: tuple[TensorSpec, ...]) -> int:
+def structure(tensors: tuple[SharedSpec, ...]) -> int:
     """CRC-32 of the names, dtypes and shapes of tensors."""
     lines = (f"{t.name} {t.dtype} {'×'.join(map(str, t.shape))}\n" for t in tensors)
     return zlib.crc32("".join(lines).encode())
-
-
-def _check_start(data: bytes, where: str) -> None:
-    if len(data) < _FIXED.size + _TRAILER.size:
-        raise TruncatedPayloadError(
-            f"{where}: a network's stream has at least {_FIXED.size + _TRAILER.size} bytes, found "
-            f"{len(data)}; the file is truncated: download it again"
-        )
-    magic, version, crc = _FIXED.unpack_from(data)
-    if magic != MAGIC or version < VERSION:
-        raise FormatError(
-            f"{where}: byte 0: expected {MAGIC!r} and format version {VERSION}, found {magic!r} and "
-            f"{version}; the file is damaged or was not written by miracle-hub"
-        )
-    if version > VERSION:
-        raise UnsupportedVersionError(
-            f"{where}: this miracle-hub reads version {VERSION} of networks' streams, found {version}; "
-            "upgrade: pip install -U miracle-hub"
-        )
-    found = zlib.crc32(data[_FIXED.size :])
-    if found != crc:
-        raise ChecksumError(
-            f"{where}: bytes {_FIXED.size} to {len(data)}: expected CRC-32 {crc:08x}, found {found:08x}; the "
-            "file is truncated or damaged: download it again"
-        )

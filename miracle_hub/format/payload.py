@@ -5,17 +5,11 @@ FORMAT.md, "Payload", has its fields and limits; this module reads and writes it
 
 import math
 import struct
-import zlib
 from dataclasses import dataclass
 
 from miracle_hub.code import MAX_WIDTH_LOG2, Code
-from miracle_hub.errors import (
-    ChecksumError,
-    FormatError,
-    OptionError,
-    TruncatedPayloadError,
-    UnsupportedVersionError,
-)
+from miracle_hub.errors import FormatError, OptionError, TruncatedPayloadError
+from miracle_hub.format import frame
 from miracle_hub.format.varint import encode_varint, read_varint
 
 MAGIC = b"MRCL"
@@ -25,8 +19,8 @@ DTYPES = ("F32", "BF16", "F16", "F64")
 _MAX_DIMENSIONS = 8
 _MAX_SEGMENTS = 64
 _MAX_WEIGHTS = 1 << 40
-_FIXED = struct.Struct("<4sBI")
 _TRAILER = struct.Struct("<fQ")
+_FRAME = frame.Frame(MAGIC, VERSION, "payload", _TRAILER.size)
 
 
 @dataclass(frozen=True)
@@ -39,6 +33,7 @@ class Segment:
 
     @property
     def n_scales(self) -> int:
+        """How many follow the header for these rows."""
         return self.rows if self.row_scales else 1
 
 
@@ -58,14 +53,17 @@ class Header:
 
     @property
     def rows(self) -> int:
+        """Of the matrix view, all segments together."""
         return sum(segment.rows for segment in self.segments)
 
     @property
     def n_weights(self) -> int:
+        """That the segments stand for."""
         return self.rows * self.columns
 
     @property
     def n_scales(self) -> int:
+        """Of all segments."""
         return sum(segment.n_scales for segment in self.segments)
 
     @property
@@ -81,12 +79,11 @@ class Header:
 
 def encode_payload(header: Header, body: bytes) -> bytes:
     """Header and body (scales and messages) as one payload; `decode_header` reads it back."""
-    rest = encode_header(header)[_FIXED.size :] + body
-    return _FIXED.pack(MAGIC, VERSION, zlib.crc32(rest)) + rest
+    return _FRAME.seal(encode_header(header)[frame.SIZE :] + body)
 
 
 def encode_header(header: Header) -> bytes:
-    """The header alone, with a checksum of 0.
+    """The header as if nothing followed it.
 
     Raises:
         OptionError: the segments cannot share a payload.
@@ -99,9 +96,8 @@ def encode_header(header: Header) -> bytes:
         code = segment.code
         numbers += [segment.rows, code.window_bits, code.step_bits, code.step_weights]
         numbers += [int(segment.row_scales)]
-    body = b"".join(map(encode_varint, numbers))
-    body += _TRAILER.pack(header.relative_error, header.digest)
-    return _FIXED.pack(MAGIC, VERSION, 0) + body
+    trailer = _TRAILER.pack(header.relative_error, header.digest)
+    return _FRAME.seal(b"".join(map(encode_varint, numbers)) + trailer)
 
 
 def _shared_code(segments: tuple[Segment, ...]) -> Code:
@@ -125,9 +121,8 @@ def decode_header(data: bytes, where: str) -> tuple[Header, int]:
     Raises:
         FormatError: and its subclasses, for every way in which the payload can be wrong.
     """
+    _FRAME.check(data, where)
     reader = _Reader(data, where)
-    reader.check_start()
-    reader.check_crc()
     header = reader.header()
     length = reader.position
     expected = length + 2 * header.n_scales + sum(header.message_bytes)
@@ -139,41 +134,17 @@ def decode_header(data: bytes, where: str) -> tuple[Header, int]:
     return header, length
 
 
-def is_payload(data: bytes) -> bool:
-    """Whether bytes start like a payload of any version."""
-    return data[:4] == MAGIC
-
-
 class _Reader:
     """A cursor over an untrusted header."""
 
     def __init__(self, data: bytes, where: str) -> None:
-        self.data, self.where, self.position = data, where, _FIXED.size
+        self.data, self.where, self.position = data, where, frame.SIZE
 
     def fail(self, expected: str, found: object) -> FormatError:
         return FormatError(
             f"{self.where}: byte {self.position} of the payload header: expected {expected}, "
             f"found {found}; the file is damaged or was not written by miracle-hub"
         )
-
-    def check_start(self) -> None:
-        if len(self.data) < _FIXED.size + _TRAILER.size:
-            raise TruncatedPayloadError(
-                f"{self.where}: a payload has at least {_FIXED.size + _TRAILER.size} bytes, found "
-                f"{len(self.data)}; the file is truncated: download it again"
-            )
-        magic, version, self.crc = _FIXED.unpack_from(self.data)
-        if magic != MAGIC:
-            self.position = 0
-            raise self.fail(f"the magic {MAGIC!r}", magic)
-        if version < VERSION:
-            self.position = len(MAGIC)
-            raise self.fail(f"format version {VERSION}", version)
-        if version > VERSION:
-            raise UnsupportedVersionError(
-                f"{self.where}: this miracle-hub reads payload version {VERSION}, found {version}; "
-                "upgrade: pip install -U miracle-hub"
-            )
 
     def varint(self, what: str, low: int, high: int) -> int:
         number, self.position = read_varint(self.data, self.position, what, (low, high), self.where)
@@ -209,14 +180,6 @@ class _Reader:
             return Segment(rows, Code(window, step, weights, seed, stream_id), row_scales)
         except OptionError as error:
             raise self.fail("a possible code", error) from None
-
-    def check_crc(self) -> None:
-        found = zlib.crc32(self.data[_FIXED.size :])
-        if found != self.crc:
-            raise ChecksumError(
-                f"{self.where}: bytes {_FIXED.size} to {len(self.data)} of the payload: expected CRC-32 "
-                f"{self.crc:08x}, found {found:08x}; the file is truncated or damaged: download it again"
-            )
 
     def check_shape(self, header: Header) -> None:
         n_weights = math.prod(header.shape)

@@ -9,13 +9,16 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from yaml import YAMLError
 
-from miracle_hub.code import QUANT_METHOD
-from miracle_hub.codec.artifact import read_config, read_quantization
 from miracle_hub.codec.compress import Report
-from miracle_hub.codec.verification import Verification, sha256_of, verify_folder
+from miracle_hub.codec.config import is_miracle, read_config, read_quantization
+from miracle_hub.codec.inspection import inspected
+from miracle_hub.codec.naming import CARD
+from miracle_hub.codec.reading import read_all
+from miracle_hub.codec.repository import repository_of
+from miracle_hub.codec.verification import Verification, verify_folder
 from miracle_hub.errors import DataError
 from miracle_hub.files.whole import temporary_beside, writing
-from miracle_hub.hub.facts import CardFacts, facts_of_folder, versions, weights_beside_card
+from miracle_hub.hub.facts import CardFacts, facts_of_folder, versions
 
 # In the package, so that every installation has it; model_cards/template.md is a link to it.
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -43,7 +46,9 @@ def auto_class(architecture: str) -> str:
 
 def write_card(folder: Path, report: Report, source: Path, base_model: str | None) -> None:
     """README.md of what was just compressed, with the license, languages and tags of the source's card."""
-    facts = replace(facts_of_folder(folder), dense_bytes=report.dense_bytes, versions=versions())
+    reading = read_all(folder)
+    found = facts_of_folder(folder, inspected(repository_of(reading)), reading.weights_sha256)
+    facts = replace(found, dense_bytes=report.dense_bytes, versions=versions())
     metadata = read_metadata(source / "README.md")
     kept_tags = set(_tags(metadata)) - _FORMAT_TAGS
     kept = {key: metadata[key] for key in _KEPT if key in metadata} | {"tags": sorted(kept_tags)}
@@ -75,7 +80,7 @@ def update_card(
     path, config = folder / "README.md", read_config(folder)
     text = _text(path) if metadata is None else ""
     head = dict(read_metadata(path) if metadata is None else metadata)
-    is_plugin = read_quantization(folder).get("quant_method") == QUANT_METHOD
+    is_plugin = is_miracle(read_quantization(folder))
     base = base or (head.get("base_model") if isinstance(head.get("base_model"), str) else None)
     data = _completed(head, facts, base, is_plugin and "model_type" in config)
     usage = usage or ("" if is_plugin else _kept_usage(text, repo_id))
@@ -184,24 +189,23 @@ def carried_facts(folder: Path, facts: CardFacts) -> CardFacts:
         return facts
 
 
-def stale_card(folder: Path) -> str:
+def stale_card(folder: Path, verification: Verification) -> str:
     """Why the facts in a folder's card are not those of its weights; empty if they are, or if it has none."""
-    facts = read_metadata(folder / "README.md").get("miracle") if folder.is_dir() else None
+    facts = read_metadata(folder / CARD).get("miracle") if folder.is_dir() else None
     expected = facts.get("sha256") if isinstance(facts, dict) else None
-    files = weights_beside_card(folder)
-    if expected is None or expected in (sha256_of(*files), *(sha256_of(file) for file in files)):
+    found = verification.weights_sha256
+    if expected is None or expected in (found, *(file.sha256 for file in verification.files)):
         return ""
     return (
-        f"{folder / 'README.md'}: expected weight files of SHA-256 {expected}, found {sha256_of(*files)}; "
-        "they are damaged: download them again. If they were changed on purpose, remove `miracle` from the "
-        "card's head"
+        f"{folder / CARD}: expected weight files of SHA-256 {expected}, found {found}; they are damaged: "
+        "download them again. If they were changed on purpose, remove `miracle` from the card's head"
     )
 
 
 def verify_with_card(folder: Path, dense: Path | None, backend: str = "auto") -> Verification:
     """Whether a repository is sound, and its card is that of its files; see `miracle_hub.verify`."""
     found = verify_folder(folder, dense=dense, backend=backend)
-    stale = stale_card(folder)
+    stale = stale_card(folder, found)
     return replace(found, defects=(*found.defects, stale)) if stale else found
 
 

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from miracle_hub.code import Code
-from miracle_hub.codec.inspection import Inspection, inspect_folder
-from miracle_hub.codec.network import STREAM, read_network
-from miracle_hub.codec.source import item_bits
-from miracle_hub.codec.verification import sha256_of
+from miracle_hub.codec.inspection import Inspection
+from miracle_hub.codec.naming import STREAM
+from miracle_hub.codec.network import read_network
+from miracle_hub.codec.source import files_of_weights
 from miracle_hub.errors import DataError
+from miracle_hub.files.digests import sha256_of
 from miracle_hub.format.network import NetworkHeader, read_start
+from miracle_hub.format.spec import item_bits
 
 _PACKAGES = ("miracle-hub", "torch")
 
@@ -162,22 +164,24 @@ def read_facts(path: str | Path) -> dict[str, Any]:
     return given
 
 
-def facts_of_folder(folder: Path, inspection: Inspection | None = None) -> CardFacts:
+def facts_of_folder(folder: Path, inspection: Inspection, sha256: str) -> CardFacts:
     """What the files of a compressed repository say of themselves.
+
+    Args:
+        sha256: of its files of weights, one after the other.
 
     Raises:
         FormatError: and its subclasses: a file is not sound.
     """
-    inspection = inspection or inspect_folder(folder)
-    files = weights_beside_card(folder)
+    files = files_of_weights(folder)
     coded = [tensor for tensor in inspection.tensors if not tensor.reason]
     codes = {code for tensor in coded for code in tensor.codes}
     if len(files) == 1 and any(tensor.name == STREAM for tensor in inspection.tensors):
-        return _facts_of_stream(files[0])
+        return _facts_of_stream(files[0], sha256)
     rotation = max((tensor.rotation for tensor in coded), default=1)
     return CardFacts(
         n_bytes=inspection.file_bytes,
-        sha256=sha256_of(*files),
+        sha256=sha256,
         n_weights=inspection.n_weights,
         digest=inspection.digest if coded else "",
         code=_code_text(codes, rotation),
@@ -188,7 +192,8 @@ def facts_of_folder(folder: Path, inspection: Inspection | None = None) -> CardF
 
 def facts_of_network(path: Path, header: NetworkHeader | None, n_weights: int) -> CardFacts:
     """The same of a file of `save`, whose stream's header is read with the module; None: it has none."""
-    found = _facts_of_stream(path) if header else CardFacts(path.stat().st_size, sha256_of(path))
+    sha256 = sha256_of(path)
+    found = _facts_of_stream(path, sha256) if header else CardFacts(path.stat().st_size, sha256)
     if header is not None:
         bits = header.code.message_bits(header.n_values)
         code = f"{found.code}; a message of {bits:,} bits stands for {header.n_values:,} values"
@@ -196,22 +201,17 @@ def facts_of_network(path: Path, header: NetworkHeader | None, n_weights: int) -
     return replace(found, n_weights=n_weights)
 
 
-def _facts_of_stream(path: Path) -> CardFacts:
+def _facts_of_stream(path: Path, sha256: str) -> CardFacts:
     stream = read_network(path)[0] or b""
     (window, step, weights, seed), n_tensors, _ = read_start(stream, str(path))
     rate = f"{step / weights:.4g} bits per value"
     code = f"one stream of {n_tensors} tensors, windows of {window} bits, {rate}"
-    return CardFacts(path.stat().st_size, sha256_of(path), code=code, seed=seed, is_stream=True)
+    return CardFacts(path.stat().st_size, sha256, code=code, seed=seed, is_stream=True)
 
 
 def versions() -> dict[str, str]:
     """Of the packages by which this process compresses."""
     return {name: version(name) for name in _PACKAGES}
-
-
-def weights_beside_card(folder: Path) -> list[Path]:
-    """The files that a card's SHA-256 is of."""
-    return sorted(path for path in folder.glob("*.safetensors") if path.is_file())
 
 
 def _code_text(codes: set[Code], rotation: int) -> str:

@@ -107,7 +107,7 @@ def _bars(axes: "Axes", tensors: list[TensorReport], values: list[float], label:
 
 
 def _bits(axes: "Axes", tensors: list[TensorReport]) -> None:
-    _bars(axes, tensors, [tensor.bits_per_weight for tensor in tensors], "bits per weight, with scales")
+    _bars(axes, tensors, [tensor.rate for tensor in tensors], "bits per weight, with scales")
 
 
 def _errors(axes: "Axes", tensors: list[TensorReport]) -> None:
@@ -123,7 +123,7 @@ def _kl(axes: "Axes", groups: list[tuple[float, float]]) -> None:
 
 def _rate_distortion(axes: "Axes", tensors: list[TensorReport]) -> None:
     """Every tensor as a point whose area grows with its weights, above Shannon's bound."""
-    rates = [tensor.bits_per_weight for tensor in tensors]
+    rates = [tensor.rate for tensor in tensors]
     most = max(tensor.n_weights for tensor in tensors)
     areas = [6 + 120 * tensor.n_weights / most for tensor in tensors]
     axes.scatter(rates, [tensor.relative_error for tensor in tensors], s=areas, alpha=0.5, label="a tensor")

@@ -2,7 +2,6 @@
 
 import glob
 import hashlib
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,18 +11,19 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.hf_api import RepoFile
 
-from miracle_hub.codec.inspection import inspect_folder
+from miracle_hub.codec.inspection import inspected
+from miracle_hub.codec.naming import CARD, is_weights
 from miracle_hub.codec.source import weight_files
-from miracle_hub.codec.verification import Verification, sha256_of, visible_files
+from miracle_hub.codec.verification import Verification
 from miracle_hub.errors import DataError, RemoteMismatchError, SourceError, UploadError
+from miracle_hub.files.digests import sha256_of
+from miracle_hub.files.folders import visible_files
 from miracle_hub.hub.card import carried_facts, update_card, verify_with_card
 from miracle_hub.hub.facts import CardFacts, facts_of_folder, read_facts
 from miracle_hub.hub.plots import read_journal, write_plots
 from miracle_hub.hub.resolve import CLIENT_ERRORS
 
 _PLOTS = "plots"
-# Weights that `from_pretrained` would look at; those of a variant have other names.
-_WEIGHTS = re.compile(r"model(\.stages?-\d)?(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def push(
             f"{folder}: expected a compressed folder, found one without any payload; run miracle compress "
             "first, or upload a dense model with hf upload"
         )
-    _complete_card(folder, repo_id, base, dense, facts)
+    _complete_card(folder, verification, repo_id, base, dense, facts)
     commit = upload(
         folder, repo_id, _checksums(folder, verification), private=private or None, revision=revision,
         token=token, replace_weights=True,
@@ -97,11 +97,17 @@ def push(
 
 
 def _complete_card(
-    folder: Path, repo_id: str, base: str | None, dense: str | Path | None, facts: str | Path | None
+    folder: Path,
+    verification: Verification,
+    repo_id: str,
+    base: str | None,
+    dense: str | Path | None,
+    facts: str | Path | None,
 ) -> None:
     """Plots, and a card of what the files say, what its head carries, and what the caller measured."""
-    inspection = inspect_folder(folder)
-    found = carried_facts(folder, facts_of_folder(folder, inspection))
+    assert verification.repository is not None
+    inspection = inspected(verification.repository)
+    found = carried_facts(folder, facts_of_folder(folder, inspection, verification.weights_sha256))
     if dense is not None:
         found = replace(found, dense_bytes=sum(path.stat().st_size for path in weight_files(Path(dense))))
     if facts is not None:
@@ -127,7 +133,7 @@ def _checksums(folder: Path, verification: Verification) -> dict[str, str]:
     found = {}
     for path in visible_files(folder):
         name = path.relative_to(folder).as_posix()
-        is_new = name == "README.md" or name.startswith(f"{_PLOTS}/")
+        is_new = name == CARD or name.startswith(f"{_PLOTS}/")
         found[name] = verified[name] if name in verified and not is_new else sha256_of(path)
     return found
 
@@ -202,7 +208,7 @@ def _compare(
 def _shadows(api: HfApi, repo_id: str, revision: str | None, names: Mapping[str, str]) -> list[str]:
     """Files of the weights that a repository has and the new ones have not: readers might prefer them."""
     found = api.list_repo_files(repo_id, revision=revision)
-    return [glob.escape(name) for name in found if _WEIGHTS.fullmatch(name) and name not in names]
+    return [glob.escape(name) for name in found if is_weights(name) and name not in names]
 
 
 def _difference(path: Path, sha256: str, remote: RepoFile | None) -> str:

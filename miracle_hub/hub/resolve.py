@@ -17,8 +17,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import repo_folder_name
 
 from miracle_hub.code import MAX_STAGES
+from miracle_hub.codec.naming import stage_patterns
 from miracle_hub.codec.source import missing_weights
-from miracle_hub.codec.stages import stem_of
 from miracle_hub.errors import SourceError
 
 # Other copies of the weights, and what training left behind.
@@ -46,7 +46,7 @@ def local_folder(source: str | Path, revision: str | None = None, stages: int | 
     """
     if os.path.exists(source):  # unlike Path.exists, False for names that no file can have
         return Path(source)
-    later = [f"{stem_of(stage)}[-.]*" for stage in range((stages or MAX_STAGES) + 1, MAX_STAGES + 1)]
+    later = stage_patterns(after=stages or MAX_STAGES)
     folder = snapshot(str(source), revision=revision, ignore_patterns=_IGNORED + later)
     if not any(folder.glob("*.safetensors")):
         raise missing_weights(str(source), _top_level_names(str(source), revision, folder))

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from miracle_hub.codec.artifact import repository_digest
-from miracle_hub.codec.packed import PackedMatrix, packed_linear, packed_matmul
-from miracle_hub.codec.tensor import TORCH_DTYPES, decode_payload
+from miracle_hub.codec import payloads as codecs
+from miracle_hub.codec.packed import packed_linear, packed_matmul
+from miracle_hub.codec.payloads import Packed
+from miracle_hub.codec.repository import payloads_digest
+from miracle_hub.codec.stored import decode_sum, payload_at
 from miracle_hub.errors import OptionError
-from miracle_hub.format.payload import MAGIC, decode_header, is_payload
 
 PAYLOAD = "payload"
 _Function = TypeVar("_Function", bound=Callable)
@@ -87,7 +88,7 @@ class CompressedLayer(nn.Module):
         with torch.no_grad():
             return self.packed().dense().to(self.payload.device)
 
-    def packed(self) -> PackedMatrix:
+    def packed(self) -> Packed:
         """The payload, parsed again only if the buffer was changed, moved or cast.
 
         Raises:
@@ -98,11 +99,11 @@ class CompressedLayer(nn.Module):
         version = None if payload.is_inference() else payload._version
         key = (payload.data_ptr(), version, payload.device, self.dtype, self.backend)
         if self._parsed is None or self._parsed[0]() is not payload or self._parsed[1] != key:
-            packed = PackedMatrix(payload, self.weight_name, self.dtype, self.backend)
-            if packed.header.shape != self.weight_shape:
+            packed = payload_at(payload, self.weight_name).packed(self.dtype, self.backend)
+            if packed.shape != self.weight_shape:
                 raise OptionError(
                     f"{self.weight_name}: expected a payload of shape {self.weight_shape}, found "
-                    f"{packed.header.shape}; load the state dict of a model of this architecture"
+                    f"{packed.shape}; load the state dict of a model of this architecture"
                 )
             self._parsed = (weakref.ref(payload), key, packed)
         return self._parsed[2]
@@ -228,27 +229,14 @@ def saved_state(model: nn.Module, payloads: Mapping[str, Tensor]) -> dict[str, T
 
 def saved_digest(state: Mapping[str, Tensor]) -> str:
     """The digest that the repository of such a state dict has."""
-    return repository_digest(
-        {
-            name: decode_header(tensor.cpu().numpy().tobytes(), name)[0].digest
-            for name, tensor in state.items()
-            if is_payload_tensor(tensor)
-        }
-    )
-
-
-def is_payload_tensor(tensor: Tensor) -> bool:
-    """Whether a tensor is a payload: bytes that start with the magic."""
-    if tensor.dtype != torch.uint8 or tensor.ndim != 1 or tensor.is_meta:
-        return False
-    return is_payload(bytes(tensor[: len(MAGIC)].tolist()))
+    found = {name: codecs.read(tensor, name) for name, tensor in state.items()}
+    return payloads_digest({name: payload.facts.digest for name, payload in found.items() if payload})
 
 
 def _decodes_to(payload: Tensor, tensor: Tensor, name: str) -> bool:
     with torch.device("cpu"):
-        weights, header = decode_payload(payload, name)
-    dense = weights.to(TORCH_DTYPES[header.dtype]).to(tensor.device, tensor.dtype)
-    return torch.equal(dense, tensor)
+        weights = decode_sum([payload], name)
+    return torch.equal(weights.to(tensor.device, tensor.dtype), tensor)
 
 
 def _place(tensor: Tensor) -> tuple:

@@ -20,12 +20,11 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from miracle_hub.codec.decompress import StoredTensor
-from miracle_hub.codec.packed import is_packable
-from miracle_hub.codec.stages import decode_stages
+from miracle_hub.codec import payloads as codecs
+from miracle_hub.codec.stored import StoredTensor, decode_sum
 from miracle_hub.errors import FormatError, OptionError
 from miracle_hub.names import matches
-from miracle_hub.plugin.compressed_linear import COMPRESSED_CLASSES, PAYLOAD, is_payload_tensor
+from miracle_hub.plugin.compressed_linear import COMPRESSED_CLASSES, PAYLOAD
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
@@ -91,7 +90,7 @@ class DecodePayloads(ConversionOps):
         if self.original is not None:
             return decoded
         (found,), (dense,) = next(iter(input_dict.values())), next(iter(decoded.values()))
-        if self.payloads is not None and dtype != torch.uint8 and is_payload_tensor(found):
+        if self.payloads is not None and dtype != torch.uint8 and codecs.is_payload(found):
             self.payloads[full_layer_name] = found.cpu()
         return {full_layer_name: dense}
 
@@ -236,11 +235,11 @@ def replace_layers(
     renamed = []
     for final, name, tensor in names:
         layer, path = layers.get(final), final.removesuffix(".weight")
-        if layer is None or tensor is None or tensor.header is None:
+        if layer is None or tensor is None or not tensor.is_coded:
             continue
         whole = layer.bias is None or f"{path}.bias" in loaded
-        if whole and tensor.shape == tuple(layer.weight.shape) and is_packable(tensor.header):
-            (n_bytes,) = tensor.stored.shape
+        if whole and tensor.shape == tuple(layer.weight.shape) and tensor.facts[0].has_rows:
+            (n_bytes,) = tensor.parts[0].shape
             compressed = COMPRESSED_CLASSES[type(layer)]
             dtype = expected[final].loaded_dtype
             model.set_submodule(path, compressed(layer, path, n_bytes, dtype, backend))
@@ -274,7 +273,7 @@ def _names_in_model(
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     built, names = model.state_dict(), []
     for tensor in stored:
-        source = tensor.stored.name
+        source = tensor.name
         before, claimed = rename_source_key(source, renamings, converters)
         final, _ = rename_source_key(source, renamings, converters, model.base_model_prefix, built)
         names.append((final, before, tensor if claimed is None else None))
@@ -331,10 +330,10 @@ def _dense(tensor: Tensor, name: str, dtype: torch.dtype | None, backend: str, l
     By way of the source's dtype: the same rounding as loading the decompressed folder.
     """
     # Only a payload is expected as bytes: that of a layer that stays compressed.
-    if dtype == torch.uint8 or not is_payload_tensor(tensor):
+    if dtype == torch.uint8 or not codecs.is_payload(tensor):
         return tensor.to(dtype)
     # A user's `with torch.device(...)` must not move the decoder's work.
     with torch.device("cpu"):
         later = [refinement.to(tensor.device) for refinement in later]
-        weights = decode_stages(tensor, later, name, backend=backend)
+        weights = decode_sum([tensor, *later], name, backend=backend)
     return weights.to(tensor.device, dtype)

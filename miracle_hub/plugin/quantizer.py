@@ -27,13 +27,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from miracle_hub.code import FORMAT_VERSION, QUANT_METHOD
-from miracle_hub.errors import ChecksumError, FormatError, OptionError, UnsupportedVersionError
+from miracle_hub.errors import FormatError, OptionError, UnsupportedVersionError
 from miracle_hub.options import LoadOptions
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
 
-    from miracle_hub.codec.decompress import StoredTensor
+    from miracle_hub.codec.stored import StoredTensor
     from miracle_hub.plugin.conversion import Expected
     from miracle_hub.training.config import VariationalConfig
 
@@ -186,7 +186,8 @@ class MiracleQuantizer(HfQuantizer):
         Raises:
             OptionError: there are not so many stages, or layers cannot stay compressed.
         """
-        from miracle_hub.codec.stages import check_stages, index_name
+        from miracle_hub.codec.naming import index_name
+        from miracle_hub.codec.repository import check_stages
 
         digests = vars(self.quantization_config).get("stage_digests")
         if not isinstance(digests, list):
@@ -290,10 +291,11 @@ class MiracleQuantizer(HfQuantizer):
             return None, {}
         from transformers.core_model_loading import revert_weight_conversion
 
-        from miracle_hub.plugin.compressed_linear import is_payload_tensor, saved_digest, saved_state
+        from miracle_hub.codec.payloads import is_payload
+        from miracle_hub.plugin.compressed_linear import saved_digest, saved_state
 
         state = saved_state(model, self._payloads or {})
-        payloads = {name: tensor for name, tensor in state.items() if is_payload_tensor(tensor)}
+        payloads = {name: tensor for name, tensor in state.items() if is_payload(tensor)}
         # Which of two sets of names is written is for the caller of save_pretrained to say, not to us:
         # where they differ the repository does without a digest of all payloads.
         plain = revert_weight_conversion(model, dict(payloads)).keys() == payloads.keys()
@@ -344,15 +346,12 @@ def _check_payloads(files: list[str], digest: str | None) -> "list[StoredTensor]
     Raises:
         FormatError: and its subclasses: a file is not sound; the message names the tensor.
     """
-    from miracle_hub.codec.decompress import stored_digest, tensors_of
+    from miracle_hub.codec.repository import check_digest
+    from miracle_hub.codec.stored import stored_in
 
-    tensors = tensors_of([Path(file) for file in files])
-    found = stored_digest(tensors)
-    if files and digest not in (None, found):
-        raise ChecksumError(
-            f"{Path(files[0]).parent}: config.json promises compressed tensors of digest {digest}, found "
-            f"{found}; tensors are damaged, missing or from another version: download it again"
-        )
+    tensors = stored_in(Path(file) for file in files)
+    if files:
+        check_digest(tensors, digest, str(Path(files[0]).parent))
     return tensors
 
 
@@ -362,16 +361,17 @@ def _take_refinements(tensors: "list[StoredTensor]", files: list[str]) -> dict[b
     Raises:
         FormatError: two payloads are alike, but are refined differently.
     """
-    from miracle_hub.codec.stages import stage_of
+    from miracle_hub.codec.naming import stage_of
     from miracle_hub.plugin.conversion import payload_key
 
     found: dict[bytes, list[Tensor]] = {}
     for tensor in tensors:
-        if tensor.refinements:
-            key, later = payload_key(tensor.stored.load()), [r.stored.load() for r in tensor.refinements]
+        if len(tensor.parts) > 1:
+            first, *later = (part.load() for part in tensor.parts)
+            key = payload_key(first)
             if key in found and not all(map(torch.equal, found[key], later)):
                 raise FormatError(
-                    f"{tensor.stored.name}: expected a payload unlike all others, found one that is refined "
+                    f"{tensor.name}: expected a payload unlike all others, found one that is refined "
                     "in two ways; load it with stages=1, or decompress the folder (miracle decompress)"
                 )
             found[key] = later

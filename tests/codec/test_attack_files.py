@@ -28,8 +28,9 @@ from miracle_hub.errors import (
     TruncatedPayloadError,
 )
 from miracle_hub.files import container
-from miracle_hub.files.container import Entry, write_file
+from miracle_hub.files.container import write_file
 from miracle_hub.format.payload import Header, Segment, encode_header, encode_payload
+from miracle_hub.format.spec import bytes_entry
 from miracle_hub.names import matches
 from miracle_hub.options import CompressOptions
 from miracle_hub.plugin.quantizer import MiracleConfig
@@ -230,7 +231,7 @@ def test_a_file_of_many_tensors_is_opened_once(folder: Path, monkeypatch: pytest
     """Each tensor used to open it again: 4,000 of them, 0.4 MB, took 27 seconds."""
     header = Header("F32", (1,), 1, 1, (Segment(1, Code(4, 1, 1), False),))
     payload = encode_payload(header, bytes(2 + sum(header.message_bytes)))
-    entries = [Entry(f"layer.{i}", "U8", (len(payload),), len(payload)) for i in range(300)]
+    entries = [bytes_entry(f"layer.{i}", len(payload)) for i in range(300)]
     write_file(folder / "model.safetensors", entries, {}, lambda entry: payload)
     real, opens = container._open, []
     monkeypatch.setattr(container, "_open", lambda path: opens.append(path) or real(path))

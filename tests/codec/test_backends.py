@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 import miracle_hub
 import miracle_kernels
 from miracle_hub.code import Code
-from miracle_hub.codec import rates
-from miracle_hub.codec.tensor import SegmentPlan, decode_payload, encode_tensor
+from miracle_hub.codec import ladder
+from miracle_hub.codec.trellis import SegmentPlan, decode_payload, encode_tensor
 from miracle_hub.coding.backend import choose
 from miracle_hub.errors import BackendError, ChecksumError
 from miracle_hub.format.payload import decode_header
@@ -21,8 +21,8 @@ from miracle_hub.format.payload import decode_header
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small matrix and a vector; two rates and a small sample, since the interpreter is slow."""
-    monkeypatch.setattr(rates, "LADDER", ((2, 2), (4, 2)))
-    monkeypatch.setattr(rates, "_SAMPLE_WEIGHTS", 64)
+    monkeypatch.setattr(ladder, "LADDER", ((2, 2), (4, 2)))
+    monkeypatch.setattr(ladder, "_SAMPLE_WEIGHTS", 64)
     folder = tmp_path / "source"
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)

@@ -11,19 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from miracle_hub.codec.budget import Budget, meet_budget
 from miracle_hub.codec.compress import Report
 from miracle_hub.codec.inspection import inspect_folder
-from miracle_hub.codec.plan import (
-    Budget,
-    TensorPlan,
-    lay_out,
-    mark_narrowed,
-    meet_budget,
-    plan_tensor,
-    total_bytes,
-)
-from miracle_hub.codec.rates import Sample, measure_options, sample_rows
-from miracle_hub.codec.source import list_tensors, weight_files
+from miracle_hub.codec.payloads import Request
+from miracle_hub.codec.plan import Plan, lay_out, plan_all
+from miracle_hub.codec.rates import Curve
+from miracle_hub.codec.repository import total_bytes
+from miracle_hub.codec.source import weight_files
+from miracle_hub.codec.survey import survey
 from miracle_hub.coding.backend import choose
 from miracle_hub.errors import BudgetError
 
@@ -82,13 +78,13 @@ def test_a_size_of_whole_files_is_met_and_never_exceeded(
 class Measured(NamedTuple):
     """A model whose rate–error curves are known: planning it costs next to nothing."""
 
-    plans: dict[str, TensorPlan]
-    samples: list[Sample]
+    plans: dict[str, Plan]
+    curves: list[Curve]
     n_weights: int
 
     def size(self, n_bytes: int, max_shard_bytes: int) -> int:
         budget = Budget(n_bytes, 0, self.n_weights, max_shard_bytes)
-        choices = meet_budget(self.plans, self.samples, budget)
+        choices = meet_budget(self.plans, self.curves, budget)
         return total_bytes(lay_out(self.plans, choices, max_shard_bytes))
 
 
@@ -97,17 +93,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory, save_anywhere: Any) -> di
     models = {}
     for kind in MODELS:
         folder = save_anywhere(tmp_path_factory.mktemp("measured") / kind, MODELS[kind]())
-        found = list_tensors(weight_files(folder))
-        plans = {tensor.name: mark_narrowed(plan_tensor(tensor, 128, [])) for tensor in found}
-        samples = [
-            sample_rows(
-                plan.source.name, plan.source.load(), plan.columns, plan.rotation, len(plans), choose("cpu")
-            )
-            for plan in plans.values()
-            if not plan.reason
-        ]
-        measure_options(samples, 8, 0, choose("cpu"))
-        models[kind] = Measured(plans, samples, sum(tensor.n_weights for tensor in found))
+        plans = plan_all(weight_files(folder), [], {})
+        curves, _ = survey(plans, Request(8, 128, 0, len(plans), choose("cpu")))
+        models[kind] = Measured(plans, curves, sum(plan.source.n_weights for plan in plans.values()))
     return models
 
 

@@ -160,7 +160,7 @@ def test_norms_and_biases_are_halved_counted_and_restored_to_float32(
         assert stored[name].dtype == torch.float32 and torch.equal(decoded[name], tensor)
     assert decoded["half.bias"].dtype == torch.float16
     report = {tensor.name: tensor for tensor in inspect_folder(tmp_path / "out").tensors}
-    assert report["norm.bias"].bits_per_weight == 16 and report["wide.bias"].bits_per_weight == 32
+    assert report["norm.bias"].rate == 16 and report["wide.bias"].rate == 32
 
 
 def test_excluded_tensors_stay_plain(

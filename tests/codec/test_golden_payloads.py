@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from miracle_hub.codec.tensor import decode_payload
+from miracle_hub.codec.trellis import decode_payload
 
 PAYLOADS = sorted((Path(__file__).parents[1] / "golden").glob("payload_*.bin"))
 

@@ -21,7 +21,7 @@ def test_totals_are_the_sizes_of_the_files(compressed: Path, tensors: dict[str, 
     assert inspection.bits_per_weight == 8 * inspection.file_bytes / inspection.n_weights
     coded = [tensor for tensor in inspection.tensors if not tensor.reason]
     rate = 8 * sum(tensor.n_bytes for tensor in coded) / sum(tensor.n_weights for tensor in coded)
-    assert inspection.payload_bits_per_weight == rate < inspection.bits_per_weight
+    assert inspection.payload_rate == rate < inspection.bits_per_weight
 
 
 def test_every_tensor_is_described(compressed: Path, tensors: dict[str, Tensor]) -> None:
@@ -40,7 +40,7 @@ def test_every_tensor_is_described(compressed: Path, tensors: dict[str, Tensor])
             assert report.rotation == (64 if name == "first.weight" else 32)
             assert {code.window_bits for code in report.codes} == {8}
             rates = [code.rate for code in report.codes]
-            assert min(rates) < report.bits_per_weight < max(rates) + 0.7
+            assert min(rates) < report.rate < max(rates) + 0.7
     ratio = reports["second.weight"].scale / reports["first.weight"].scale
     assert ratio == pytest.approx(50 * 2**0.5, rel=0.3)  # 1 / 0.02, and the rotations' 1/√32 and 1/√64
 
@@ -58,5 +58,5 @@ def test_the_digest_is_that_of_the_decoded_tensors_by_name(compressed: Path) -> 
 
 def test_a_dense_folder_has_no_payloads(model: Path) -> None:
     inspection = inspect_folder(model)
-    assert inspection.payload_bits_per_weight == 0 and inspection.bits_per_weight > 32
-    assert all(tensor.reason and tensor.bits_per_weight == 32 for tensor in inspection.tensors)
+    assert inspection.payload_rate == 0 and inspection.bits_per_weight > 32
+    assert all(tensor.reason and tensor.rate == 32 for tensor in inspection.tensors)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from miracle_hub.code import Code
+from miracle_hub.codec.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from miracle_hub.codec.network import (
     decode_stream_entry,
     encode_stream_entry,
@@ -22,11 +23,10 @@ from miracle_hub.codec.network import (
     spec_of,
     write_network,
 )
-from miracle_hub.codec.tensor import DTYPE_NAMES, TORCH_DTYPES
 from miracle_hub.coding.scales import rounded_scales
 from miracle_hub.coding.sharing import KINDS, Sharing
 from miracle_hub.errors import ChecksumError, FormatError, OutputWriteError, TruncatedPayloadError
-from miracle_hub.format.network import NetworkHeader, TensorSpec, decode_network, encode_network
+from miracle_hub.format.network import NetworkHeader, SharedSpec, decode_network, encode_network
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "network.json").read_text(encoding="utf-8"))
@@ -40,10 +40,10 @@ def independent() -> Callable[..., dict[str, np.ndarray]]:
     return runpy.run_path(str(GOLDEN / "network_decoder.py"))["decode"]
 
 
-def specs_of(case: dict[str, Any]) -> tuple[TensorSpec, ...]:
+def specs_of(case: dict[str, Any]) -> tuple[SharedSpec, ...]:
     """The module's tensors, as a reader knows them: sharing is the stream's own matter."""
     return tuple(
-        TensorSpec(name, dtype, tuple(shape), 0, int(np.prod(shape)))
+        SharedSpec(name, dtype, tuple(shape), 0, int(np.prod(shape)))
         for name, dtype, shape in case["tensors"]
     )
 
@@ -101,7 +101,7 @@ def test_the_independent_decoder_is_short_and_imports_nothing_of_ours() -> None:
     assert imports == ["import zlib", "from pathlib import Path", "import numpy as np"]
 
 
-def made_up(code: Code, seed: int) -> tuple[bytes, tuple[TensorSpec, ...], dict[str, Tensor]]:
+def made_up(code: Code, seed: int) -> tuple[bytes, tuple[SharedSpec, ...], dict[str, Tensor]]:
     """A stream of a random network, its tensors and its float32 weights."""
     rng, tensors = np.random.default_rng(seed), []
     for i in range(int(rng.integers(1, 9))):
@@ -109,7 +109,7 @@ def made_up(code: Code, seed: int) -> tuple[bytes, tuple[TensorSpec, ...], dict[
         n_weights, kind = int(np.prod(shape)), int(rng.integers(0, 3))
         n_values = int(rng.integers(1, n_weights + 1)) if kind else n_weights
         dtype = str(rng.choice(list(TORCH_DTYPES)))
-        tensors.append(TensorSpec(f"layer.{i}", dtype, shape, kind, n_values))
+        tensors.append(SharedSpec(f"layer.{i}", dtype, shape, kind, n_values))
     header = NetworkHeader(code, tuple(tensors))
     message = rng.integers(0, 256, code.message_bytes(header.n_values)).astype(np.uint8)
     message[-1] &= 0xFF << (-code.message_bits(header.n_values) % 8) & 0xFF
@@ -139,9 +139,9 @@ def test_shared_weights_take_their_values_with_the_tensors_scale() -> None:
     """A scalar, a hash and a tile in a file, against indexing of the values by hand."""
     code, sharings = Code(9, 9, 2, seed=4), (Sharing("hash", 5, 12), Sharing("tile", 4, 9))
     scales = torch.tensor([2.0, 0.5, 4.0])
-    specs = [TensorSpec("a", "F32", (3, 4), 1, 5), TensorSpec("b", "F32", (9,), 2, 4)]
-    alone = [TensorSpec("a", "F32", (5,), 0, 5), TensorSpec("b", "F32", (4,), 0, 4)]
-    scalar, message = TensorSpec("c", "F32", (), 0, 1), torch.arange(code.message_bytes(10)).byte() * 37
+    specs = [SharedSpec("a", "F32", (3, 4), 1, 5), SharedSpec("b", "F32", (9,), 2, 4)]
+    alone = [SharedSpec("a", "F32", (5,), 0, 5), SharedSpec("b", "F32", (4,), 0, 4)]
+    scalar, message = SharedSpec("c", "F32", (), 0, 1), torch.arange(code.message_bytes(10)).byte() * 37
     message[-1] &= 0xFF << (-code.message_bits(10) % 8) & 0xFF
     shared = encode_stream_entry(NetworkHeader(code, (*specs, scalar)), scales, message)[1]
     values = encode_stream_entry(NetworkHeader(code, (*alone, scalar)), scales, message)[1]
@@ -212,7 +212,7 @@ def test_a_file_of_lenet_5_is_message_and_scales_and_120_bytes(
     assert (tmp_path / "lenet").stat().st_size <= len(message) + 2 * 8 + 120
 
 
-TENSORS = (TensorSpec("a", "F32", (3, 4), 1, 5), TensorSpec("b", "BF16", (8,), 0, 8))
+TENSORS = (SharedSpec("a", "F32", (3, 4), 1, 5), SharedSpec("b", "BF16", (8,), 0, 8))
 HEADER = NetworkHeader(Code(6, 3, 2, seed=1), TENSORS)  # 7 steps: 24 bits; 13 values
 CODE_5 = Code(7, 3, 2, seed=1)  # 25 bits
 
@@ -311,7 +311,7 @@ def test_no_flipped_bit_gives_other_weights_even_behind_a_right_checksum(code: C
 @pytest.mark.parametrize("kind", [0, 2])
 def test_a_huge_module_is_refused_before_anything_is_allocated(kind: int) -> None:
     shape = (1 << 16, 1 << 15)
-    spec = TensorSpec("w", "F32", shape, kind, 1 << 31)
+    spec = SharedSpec("w", "F32", shape, kind, 1 << 31)
     bomb = encode_network(NetworkHeader(Code(1, 1, 256), (spec,)), b"\x80\x3f", bytes(1000))
     tracemalloc.start()
     try:
@@ -324,10 +324,10 @@ def test_a_huge_module_is_refused_before_anything_is_allocated(kind: int) -> Non
 
 def test_a_tensor_is_described_as_the_module_has_it() -> None:
     tensor = torch.zeros(3, 4, dtype=torch.float16)
-    assert spec_of("w", tensor) == TensorSpec("w", "F16", (3, 4), 0, 12)
+    assert spec_of("w", tensor) == SharedSpec("w", "F16", (3, 4), 0, 12)
     for kind in KINDS[1:]:
         found = spec_of("w", tensor, Sharing(kind, 5, 12))
-        assert found == TensorSpec("w", "F16", (3, 4), KINDS.index(kind), 5)
+        assert found == SharedSpec("w", "F16", (3, 4), KINDS.index(kind), 5)
 
 
 def test_a_dtype_that_cannot_be_coded_is_named() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-import miracle_hub.codec.compress as compress_module
+import miracle_hub.codec.trellis as trellis_module
 import miracle_hub.files.container as container_module
 import miracle_hub.files.whole as folder_module
 from miracle_hub.codec.compress import Report
@@ -30,7 +30,9 @@ Compress = Callable[..., Report]
 SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
-import miracle_hub.codec.compress as module
+import miracle_hub.codec.trellis as module
+from miracle_hub.codec.compress import compress_folder
+from miracle_hub.options import CompressOptions
 from miracle_hub.options import CompressOptions
 
 encode = module.encode_tensor
@@ -46,7 +48,7 @@ module.encode_tensor = slow_encode
 parent, processes, die = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "die"
 try:
     options = CompressOptions(bits_per_weight=3.0, window_bits=8, progress=False)
-    module.compress_folder(parent / "model", parent / "out", options)
+    compress_folder(parent / "model", parent / "out", options)
 except Exception as error:
     print(type(error).__name__, error)
 """
@@ -165,7 +167,7 @@ def test_a_failure_in_the_middle_leaves_what_was_there_before(
     if before:
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "precious.txt").write_text("mine")
-    encode, seen = compress_module.encode_tensor, []
+    encode, seen = trellis_module.encode_tensor, []
 
     def failing(*args: Any, **kwargs: Any) -> bytes:
         seen.append(names(tmp_path))
@@ -173,7 +175,7 @@ def test_a_failure_in_the_middle_leaves_what_was_there_before(
             raise failure
         return encode(*args, **kwargs)
 
-    monkeypatch.setattr(compress_module, "encode_tensor", failing)
+    monkeypatch.setattr(trellis_module, "encode_tensor", failing)
     with pytest.raises(failure):
         compress(model, tmp_path / "out", overwrite=before)
     assert len(seen[0]) == 2 + before and seen[0][0].startswith(".out.")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from miracle_hub.code import Code
 from miracle_hub.codec import packed as module
+from miracle_hub.codec.dtypes import TORCH_DTYPES
 from miracle_hub.codec.packed import (
     PackedMatrix,
     is_packable,
@@ -21,7 +22,7 @@ from miracle_hub.codec.packed import (
     packed_linear,
     packed_matmul,
 )
-from miracle_hub.codec.tensor import TORCH_DTYPES, SegmentPlan, decode_payload, encode_tensor
+from miracle_hub.codec.trellis import SegmentPlan, decode_payload, encode_tensor
 from miracle_hub.coding import cpu, numba_backend
 from miracle_hub.coding.numba_backend import NumbaBackend
 from miracle_hub.coding.triton_backend import TritonBackend

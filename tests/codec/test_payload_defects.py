@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from miracle_hub.code import Code
-from miracle_hub.codec.tensor import SegmentPlan, decode_payload, encode_tensor
+from miracle_hub.codec.trellis import SegmentPlan, decode_payload, encode_tensor
 from miracle_hub.errors import ChecksumError, FormatError, MiracleError, TruncatedPayloadError
 from miracle_hub.format.payload import Header, Segment, decode_header, encode_header
 

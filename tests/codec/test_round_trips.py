@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from miracle_hub.code import Code
-from miracle_hub.codec.artifact import raw_bytes
 from miracle_hub.codec.compress import compress_folder
 from miracle_hub.codec.decompress import decompress_folder, load_state_dict
+from miracle_hub.codec.dtypes import raw_bytes
 from miracle_hub.codec.network import decode_stream_entry, encode_stream_entry, read_network, write_network
-from miracle_hub.codec.tensor import (
+from miracle_hub.codec.trellis import (
     DTYPE_NAMES,
     TORCH_DTYPES,
     SegmentPlan,
@@ -30,8 +30,9 @@ from miracle_hub.codec.tensor import (
 )
 from miracle_hub.coding.scales import rounded_scales
 from miracle_hub.errors import BudgetError
-from miracle_hub.files.container import Entry, opened, write_file
-from miracle_hub.format.network import NetworkHeader, TensorSpec
+from miracle_hub.files.container import opened, write_file
+from miracle_hub.format.network import NetworkHeader, SharedSpec
+from miracle_hub.format.spec import TensorSpec
 from miracle_hub.options import CompressOptions
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -89,7 +90,7 @@ def same(found: Tensor, expected: Tensor) -> bool:
 @SETTINGS
 def test_a_file_gives_back_every_entry(drawn: list[tuple[str, Any, torch.dtype]], note: str) -> None:
     tensors = {name: gaussian(shape, dtype, 0) for name, shape, dtype in drawn}
-    entries = [Entry(n, DTYPE_NAMES[t.dtype], tuple(t.shape), t.nbytes) for n, t in tensors.items()]
+    entries = [TensorSpec(n, DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in tensors.items()]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "f"
         write_file(path, entries, {"note": note}, lambda entry: raw_bytes(tensors[entry.name]))
@@ -130,7 +131,7 @@ def test_a_networks_file_decodes_to_the_same_bits_here_and_apart(data: st.DataOb
     for name in data.draw(st.lists(names, unique=True, min_size=1, max_size=5)):
         shape, kind = data.draw(shapes(most=200)), data.draw(st.integers(0, 2))
         n_values = data.draw(st.integers(1, math.prod(shape))) if kind else math.prod(shape)
-        specs.append(TensorSpec(name, DTYPE_NAMES[data.draw(dtypes)], shape, kind, n_values))
+        specs.append(SharedSpec(name, DTYPE_NAMES[data.draw(dtypes)], shape, kind, n_values))
     header = NetworkHeader(data.draw(codes(24, 256)), tuple(specs))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     message = rng.integers(0, 256, header.code.message_bytes(header.n_values)).astype(np.uint8)

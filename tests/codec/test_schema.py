@@ -20,8 +20,8 @@ from miracle_hub.code import (
     Code,
 )
 from miracle_hub.codec.compress import Report
-from miracle_hub.codec.decompress import stored_tensors
 from miracle_hub.codec.network import read_network
+from miracle_hub.codec.repository import open_repository
 from miracle_hub.format import network, payload
 from miracle_hub.plugin.quantizer import MiracleConfig
 
@@ -55,9 +55,10 @@ def file_header(file: Path) -> Any:
 
 
 def payload_headers(folder: Path) -> Iterator[payload.Header]:
-    for tensor in stored_tensors(folder):
-        if tensor.header is not None:
-            yield tensor.header
+    for tensor in open_repository(folder).tensors:
+        if tensor.is_coded:
+            for part in tensor.parts:
+                yield payload.decode_header(part.load().numpy().tobytes(), part.name)[0]
 
 
 def test_the_schema_is_one() -> None:
@@ -94,10 +95,10 @@ def test_what_save_pretrained_writes_of_a_compressed_model_obeys_the_schema(comp
 def test_networks_files_obey_the_schema(path: Path) -> None:
     validate(file_header(path), "file_header")
     specs = (
-        network.TensorSpec("0.weight", "F32", (20, 12), 0, 240),
-        network.TensorSpec("0.bias", "F32", (20,), 0, 20),
-        network.TensorSpec("1.weight", "F32", (20,), 0, 20),
-        network.TensorSpec("2.weight", "F32", (5, 20), 0, 100),
+        network.SharedSpec("0.weight", "F32", (20, 12), 0, 240),
+        network.SharedSpec("0.bias", "F32", (20,), 0, 20),
+        network.SharedSpec("1.weight", "F32", (20,), 0, 20),
+        network.SharedSpec("2.weight", "F32", (5, 20), 0, 100),
     )
     stream = read_network(path)[0]
     assert stream is not None

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from miracle_hub.codec.compress import Report
-from miracle_hub.codec.decompress import decompress_folder, load_state_dict, stored_tensors
+from miracle_hub.codec.decompress import decompress_folder, load_state_dict
 from miracle_hub.codec.inspection import inspect_folder
+from miracle_hub.codec.repository import open_repository
 from miracle_hub.errors import (
     BudgetError,
     ChecksumError,
@@ -36,7 +37,7 @@ def staged(model: Path, compress: Compress, tmp_path: Path) -> Path:
 def errors(folder: Path, tensors: dict[str, Tensor], stages: int) -> dict[str, float]:
     """Relative squared error of every coded tensor."""
     decoded = load_state_dict(folder, stages=stages)
-    coded = [t.stored.name for t in stored_tensors(folder) if t.header is not None]
+    coded = [t.name for t in open_repository(folder).tensors if t.is_coded]
     return {
         name: float((decoded[name] - tensors[name]).double().square().sum() / tensors[name].square().sum())
         for name in coded
@@ -64,7 +65,7 @@ def test_inspection_tells_the_error_and_the_bytes_of_the_stages_it_reads(
 
 
 def test_weights_are_the_float32_sum_of_the_stages_in_order(staged: Path) -> None:
-    from miracle_hub.codec.tensor import decode_payload
+    from miracle_hub.codec.trellis import decode_payload
 
     parts = [load_file(staged / f"model.stage-{n}.safetensors") for n in range(1, STAGES + 1)]
     names = ["first.weight", "first.weight.stage_2", "first.weight.stage_3"]

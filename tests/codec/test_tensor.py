@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from miracle_hub.code import Code
-from miracle_hub.codec.tensor import (
+from miracle_hub.codec.trellis import (
     SegmentPlan,
     decode_payload,
     encode_tensor,

@@ -10,18 +10,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from miracle_hub.errors import FormatError, OutputExistsError, OutputWriteError
-from miracle_hub.files.container import Entry, encode_file_header, opened, write_file
+from miracle_hub.files.container import encode_file_header, opened, write_file
 from miracle_hub.files.whole import writing
+from miracle_hub.format.spec import TensorSpec
 
 ENTRIES = [
-    Entry('größe."weight"', "F32", (2, 3), 24),
-    Entry("empty", "F16", (0, 4), 0),
-    Entry("scalar", "I64", (), 8),
-    Entry("bytes", "U8", (5,), 5),
+    TensorSpec('größe."weight"', "F32", (2, 3)),
+    TensorSpec("empty", "F16", (0, 4)),
+    TensorSpec("scalar", "I64", ()),
+    TensorSpec("bytes", "U8", (5,)),
 ]
 
 
-def data(entry: Entry) -> bytes:
+def data(entry: TensorSpec) -> bytes:
     return bytes(range(entry.n_bytes))
 
 
@@ -54,7 +55,7 @@ def test_the_header_is_compact_and_ends_on_eight_bytes() -> None:
 def test_tensors_are_asked_for_one_at_a_time_in_order(tmp_path: Path) -> None:
     asked: list[str] = []
 
-    def recorded(entry: Entry) -> bytes:
+    def recorded(entry: TensorSpec) -> bytes:
         asked.append(entry.name)
         return data(entry)
 

@@ -16,12 +16,12 @@ from miracle_hub.errors import (
     TruncatedPayloadError,
     UnsupportedVersionError,
 )
-from miracle_hub.format.network import NetworkHeader, TensorSpec, decode_network, encode_network
+from miracle_hub.format.network import NetworkHeader, SharedSpec, decode_network, encode_network
 
 TENSORS = (
-    TensorSpec("fc.weight", "BF16", (6, 50), 1, 10),
-    TensorSpec("fc.bias", "F32", (6,), 0, 6),
-    TensorSpec("scale", "F16", (), 2, 1),
+    SharedSpec("fc.weight", "BF16", (6, 50), 1, 10),
+    SharedSpec("fc.bias", "F32", (6,), 0, 6),
+    SharedSpec("scale", "F16", (), 2, 1),
 )
 HEADER = NetworkHeader(Code(8, 2, 1, seed=300), TENSORS, digest=7)
 # 17 values: 6 + 2·17 = 40 bits.
@@ -49,7 +49,7 @@ def made_up(numbers: list[int], crc: int = CRC, rest: bytes = SCALES + MESSAGE) 
 
 
 def defect(
-    data: bytes, tensors: tuple[TensorSpec, ...] = TENSORS, kind: type[FormatError] = FormatError
+    data: bytes, tensors: tuple[SharedSpec, ...] = TENSORS, kind: type[FormatError] = FormatError
 ) -> str:
     with pytest.raises(FormatError) as raised:
         decode_network(data, tensors, "net")
@@ -57,7 +57,7 @@ def defect(
     return str(raised.value)
 
 
-def of_module(header: NetworkHeader) -> tuple[TensorSpec, ...]:
+def of_module(header: NetworkHeader) -> tuple[SharedSpec, ...]:
     """What the reader knows: names, dtypes and shapes; not how values are shared."""
     return tuple(replace(tensor, sharing=0, n_values=tensor.n_weights) for tensor in header.tensors)
 
@@ -67,7 +67,7 @@ def headers(draw: st.DrawFn) -> NetworkHeader:
     tensors = []
     for i in range(draw(st.integers(1, 12))):
         shape = tuple(draw(st.lists(st.integers(1, 9), max_size=4)))
-        spec = TensorSpec(
+        spec = SharedSpec(
             draw(st.text(max_size=8)) + str(i), draw(st.sampled_from(["F32", "BF16"])), shape, 0, 0
         )
         kind = draw(st.integers(0, 2))
@@ -268,7 +268,7 @@ def test_more_values_than_weights_are_refused() -> None:
 
 @pytest.mark.parametrize("n_weights", [0, 2**32 + 1, 2**80])
 def test_no_values_and_more_than_a_stream_can_hold_are_refused_at_once(n_weights: int) -> None:
-    tensors = (TensorSpec("w", "F32", (n_weights,), 0, n_weights),)
+    tensors = (SharedSpec("w", "F32", (n_weights,), 0, n_weights),)
     started = time.monotonic()
     crc = zlib.crc32(f"w F32 {n_weights}\n".encode())
     assert defect(made_up([1, 1, 256, 0, 1, 0], crc), tensors) == (
@@ -280,7 +280,7 @@ def test_no_values_and_more_than_a_stream_can_hold_are_refused_at_once(n_weights
 
 def test_a_huge_tensor_in_a_small_file_is_refused_at_once() -> None:
     """The most values per byte: V = 256 and one bit per step."""
-    tensors = (TensorSpec("w", "F32", (2**32,), 0, 2**32),)
+    tensors = (SharedSpec("w", "F32", (2**32,), 0, 2**32),)
     started = time.monotonic()
     data = made_up([1, 1, 256, 0, 1, 0], zlib.crc32(f"w F32 {2**32}\n".encode()))
     assert "the header announces 2097182 bytes, found 39" in defect(data, tensors, TruncatedPayloadError)

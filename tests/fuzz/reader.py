@@ -24,11 +24,11 @@ from miracle_hub.codec.inspection import inspect_folder
 from miracle_hub.codec.modules import read_state
 from miracle_hub.codec.network import decode_stream_entry, encode_stream_entry
 from miracle_hub.codec.packed import PackedMatrix, is_packable
-from miracle_hub.codec.tensor import check_payload, decode_payload
+from miracle_hub.codec.trellis import check_payload, decode_payload
 from miracle_hub.codec.verification import verify_folder
 from miracle_hub.coding.digest import digest
 from miracle_hub.errors import MiracleError
-from miracle_hub.format.network import TensorSpec, decode_network, structure
+from miracle_hub.format.network import SharedSpec, decode_network, structure
 from miracle_hub.format.payload import _Reader
 from miracle_hub.format.varint import read_varint
 from miracle_hub.plugin.quantizer import MiracleConfig
@@ -183,10 +183,10 @@ def compare_network(data: bytes, case: dict[str, Any]) -> None:
         assert all(again[name].tobytes() == w.numpy().tobytes() for name, w in weights.items())
 
 
-def specs_of(case: dict[str, Any]) -> tuple[TensorSpec, ...]:
+def specs_of(case: dict[str, Any]) -> tuple[SharedSpec, ...]:
     shapes = [(name, dtype, tuple(shape)) for name, dtype, shape in case["tensors"]]
     return tuple(
-        TensorSpec(name, dtype, shape, 0, torch.Size(shape).numel()) for name, dtype, shape in shapes
+        SharedSpec(name, dtype, shape, 0, torch.Size(shape).numel()) for name, dtype, shape in shapes
     )
 
 

@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from miracle_hub.code import Code
-from miracle_hub.codec.artifact import raw_bytes
 from miracle_hub.codec.compress import compress_folder
 from miracle_hub.codec.decompress import load_state_dict
+from miracle_hub.codec.dtypes import raw_bytes
 from miracle_hub.codec.modules import load
 from miracle_hub.codec.network import encode_stream_entry, write_network
-from miracle_hub.codec.tensor import SegmentPlan, encode_tensor
-from miracle_hub.format.network import NetworkHeader, TensorSpec
+from miracle_hub.codec.trellis import SegmentPlan, encode_tensor
+from miracle_hub.format.network import NetworkHeader, SharedSpec
 from miracle_hub.options import CompressOptions
 
 GOLDEN = Path(__file__).parent
@@ -75,10 +75,10 @@ def make_repository(path: Path) -> dict[str, str]:
 def make_network(path: Path) -> dict[str, str]:
     model = nn.Sequential(nn.Linear(12, 20), nn.BatchNorm1d(20), nn.Linear(20, 5))
     specs = (
-        TensorSpec("0.weight", "F32", (20, 12), 1, 31),
-        TensorSpec("0.bias", "F32", (20,), 0, 20),
-        TensorSpec("1.weight", "F32", (20,), 2, 1),
-        TensorSpec("2.weight", "F32", (5, 20), 0, 100),
+        SharedSpec("0.weight", "F32", (20, 12), 1, 31),
+        SharedSpec("0.bias", "F32", (20,), 0, 20),
+        SharedSpec("1.weight", "F32", (20,), 2, 1),
+        SharedSpec("2.weight", "F32", (5, 20), 0, 100),
     )
     header = NetworkHeader(Code(11, 3, 4, seed=2**33 + 7), specs)
     message = torch.frombuffer(bytearray(torch.arange(17).pow(3).byte().tolist()), dtype=torch.uint8)

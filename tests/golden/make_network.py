@@ -12,7 +12,7 @@ import torch
 from miracle_hub.code import Code
 from miracle_hub.codec.network import encode_stream_entry
 from miracle_hub.coding.sharing import KINDS
-from miracle_hub.format.network import NetworkHeader, TensorSpec
+from miracle_hub.format.network import NetworkHeader, SharedSpec
 
 # Code, then per tensor: name, dtype, shape, kind of sharing, values, scale.
 CASES = (
@@ -42,7 +42,7 @@ CASES = (
 def case(number: int, code: Code, tensors: tuple) -> dict:
     """One entry of network.json; the message's padding is zero, as the format asks."""
     specs = tuple(
-        TensorSpec(name, dtype, shape, KINDS.index(kind), n_values)
+        SharedSpec(name, dtype, shape, KINDS.index(kind), n_values)
         for name, dtype, shape, kind, n_values, _ in tensors
     )
     header = NetworkHeader(code, specs)

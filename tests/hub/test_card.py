@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from miracle_hub.codec.verification import verify_folder
 from miracle_hub.errors import DataError
 from miracle_hub.hub import card
 from miracle_hub.hub.card import auto_class, carried_facts, stale_card, update_card
@@ -106,10 +107,10 @@ def test_a_card_is_written_twice_like_once(tmp_path: Path) -> None:
 
 
 def test_a_card_of_other_weights_is_stale(tmp_path: Path) -> None:
-    assert stale_card(tmp_path) == ""
+    assert stale_card(tmp_path, verify_folder(tmp_path)) == ""
     written(tmp_path, ALL)
     (tmp_path / "model.safetensors").write_bytes(b"other")
-    assert "README.md: expected weight files of SHA-256 5a5a" in stale_card(tmp_path)
+    assert "README.md: expected weight files of SHA-256 5a5a" in stale_card(tmp_path, verify_folder(tmp_path))
 
 
 def test_the_class_that_loads_a_model_follows_from_its_architecture() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import pickle
 import shutil
 import subprocess
@@ -22,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 import miracle_hub
 from miracle_hub import MiracleConfig
-from miracle_hub.codec.decompress import stored_tensors
+from miracle_hub.codec.repository import open_repository
 from miracle_hub.errors import ChecksumError, FormatError, OptionError
 from miracle_hub.format.payload import decode_header, encode_payload
 from miracle_hub.plugin.compressed_linear import (
@@ -92,8 +93,8 @@ def assert_same_weights(model: nn.Module, dense: nn.Module) -> None:
 
 
 def payloads(folder: Path) -> dict[str, bytes]:
-    coded = [t.stored.load().numpy().tobytes() for t in stored_tensors(folder) if t.header is not None]
-    names = [t.stored.name for t in stored_tensors(folder) if t.header is not None]
+    coded = [t.parts[0].load().numpy().tobytes() for t in open_repository(folder).tensors if t.is_coded]
+    names = [t.name for t in open_repository(folder).tensors if t.is_coded]
     return dict(zip(names, coded, strict=True))
 
 
@@ -179,7 +180,7 @@ def test_the_model_takes_less_memory(repositories: Repositories) -> None:
         repository = repositories(architecture)
         model, dense = load(repository), repository.auto.from_pretrained(repository.compressed)
         saved = sum(
-            4 * layer.packed().header.n_weights - layer.payload.numel()
+            4 * math.prod(layer.packed().shape) - layer.payload.numel()
             for layer in compressed_layers(model).values()
         )
         assert saved > 0

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 import miracle_hub
-from miracle_hub.codec.decompress import stored_tensors
+from miracle_hub.codec.repository import open_repository
 
 if TYPE_CHECKING:
     from tests.hub.conftest import Repository
@@ -82,8 +82,8 @@ def test_no_key_is_missing_or_unexpected(loaded: Loaded) -> None:
 
 
 def test_something_was_compressed(repository: Repository) -> None:
-    tensors = stored_tensors(repository.compressed)
-    coded = sum(tensor.n_weights for tensor in tensors if tensor.header is not None)
+    tensors = open_repository(repository.compressed).tensors
+    coded = sum(tensor.n_weights for tensor in tensors if tensor.is_coded)
     assert coded > 0.5 * sum(tensor.n_weights for tensor in tensors)
 
 
@@ -132,9 +132,9 @@ def test_untied_weights_stay_apart(llama: Repository) -> None:
 def test_stacked_experts_without_a_weight_suffix_are_compressed(
     architecture: str, repositories: Callable[..., Repository]
 ) -> None:
-    stored = {t.stored.name: t for t in stored_tensors(repositories(architecture).compressed)}
+    stored = {t.name: t for t in open_repository(repositories(architecture).compressed).tensors}
     experts = [tensor for name, tensor in stored.items() if name.endswith("experts.gate_up_proj")]
-    assert experts and all(tensor.header is not None for tensor in experts)
+    assert experts and all(tensor.is_coded for tensor in experts)
     assert all(len(tensor.shape) == 3 for tensor in experts)
 
 
@@ -143,7 +143,7 @@ def test_single_experts_are_compressed_one_by_one(
     architecture: str, repositories: Callable[..., Repository]
 ) -> None:
     repository = repositories(architecture)
-    coded = [t.stored.name for t in stored_tensors(repository.compressed) if t.header is not None]
+    coded = [t.name for t in open_repository(repository.compressed).tensors if t.is_coded]
     assert any(".experts.3." in name and name.endswith(".weight") for name in coded)
     model = repository.auto.from_pretrained(repository.compressed)
     assert not any(".experts.3." in name for name, _ in model.named_parameters())

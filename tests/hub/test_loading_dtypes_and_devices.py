@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import miracle_hub
-from miracle_hub.codec.decompress import stored_tensors
+from miracle_hub.codec.repository import open_repository
 
 if TYPE_CHECKING:
     from tests.hub.conftest import Repository
@@ -70,10 +70,10 @@ def test_counters_and_running_statistics_keep_their_dtypes(repositories: Callabl
 
 
 def test_vectors_stored_in_16_bits_come_back_in_32(llama: Repository) -> None:
-    narrowed = [t for t in stored_tensors(llama.compressed) if t.stored.dtype == "F16" and t.dtype == "F32"]
+    narrowed = [tensor for tensor in open_repository(llama.compressed).tensors if tensor.is_narrowed]
     assert narrowed
     parameters = dict(assert_twins(llama).named_parameters())
-    assert all(parameters[tensor.stored.name].dtype == torch.float32 for tensor in narrowed)
+    assert all(parameters[tensor.name].dtype == torch.float32 for tensor in narrowed)
 
 
 def test_a_config_without_dtype_does_not_change_the_result(llama: Repository, tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 
 import miracle_hub
 from miracle_hub import CodingOptions, MiracleConfig, VariationalConfig
-from miracle_hub.codec.decompress import stored_tensors
 from miracle_hub.codec.modules import read_state
+from miracle_hub.codec.repository import open_repository
 from miracle_hub.errors import (
     ChecksumError,
     FormatError,
@@ -320,7 +320,7 @@ def test_a_coded_transformers_model_loads_with_plain_from_pretrained(
     miracle_hub.code_model(model, options=CodingOptions(groups=2), progress=False)
     report = miracle_hub.compress_model(model, tmp_path / "out", progress=False)
     assert report.compressed_bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
-    names = {tensor.stored.name for tensor in stored_tensors(tmp_path / "out") if tensor.header is not None}
+    names = {tensor.name for tensor in open_repository(tmp_path / "out").tensors if tensor.is_coded}
     assert names == {member.name for stream in streams_of(model) for member in stream.members}
     loaded = getattr(transformers, auto).from_pretrained(tmp_path / "out").eval()
     dense = miracle_hub.posterior_mean(model.eval())

@@ -1,29 +1,27 @@
-"""One tensor ⇄ one payload: matrix view, rotation, scales, streams."""
+"""The codec of the trellis and of MIRACLE's blocks: one tensor ⇄ one payload."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from miracle_hub.code import Code
+from miracle_hub.codec.body import body_of, check_payload, coded_rows
+from miracle_hub.codec.dtypes import DTYPE_NAMES, TORCH_DTYPES
+from miracle_hub.codec.payloads import Packed, PayloadFacts, Request
+from miracle_hub.codec.rates import Choice, Option
 from miracle_hub.coding.backend import Backend, choose
-from miracle_hub.coding.matrix import CodedRows, MatrixLayout, matrix_columns
+from miracle_hub.coding.matrix import ROW_SCALE_COLUMNS, CodedRows, MatrixLayout, matrix_columns
 from miracle_hub.coding.posterior import squared_error_cost
-from miracle_hub.coding.rotation import check_width
-from miracle_hub.coding.scales import LARGEST_SCALE, SMALLEST_SCALE, rounded_scales
-from miracle_hub.errors import ChecksumError, FormatError, OptionError
-from miracle_hub.format.payload import Header, Segment, decode_header, encode_payload
-
-DTYPE_NAMES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float64: "F64",
-}
-TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+from miracle_hub.coding.rotation import check_width, widest_rotation
+from miracle_hub.coding.scales import rounded_scales
+from miracle_hub.errors import ChecksumError, OptionError
+from miracle_hub.format.payload import MAGIC, Header, Segment, encode_payload
+from miracle_hub.format.spec import TensorSpec
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,141 @@ class SegmentPlan:
     rows: int
     code: Code
     row_scales: bool
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to code rows of a tensor.
+
+    Attributes:
+        columns, rotation: of the matrix view; all recipes of a tensor have the same.
+    """
+
+    code: Code
+    row_scales: bool
+    columns: int
+    rotation: int
+
+
+class Trellis:
+    """See `payloads.Codec`."""
+
+    name, magic = "trellis", MAGIC
+
+    def read(self, data: Tensor, where: str) -> "TrellisPayload":
+        """
+        Raises:
+            FormatError: and its subclasses, for every way in which the payload can be wrong but its digest.
+        """
+        return TrellisPayload(data, where)
+
+    def survey(self, spec: TensorSpec, weights: Tensor, request: Request) -> Any:
+        """Some rows, rotated; None if the tensor's size is beyond that of scales."""
+        from miracle_hub.codec.ladder import sample_rows
+
+        columns = matrix_columns(spec.shape)
+        rotation = widest_rotation(columns, request.rotation)
+        return sample_rows(weights, columns, rotation, request.n_tensors, request.backend)
+
+    def offers(self, surveys: Sequence[Any], request: Request) -> list[list[Option]]:
+        """Rates from 0.25 to 8 bits per weight, with one scale and with one per row."""
+        from miracle_hub.codec.ladder import measure_options
+
+        return measure_options(surveys, request)
+
+    def payload_bytes(self, spec: TensorSpec, choice: Choice) -> int:
+        """The exact length of the payload that `encode` will write."""
+        recipe: Recipe = choice.option.recipe
+        segments = tuple(Segment(s.rows, s.code, s.row_scales) for s in _segments(choice))
+        return Header(spec.dtype, spec.shape, recipe.columns, recipe.rotation, segments).payload_bytes
+
+    def encode(self, weights: Tensor, choice: Choice, where: str, backend: Backend) -> bytes:
+        """The payload of the least squared error that the search finds."""
+        rotation = choice.option.recipe.rotation
+        return encode_tensor(weights, _segments(choice), rotation, where=where, backend=backend)
+
+
+TRELLIS = Trellis()
+
+
+class TrellisPayload:
+    """See `payloads.Payload`."""
+
+    def __init__(self, data: Tensor, where: str) -> None:
+        """
+        Args:
+            data: uint8 `[bytes]` on any device.
+            where: the tensor's name, for messages.
+
+        Raises:
+            FormatError: and its subclasses, for every way in which the payload can be wrong but its digest.
+        """
+        self.data, self.where = data, where
+        self.header, self.start = check_payload(data.detach().cpu().numpy().tobytes(), where)
+
+    @property
+    def facts(self) -> PayloadFacts:
+        """What the header says, and the median scale."""
+        header = self.header
+        scales = self.data[self.start : self.start + 2 * header.n_scales].clone().cpu().view(torch.bfloat16)
+        return PayloadFacts(
+            codec=TRELLIS.name,
+            dtype=header.dtype,
+            shape=header.shape,
+            digest=header.digest,
+            relative_error=header.relative_error,
+            codes=tuple(segment.code for segment in header.segments),
+            rotation=header.rotation,
+            row_scales=any(segment.row_scales for segment in header.segments),
+            scale=float(np.median(scales.float().numpy())),
+            has_rows=is_packable(header),
+        )
+
+    def decode(self, backend: Backend, *, verify: bool = True, rounded: bool = False) -> Tensor:
+        """
+        Raises:
+            ChecksumError: the weights are not what was compressed.
+        """
+        header = self.header
+        parts = list(coded_rows(header, self.data.to(backend.device), self.start))
+        dtype = TORCH_DTYPES[header.dtype] if rounded else torch.float32
+        decoded, digest = backend.decode_matrix(parts, layout_of(header), dtype)
+        if verify and digest != header.digest:
+            raise ChecksumError(
+                f"{self.where}: the decoded weights have digest {digest:016x}, the header promises "
+                f"{header.digest:016x}; the payload is damaged: download the file again"
+            )
+        return decoded.view(header.shape)
+
+    def packed(self, dtype: torch.dtype | None, backend: str) -> Packed:
+        """
+        Raises:
+            OptionError: rows of it do not decode alone.
+            BackendError: the backend cannot run where the payload is.
+        """
+        from miracle_hub.codec.packed import PackedMatrix
+
+        return PackedMatrix(self.data, self.where, dtype, backend)
+
+
+def is_packable(header: Header) -> bool:
+    """Whether a payload can stay compressed: a matrix, each of whose rows is whole rows of the payload."""
+    return len(header.shape) == 2 and header.shape[1] % header.columns == 0
+
+
+def refinement(spec: TensorSpec, rotation: int, code: Code) -> Choice:
+    """How what earlier stages leave of a tensor is coded: all rows alike.
+
+    Args:
+        rotation: width of the widest Hadamard groups.
+    """
+    columns = matrix_columns(spec.shape)
+    recipe = Recipe(code, columns >= ROW_SCALE_COLUMNS, columns, widest_rotation(columns, rotation))
+    return Choice(spec.n_weights // columns, Option(recipe, 0, 0.0))
+
+
+def _segments(choice: Choice) -> list[SegmentPlan]:
+    return [SegmentPlan(rows, recipe.code, recipe.row_scales) for rows, recipe in choice.parts()]
 
 
 def prior_scale(code: Code) -> float:
@@ -103,7 +236,7 @@ def encode_tensor(
     difference = decoded.view(-1) - weights.float().reshape(-1)
     power = float(weights.double().square().sum())
     error = float(difference.double().square().sum()) / power if power else 0.0
-    return encode_payload(replace(header, digest=digest, relative_error=error), _body(parts))
+    return encode_payload(replace(header, digest=digest, relative_error=error), body_of(parts))
 
 
 def payload_of_stream(
@@ -119,23 +252,7 @@ def payload_of_stream(
     header = Header(DTYPE_NAMES[dtype], shape, columns, 1, (segment,))
     parts = [CodedRows(segment.rows, code, scales.bfloat16().cpu(), message)]
     _, digest = choose("cpu").decode_matrix(parts, layout_of(header), torch.float32)
-    return encode_payload(replace(header, digest=digest), _body(parts))
-
-
-def _body(parts: list[CodedRows]) -> bytes:
-    """Scales and messages as a payload holds them; `coded_rows` reads them back."""
-    scales = torch.cat([part.scales.cpu() for part in parts]).view(torch.uint8)
-    return b"".join(raw.numpy().tobytes() for raw in (scales, *(part.message.cpu() for part in parts)))
-
-
-def coded_rows(header: Header, payload: Tensor, start: int) -> Iterator[CodedRows]:
-    """The parts of a payload whose body starts at `start`; messages are views of it, on its device."""
-    at = start + 2 * header.n_scales
-    scales = payload[start:at].clone().view(torch.bfloat16)
-    for segment, n_bytes in zip(header.segments, header.message_bytes, strict=True):
-        own, scales = scales[: segment.n_scales], scales[segment.n_scales :]
-        yield CodedRows(segment.rows, segment.code, own, payload[at : at + n_bytes])
-        at += n_bytes
+    return encode_payload(replace(header, digest=digest), body_of(parts))
 
 
 def layout_of(header: Header) -> MatrixLayout:
@@ -156,8 +273,7 @@ def decode_payload(
     Args:
         payload: uint8 `[bytes]` on any device; its weights exist on the backend's device only.
         where: the tensor's name, for messages.
-        verify: compare the digest of the decoded weights with the one in the header.
-        rounded: give the weights in the dtype of the source, instead of float32.
+        verify, rounded: see `payloads.Payload.decode`.
         backend: a name means that backend on the payload's device.
 
     Raises:
@@ -165,29 +281,8 @@ def decode_payload(
         BackendError: the backend cannot run there.
     """
     backend = choose(backend, payload.device) if isinstance(backend, str) else backend
-    header, start = check_payload(payload.cpu().numpy().tobytes(), where)
-    parts = list(coded_rows(header, payload.to(backend.device), start))
-    dtype = TORCH_DTYPES[header.dtype] if rounded else torch.float32
-    decoded, digest = backend.decode_matrix(parts, layout_of(header), dtype)
-    if verify and digest != header.digest:
-        raise ChecksumError(
-            f"{where}: the decoded weights have digest {digest:016x}, the header promises "
-            f"{header.digest:016x}; the payload is damaged: download the file again"
-        )
-    return decoded.view(header.shape), header
-
-
-def check_payload(data: bytes, where: str) -> tuple[Header, int]:
-    """The header of a payload and where its body starts; all is checked that needs no decoding.
-
-    Raises:
-        FormatError: and its subclasses, for every way in which the payload can be wrong but its digest.
-    """
-    header, start = decode_header(data, where)
-    body = data[start:]
-    check_scale_words(np.frombuffer(body, "<u2", header.n_scales), start, where)
-    _check_padding(header, body, start, where)
-    return header, start
+    found = TrellisPayload(payload, where)
+    return found.decode(backend, verify=verify, rounded=rounded), found.header
 
 
 def _check_rows(segments: list[SegmentPlan], rows: int, where: str) -> None:
@@ -232,32 +327,3 @@ def _least_squares_scales(rows: Tensor, z: Tensor, per_row: bool) -> Tensor:
     product, power = rows * z, z * z
     top, bottom = (product.sum(1), power.sum(1)) if per_row else (product.sum(), power.sum())
     return (top / bottom.clamp(min=torch.finfo(torch.float32).tiny)).clamp(min=0).view(-1)
-
-
-def check_scale_words(words: np.ndarray, start: int, where: str) -> None:
-    """Raise unless every scale (bfloat16 words from byte `start` of a payload on) is 0 or in its bounds.
-
-    Raises:
-        FormatError: one is not.
-    """
-    bits = words.astype(np.uint32) << 16
-    values = bits.view(np.float32)
-    good = (values == 0) & (bits == 0) | (values >= SMALLEST_SCALE) & (values <= LARGEST_SCALE)
-    if not good.all():
-        at = int(np.argmin(good))
-        raise FormatError(
-            f"{where}: scale {at} at byte {start + 2 * at} of the payload: expected 0 or a number from "
-            f"2^-64 to 2^64, found {values[at]:g}; the file is damaged: download it again"
-        )
-
-
-def _check_padding(header: Header, body: bytes, start: int, where: str) -> None:
-    end = 2 * header.n_scales
-    for segment, n_bytes in zip(header.segments, header.message_bytes, strict=True):
-        end += n_bytes
-        unused = -segment.code.message_bits(segment.rows * header.columns) % 8
-        if body[end - 1] & ((1 << unused) - 1):
-            raise FormatError(
-                f"{where}: byte {start + end - 1} of the payload: expected the last {unused} bits of a "
-                f"message to be 0, found {body[end - 1]:08b}; the file is damaged: download it again"
-            )

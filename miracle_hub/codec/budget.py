@@ -1,0 +1,79 @@
+"""The choices whose files fill a size as nearly as rows allow, and never exceed it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from miracle_hub.codec.plan import Plan, lay_out
+from miracle_hub.codec.rates import Choice, Curve, allocate, extreme_choices
+from miracle_hub.codec.repository import total_bytes
+from miracle_hub.errors import BudgetError
+
+# Attempts at filling a budget to the byte: a choice.
+_FILL_ROUNDS = 24
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The largest size of all safetensors files together.
+
+    Attributes:
+        n_bytes: never exceeded.
+        other_bytes: of files in subfolders, which are copied as they are, and of stages above the first.
+        n_weights: of the source, copied ones included.
+        max_shard_bytes: of one file, whose name begins with `stem`.
+    """
+
+    n_bytes: int
+    other_bytes: int
+    n_weights: int
+    max_shard_bytes: int
+    stem: str = "model"
+
+
+def meet_budget(plans: Mapping[str, Plan], curves: Sequence[Curve], budget: Budget) -> dict[str, Choice]:
+    """Choices whose files together fill the budget as nearly as rows allow, and never exceed it.
+
+    Raises:
+        BudgetError: it is below the least or above the most that the options allow.
+    """
+
+    def size(choices: dict[str, Choice]) -> int:
+        return total_bytes(lay_out(plans, choices, budget.max_shard_bytes, budget.stem)) + budget.other_bytes
+
+    _check_range(budget, *(size(extreme_choices(curves, most)) for most in (False, True)))
+    best = extreme_choices(curves, most=False)
+    best_size = size(best)
+    payload_bytes = budget.n_bytes - best_size + sum(choice.n_bytes for choice in best.values())
+    step_back = 1
+    for _ in range(_FILL_ROUNDS):
+        choices = allocate(curves, payload_bytes)
+        found = size(choices)
+        if best_size < found <= budget.n_bytes:
+            best, best_size = choices, found
+        if found == budget.n_bytes:
+            break
+        if found < budget.n_bytes:
+            payload_bytes += budget.n_bytes - found
+        else:
+            # Sizes move by whole rows: stepping back by the excess alone could leave them as they are.
+            payload_bytes -= max(found - budget.n_bytes, step_back)
+            step_back *= 2
+    return best
+
+
+def _check_range(budget: Budget, least: int, most: int) -> None:
+    # Rates are rounded inwards, so that asking for the printed one works.
+    unit = budget.n_weights / 8 / 10_000
+    if budget.n_bytes < least:
+        raise BudgetError(
+            f"size: {budget.n_bytes:,} bytes were asked for, but the least possible is {least:,} bytes "
+            f"({math.ceil(least / unit) / 10_000} bits per weight: every matrix at the lowest rate, vectors "
+            "plain); ask for that or more"
+        )
+    if budget.n_bytes > most:
+        raise BudgetError(
+            f"size: {budget.n_bytes:,} bytes were asked for, but the most this model can use is {most:,} "
+            f"bytes ({math.floor(most / unit) / 10_000} bits per weight: every matrix at the highest rate); "
+            "ask for that or less"
+        )

@@ -1,0 +1,97 @@
+"""Encoding as a list of jobs: pure functions of a tensor and a choice, each with a digest of its inputs.
+
+A job's payload depends on nothing else, so that jobs may run in any order, in any process, and their results
+be found again by their digests. Jobs of a stage above the first take what the stages before made of the
+tensor.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from miracle_hub.codec.naming import stage_name
+from miracle_hub.codec.payloads import codec_named
+from miracle_hub.codec.rates import Choice
+from miracle_hub.codec.source import SourceTensor
+from miracle_hub.codec.stored import payload_at
+from miracle_hub.coding.backend import Backend
+
+# Of the encoders: another search that gives other bytes for equal inputs has another number.
+ENCODER = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """One payload to make.
+
+    Attributes:
+        content: SHA-256 of the source tensor's bytes.
+        earlier: digests of the jobs whose payloads come before in the tensor's sum.
+    """
+
+    source: SourceTensor
+    content: str
+    choice: Choice
+    stage: int = 1
+    earlier: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Of the entry that the payload becomes."""
+        return stage_name(self.source.name, self.stage)
+
+    def digest(self, backend: Backend) -> str:
+        """Of all that the payload depends on, SHA-256 in hexadecimal.
+
+        Backends find other messages, of equal error, so that theirs are other results.
+        """
+        source = (self.source.dtype, list(self.source.shape), self.content)
+        parts = [(rows, repr(recipe)) for rows, recipe in self.choice.parts()]
+        inputs = (ENCODER, backend.name, source, self.choice.option.codec, parts, self.stage, self.earlier)
+        return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+
+    def run(self, earlier: Sequence[Tensor], backend: Backend) -> bytes:
+        """The payload.
+
+        Args:
+            earlier: the payloads of the stages before, uint8 `[bytes]`, in order.
+
+        Raises:
+            SourceError: the tensor cannot be read.
+        """
+        weights, codec = self.source.load(), codec_named(self.choice.option.codec)
+        if earlier:
+            weights = weights.to(backend.device).float()
+            for entry in earlier:
+                weights = weights - payload_at(entry, self.source.name).decode(backend)
+        return codec.encode(weights, self.choice, self.source.name, backend)
+
+
+def refining(
+    jobs: Mapping[str, Job], choice: Callable[[SourceTensor], Choice], backend: Backend
+) -> list[Job]:
+    """The jobs of the next stage, by tensor in order of name.
+
+    Args:
+        jobs: of the stage before, by tensor.
+        choice: how what is left of a tensor is coded.
+    """
+    return [
+        Job(job.source, job.content, choice(job.source), job.stage + 1, (*job.earlier, job.digest(backend)))
+        for _, job in sorted(jobs.items())
+    ]
+
+
+def run_all(
+    jobs: Iterable[Job], earlier: Callable[[Job], Sequence[Tensor]], backend: Backend
+) -> Iterator[tuple[Job, bytes]]:
+    """Every job with its payload, one after the other: whoever runs them elsewhere takes the place of this.
+
+    Args:
+        earlier: the payloads that a job of a later stage takes.
+    """
+    for job in jobs:
+        yield job, job.run(earlier(job), backend)

@@ -1,0 +1,201 @@
+"""What a codec is: how a tensor becomes a payload, and what a payload says of itself. Everybody else asks.
+
+A payload is a string of bytes that decodes alone; in a file it is the 1-D U8 entry of its tensor's own name.
+It begins with the magic of its codec, which nobody but this module looks at. A new codec is one file with a
+class of `Codec` and a line in `CODECS`: compressing, loading, verifying, inspecting and decompressing then
+know it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from miracle_hub.code import Code
+from miracle_hub.codec.dtypes import is_bytes
+from miracle_hub.codec.rates import Choice, Option
+from miracle_hub.coding.backend import Backend
+from miracle_hub.format.spec import TensorSpec
+
+# Where the codec of every magic is. Imported when one is met: reading needs no other's code.
+CODECS = {b"MRCL": "miracle_hub.codec.trellis:TRELLIS"}
+_MAGIC_BYTES = 4
+
+
+@dataclass(frozen=True)
+class PayloadFacts:
+    """What a payload says of itself, checked, without being decoded.
+
+    Attributes:
+        codec: the name of what wrote it.
+        dtype, shape: of the tensor that it stands for.
+        digest: of its float32 weights, in [0, 2⁶⁴).
+        relative_error: ‖decoded - source‖² / ‖source‖², measured by the encoder; 0 if nobody measured it.
+        codes: of a code of windows and steps, part after part; empty for others.
+        rotation: width of the Hadamard groups, 1 if there are none.
+        row_scales: whether some rows have a prior scale of their own.
+        scale: median prior scale, 0 if there is none.
+        has_rows: whether rows of a matrix decode without the others, so that it can stay compressed.
+    """
+
+    codec: str
+    dtype: str
+    shape: tuple[int, ...]
+    digest: int
+    relative_error: float = 0.0
+    codes: tuple[Code, ...] = ()
+    rotation: int = 1
+    row_scales: bool = False
+    scale: float = 0.0
+    has_rows: bool = False
+
+
+class Packed(Protocol):
+    """A weight matrix `[rows, columns]` that stays compressed; its products are in the dtype of their
+    input.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows and columns."""
+        ...
+
+    def dense(self) -> Tensor:
+        """The matrix, bit for bit that of a dense load; its digest is compared."""
+        ...
+
+    def linear(self, x: Tensor) -> Tensor:
+        """x·Wᵀ: `[..., columns]` → `[..., rows]`, not differentiable."""
+        ...
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x·W: `[..., rows]` → `[..., columns]`, not differentiable."""
+        ...
+
+
+class Payload(Protocol):
+    """One payload, whose bytes are checked as far as that needs no decoding."""
+
+    @property
+    def facts(self) -> PayloadFacts:
+        """What it says of itself."""
+        ...
+
+    def decode(self, backend: Backend, *, verify: bool = True, rounded: bool = False) -> Tensor:
+        """The weights in their own shape, on the backend's device.
+
+        Args:
+            verify: compare their digest with the one that `facts` has.
+            rounded: in the dtype of the source, instead of float32.
+
+        Raises:
+            ChecksumError: they are not what was compressed.
+        """
+        ...
+
+    def packed(self, dtype: torch.dtype | None, backend: str) -> Packed:
+        """The same as a matrix that stays compressed.
+
+        Args:
+            dtype: to which weights are rounded after their source's, which None means.
+            backend: a name, as `coding.backend.choose` takes it.
+
+        Raises:
+            OptionError: rows of it do not decode alone.
+            BackendError: the backend cannot run where the payload is.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a compression asks of all codecs.
+
+    Attributes:
+        rotation: width of the widest Hadamard groups, 1 for none.
+        n_tensors: that are to be coded, which share the time for measuring.
+    """
+
+    window_bits: int
+    rotation: int
+    seed: int
+    n_tensors: int
+    backend: Backend
+
+
+class Codec(Protocol):
+    """How tensors become payloads, and payloads tensors. Encoding and decoding stand side by side in its
+    file.
+    """
+
+    @property
+    def name(self) -> str:
+        """That options and reports call it by."""
+        ...
+
+    @property
+    def magic(self) -> bytes:
+        """The four bytes that its payloads begin with."""
+        ...
+
+    def read(self, data: Tensor, where: str) -> Payload:
+        """A payload from its bytes, uint8 `[bytes]` on any device.
+
+        Raises:
+            FormatError: and its subclasses: it is not sound; nothing of its size was allocated.
+        """
+        ...
+
+    def survey(self, spec: TensorSpec, weights: Tensor, request: Request) -> Any:
+        """What `offers` needs to know of a tensor, little in size; None if this codec does not take it."""
+        ...
+
+    def offers(self, surveys: Sequence[Any], request: Request) -> list[list[Option]]:
+        """What each of the surveyed tensors may become. Errors are in the unit of `ladder`."""
+        ...
+
+    def payload_bytes(self, spec: TensorSpec, choice: Choice) -> int:
+        """The exact length of the payload that `encode` will write."""
+        ...
+
+    def encode(self, weights: Tensor, choice: Choice, where: str, backend: Backend) -> bytes:
+        """The payload of a tensor, a pure function of its arguments."""
+        ...
+
+
+def codec_of(magic: bytes) -> Codec:
+    """The codec whose payloads begin so."""
+    module, _, name = CODECS[magic].partition(":")
+    return getattr(import_module(module), name)
+
+
+def codecs() -> list[Codec]:
+    """All codecs, in the order in which they are registered."""
+    return [codec_of(magic) for magic in CODECS]
+
+
+def codec_named(name: str) -> Codec:
+    """The codec that options call so."""
+    return next(codec for codec in codecs() if codec.name == name)
+
+
+def is_payload(entry: Tensor) -> bool:
+    """Whether an entry of a file, or its first bytes, are those of a payload."""
+    return is_bytes(entry) and bytes(entry[:_MAGIC_BYTES].tolist()) in CODECS
+
+
+def read(entry: Tensor, where: str) -> Payload | None:
+    """The payload that an entry of a file is; None if it is a plain tensor.
+
+    Args:
+        where: the tensor's name, for messages.
+
+    Raises:
+        FormatError: and its subclasses: it begins like a payload and is not sound.
+    """
+    if not is_payload(entry):
+        return None
+    return codec_of(bytes(entry[:_MAGIC_BYTES].tolist())).read(entry, where)

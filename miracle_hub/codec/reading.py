@@ -1,0 +1,102 @@
+"""Every file of a repository, read once: hashed, its tensors described, and each shown to whoever asked."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from miracle_hub.codec import payloads
+from miracle_hub.codec.naming import WEIGHTS_ENDING
+from miracle_hub.codec.payloads import Payload
+from miracle_hub.codec.source import list_tensors, narrowed_names
+from miracle_hub.codec.stored import StoredTensor, described
+from miracle_hub.errors import MiracleError, SourceError
+from miracle_hub.files.container import files_kept_open, read_through
+from miracle_hub.files.digests import Hashes, hashes_of, pieces
+from miracle_hub.files.folders import visible_files
+
+# Takes a tensor, its payload (None if it is plain) and the entry that the file holds of it.
+Look = Callable[[StoredTensor, Payload | None, Tensor], None]
+
+
+@dataclass(frozen=True)
+class FileReading:
+    """One file, read whole.
+
+    Attributes:
+        name: relative to the repository.
+        tensors: in it; refinements count as tensors of their own here.
+        defect: what is wrong with it; empty if nothing is.
+    """
+
+    path: Path
+    name: str
+    hashes: Hashes
+    tensors: tuple[StoredTensor, ...] = ()
+    defect: str = ""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """All visible files of a folder, or one file.
+
+    Attributes:
+        weights_sha256: of the files of weights right in the folder, one after the other; a card states it.
+    """
+
+    path: Path
+    files: tuple[FileReading, ...]
+    weights_sha256: str
+
+
+@files_kept_open()
+def read_all(path: Path, look: Look = lambda tensor, payload, entry: None) -> Reading:
+    """Read a repository.
+
+    Args:
+        look: called for every tensor; a MiracleError that it raises is the file's defect.
+
+    Raises:
+        SourceError: a file is a link that leaves the folder.
+    """
+    together, files = Hashes(0), []
+    for file in [path] if path.is_file() else list(visible_files(path)):
+        name = file.name if path.is_file() else file.relative_to(path).as_posix()
+        is_weights = file.suffix == WEIGHTS_ENDING and file.parent in (path, path.parent)
+        files.append(_read(file, name, look, [together] if is_weights else []))
+    return Reading(path, tuple(files), together.sha256)
+
+
+def _read(file: Path, name: str, look: Look, others: Sequence[Hashes]) -> FileReading:
+    hashes = Hashes(file.stat().st_size)
+    if file.suffix != WEIGHTS_ENDING:
+        for piece in pieces(file):
+            hashes.update(piece)
+        return FileReading(file, name, hashes)
+    try:
+        tensors = _read_tensors(file, look, [hashes, *others])
+        return FileReading(file, name, hashes, tuple(tensors))
+    except MiracleError as error:
+        return FileReading(file, name, hashes_of(file), (), str(error))
+
+
+def _read_tensors(file: Path, look: Look, hashes: Sequence[Hashes]) -> list[StoredTensor]:
+    """
+    Raises:
+        MiracleError: the file, or a tensor, is not sound.
+    """
+    entries, narrowed = {entry.name: entry for entry in list_tensors([file])}, narrowed_names(file)
+    found = []
+    try:
+        for name, data in read_through(file, hashes):
+            payload = payloads.read(data, name)
+            found.append(described(entries[name], payload, narrowed))
+            look(found[-1], payload, data)
+    except SafetensorError as error:
+        raise SourceError(
+            f"{file}: expected dtypes that torch knows, found one that it does not ({error}); upgrade "
+            "torch and safetensors, or convert the tensor"
+        ) from None
+    return found

@@ -1,0 +1,196 @@
+"""A repository: the files that hold a model together, read and checked as one, and written as one."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from miracle_hub.codec.config import digests_of, read_facts
+from miracle_hub.codec.naming import INDEX, index_name, shard_names
+from miracle_hub.codec.reading import Reading
+from miracle_hub.codec.source import weight_files
+from miracle_hub.codec.stored import StoredTensor, joined, stored_in
+from miracle_hub.errors import ChecksumError, OptionError
+from miracle_hub.files.container import encode_file_header, files_kept_open, write_file
+from miracle_hub.files.whole import writing
+from miracle_hub.format.spec import TensorSpec
+
+
+@dataclass(frozen=True)
+class Repository:
+    """The tensors of a folder or of one file, whose headers agree with each other.
+
+    Attributes:
+        path: of the folder or file.
+        facts: the quantization_config of a compressed folder; empty for a dense one and for a file.
+        stages: how many of the `n_stages` were read.
+    """
+
+    path: Path
+    tensors: tuple[StoredTensor, ...]
+    facts: Mapping[str, Any]
+    stages: int
+    n_stages: int
+
+    @property
+    def files(self) -> list[Path]:
+        """That hold the tensors."""
+        return sorted({part.path for tensor in self.tensors for part in tensor.parts})
+
+    @property
+    def digest(self) -> str:
+        """Of all payloads, as their headers promise it."""
+        return digest_of(self.tensors)
+
+
+@files_kept_open()
+def open_repository(path: Path, stages: int | None = None) -> Repository:
+    """Every tensor of a compressed folder or file by the headers, which are checked; nothing is decoded.
+
+    Args:
+        stages: of a folder, how many to read; None means all.
+
+    Raises:
+        FormatError: and its subclasses: a file is not sound; the message names the tensor.
+        OptionError: the folder has not so many stages.
+        MissingWeightsError: there are no weights.
+    """
+    if path.is_file():
+        return Repository(path, tuple(stored_in([path])), {}, 1, 1)
+    facts = read_facts(path)
+    digests = digests_of(facts)
+    stages = check_stages(stages, len(digests), str(path))
+    tensors = stored_in(weight_files(path, index_name(stages, len(digests))))
+    check_digest(tensors, digests[stages - 1], str(path))
+    return Repository(path, tuple(tensors), facts, stages, len(digests))
+
+
+def repository_of(reading: Reading) -> Repository:
+    """The repository of files that were read whole; that of every smaller number of stages is checked too.
+
+    Raises:
+        FormatError: and its subclasses: they do not belong together.
+        MissingWeightsError: there are no weights.
+    """
+    path, by_file = reading.path, {file.path: file.tensors for file in reading.files}
+    facts = read_facts(path) if path.is_dir() else {}
+    digests, tensors = digests_of(facts), []
+    for stages, digest in enumerate(digests, 1):
+        files = [path] if path.is_file() else weight_files(path, index_name(stages, len(digests)))
+        tensors = joined([tensor for file in files for tensor in by_file[file]])
+        check_digest(tensors, digest, str(path))
+    return Repository(path, tuple(tensors), facts, len(digests), len(digests))
+
+
+def check_stages(stages: object, n_stages: int, where: str) -> int:
+    """The number of stages asked for; None means all.
+
+    Raises:
+        OptionError: it is not one of them.
+    """
+    if stages is None:
+        return n_stages
+    if not isinstance(stages, int) or isinstance(stages, bool) or not 1 <= stages <= n_stages:
+        raise OptionError(
+            f"{where}: stages: expected a number from 1 to {n_stages}, found {stages!r}; leave it out for all"
+        )
+    return stages
+
+
+def check_digest(tensors: Iterable[StoredTensor], expected: str | None, where: str) -> None:
+    """Compare with config.json: finds payloads that were lost, renamed or hidden by a damaged magic.
+
+    Raises:
+        ChecksumError: the payloads are others.
+    """
+    tensors = list(tensors)
+    if expected is None or expected == (found := digest_of(tensors)):
+        return
+    names = [t.name for t in tensors if not t.is_coded and t.dtype == "U8" and len(t.shape) == 1]
+    suspects = f"; not compressed, though they look it: {', '.join(names[:4])}" if names else ""
+    raise ChecksumError(
+        f"{where}: config.json promises compressed tensors of digest {expected}, found {found}{suspects}; "
+        "tensors are damaged, missing or from another version: download it again"
+    )
+
+
+def digest_of(tensors: Iterable[StoredTensor]) -> str:
+    """One digest for all payloads of tensors."""
+    return payloads_digest(
+        {
+            part.name: facts.digest
+            for tensor in tensors
+            for part, facts in zip(tensor.parts, tensor.facts, strict=False)
+        }
+    )
+
+
+def payloads_digest(digests: Mapping[str, int]) -> str:
+    """One digest for payloads: SHA-256 of the lines "name digest", in order of name."""
+    lines = "".join(f"{name} {digests[name]:016x}\n" for name in sorted(digests))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One safetensors file to write: its entries in order, and its metadata."""
+
+    name: str
+    entries: list[TensorSpec]
+    metadata: dict[str, str]
+
+    @property
+    def n_bytes(self) -> int:
+        """Of the whole file."""
+        return len(encode_file_header(self.entries, self.metadata)) + sum(e.n_bytes for e in self.entries)
+
+    def write(self, folder: Path, data: Callable[[TensorSpec], bytes]) -> None:
+        """Write the file; `data` is asked for one entry at a time.
+
+        Raises:
+            OutputWriteError: it cannot be written.
+        """
+        write_file(folder / self.name, self.entries, self.metadata, data)
+
+
+def total_bytes(files: Iterable[OutputFile]) -> int:
+    """Bytes of files together, headers included."""
+    return sum(file.n_bytes for file in files)
+
+
+def sharded(entries: list[TensorSpec], max_shard_bytes: int, stem: str = "model") -> list[OutputFile]:
+    """Files of at most `max_shard_bytes` of data each (one tensor may exceed it), named as on the Hub."""
+    shards: list[list[TensorSpec]] = [[]]
+    filled = 0
+    for entry in entries:
+        if shards[-1] and filled + entry.n_bytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(entry)
+        filled += entry.n_bytes
+    names = shard_names(stem, len(shards))
+    return [OutputFile(n, shard, {"format": "pt"}) for n, shard in zip(names, shards, strict=True)]
+
+
+def write_indices(folder: Path, stages: Sequence[Sequence[OutputFile]]) -> None:
+    """An index for all stages, and one for every smaller number of them; none for a single file."""
+    if len(stages) == 1 and len(stages[0]) == 1:
+        return
+    for n in range(1, len(stages) + 1):
+        files = [file for stage in stages[:n] for file in stage]
+        write_index(folder, files, index_name(n, len(stages)))
+
+
+def write_index(folder: Path, files: Sequence[OutputFile], name: str = INDEX) -> None:
+    """The index of a sharded repository, as transformers reads it.
+
+    Raises:
+        OutputWriteError: it cannot be written.
+    """
+    total = sum(entry.n_bytes for file in files for entry in file.entries)
+    weight_map = {entry.name: file.name for file in files for entry in file.entries}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    with writing(folder / name):
+        (folder / name).write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,68 @@
+"""One look at every tensor to be coded: what it may become, and what tells it from others."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from miracle_hub.codec import payloads
+from miracle_hub.codec.payloads import Request
+from miracle_hub.codec.plan import Coded, Plain, Plan, Why
+from miracle_hub.codec.rates import Curve, Option
+from miracle_hub.codec.source import SourceTensor
+from miracle_hub.coding.matrix import matrix_columns
+from miracle_hub.errors import NonFiniteWeightError, SourceError
+
+
+def survey(plans: dict[str, Plan], request: Request) -> tuple[list[Curve], dict[str, str]]:
+    """What every tensor to be coded may become, and SHA-256 of its bytes; each is read once.
+
+    Those that no codec takes become plain in `plans`.
+
+    Raises:
+        NonFiniteWeightError: a tensor is not finite.
+        SourceError: there is nothing to code.
+    """
+    codecs, surveys, contents = payloads.codecs(), {}, {}
+    for name, plan in [(n, p) for n, p in plans.items() if isinstance(p, Coded)]:
+        weights = _load_finite(plan.source)
+        found = [codec.survey(plan.source, weights, request) for codec in codecs]
+        if all(each is None for each in found):
+            plans[name] = Plain(plan.source, Why.OUT_OF_RANGE)
+            continue
+        surveys[name], contents[name] = found, _sha256(weights)
+    if not surveys:
+        whys = {p.why.text(p.source.dtype) for p in plans.values() if isinstance(p, Plain)}
+        found = "; ".join(sorted(whys)) or "no tensors at all"
+        raise SourceError(
+            f"expected at least one tensor to compress, found none ({found}); keep this model as it is"
+        )
+    options: dict[str, list[Option]] = {name: [] for name in surveys}
+    for i, codec in enumerate(codecs):
+        asked = [name for name, found in surveys.items() if found[i] is not None]
+        offers = codec.offers([surveys[name][i] for name in asked], request) if asked else []
+        for name, offered in zip(asked, offers, strict=True):
+            options[name] += offered
+    return [Curve(n, _rows(plans[n].source), tuple(found)) for n, found in options.items()], contents
+
+
+def _rows(source: SourceTensor) -> int:
+    """Of the matrix view, by which budgets are filled."""
+    return source.n_weights // matrix_columns(source.shape)
+
+
+def _sha256(weights: Tensor) -> str:
+    data = weights.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(data.data).hexdigest()
+
+
+def _load_finite(source: SourceTensor) -> Tensor:
+    weights = source.load()
+    finite = torch.isfinite(weights.float()).flatten()  # in float32, in which it would be decoded
+    if not bool(finite.all()):
+        at = int(finite.int().argmin())
+        raise NonFiniteWeightError(
+            f"{source.name}: expected finite weights, found {weights.flatten()[at].item()} at position {at} "
+            f"({source.path}); repair the model, or leave the tensor out with modules_to_not_convert"
+        )
+    return weights
