@@ -8,7 +8,8 @@
 
 Install peers into an environment of their own. Every one gets all matrices, word embeddings included, which
 some of them leave dense by themselves; what is no matrix costs 16 bits a weight, as in our files (NNCodec
-codes it itself). Sizes have no headers: they are the least that a file could have. No method sees data.
+codes it itself; what it imports of torchvision, cv2, sklearn and h5py is not used here). Sizes have no
+headers: they are the least that a file could have. No method sees data.
 """
 
 import argparse

@@ -61,7 +61,8 @@ def peers() -> str:
     lines += [
         "",
         f"As transformers {nf4['transformers']} itself writes NF4, this model has {nf4['bytes']:,} bytes, "
-        f"{nf4['bits_per_weight']:.1f} bits per weight: embeddings and vectors stay dense. With HQQ it {loads}.",
+        f"{nf4['bits_per_weight']:.1f} bits per weight: embeddings and vectors stay dense. With HQQ it "
+        f"{loads}.",
     ]
     return "\n".join(lines)
 

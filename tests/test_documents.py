@@ -1,6 +1,7 @@
 """The documents are true: snippets run, commands and links exist, what is generated is current."""
 
 import ast
+import inspect
 import json
 import re
 import runpy
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,12 @@ import pytest
 import typer
 
 import miracle_hub.errors
-from miracle_hub import cli
+from miracle_hub import MiracleHubMixin, MiracleTrainer, VariationalConfig, cli
 from miracle_hub.code import FORMAT_VERSION, MAX_STEP_WEIGHTS, MAX_WIDTH_LOG2, MAX_WINDOW_BITS
 from miracle_hub.coding.quantiles import QUANTILES_SHA256
 from miracle_hub.coding.scales import LARGEST_SCALE, SMALLEST_SCALE
 from miracle_hub.format import network, payload
+from miracle_hub.options import CompressOptions, LoadOptions
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "kernels").glob("*.md")])
@@ -126,6 +129,32 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
     for named in re.findall(r"`([\w./-]+/[\w.-]*|\w+\.py)`", prose(page)):
         ours = named.endswith((".py", "/", ".md", ".json")) and not named.startswith(("build/", "../"))
         assert not ours or any((root / named).exists() for root in roots), named
+
+
+def test_the_page_of_choices_has_every_option_of_compress() -> None:
+    page = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+    table = page.split("## Options of `compress`")[1].split("##")[0]
+    named = set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
+    told_elsewhere = {"bits_per_weight", "size", "revision", "overwrite", "progress"}
+    assert named == {field.name for field in fields(CompressOptions)} - told_elsewhere
+
+
+def parameters() -> set[str]:
+    """Every argument of what the package offers."""
+    offered = [getattr(miracle_hub, public) for public in miracle_hub.__all__]
+    methods = [MiracleTrainer.compress, *vars(MiracleHubMixin).values()]
+    called = [*offered, *(method for method in methods if inspect.isfunction(method))]
+    return {argument for each in called for argument in inspect.signature(each).parameters}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_arguments_that_a_page_names_are_arguments(page: Path) -> None:
+    """In the midst of text; those of snippets and commands are tried above."""
+    others = {"ignore_mismatched_sizes", "train_sampling_strategy"}  # of transformers
+    options = {field.name for field in (*fields(VariationalConfig), *fields(LoadOptions))}
+    for inline in re.findall(r"`([^`]+)`", prose(page)):
+        for named in re.findall(r"\b([a-z_]+)=", inline):
+            assert named in parameters() | options | others, inline
 
 
 def test_every_page_of_docs_is_reached_from_the_readme() -> None:
