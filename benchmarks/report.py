@@ -37,6 +37,23 @@ def minilm() -> str:
     return "\n".join([*lines, "", peers()])
 
 
+def stories() -> str:
+    """The table of a causal language model."""
+    results = load("stories")["results"]
+    lines = [
+        "## A causal language model",
+        "",
+        "stories260K (a Llama of 260,032 weights), default options, perplexity on 15,330 tokens of "
+        f"TinyStories; dense: {results['dense']['perplexity']:.2f}. There is no calibration.",
+        "",
+        "| bits per weight, whole file | bytes | perplexity |",
+        "|---|---|---|",
+    ]
+    for row in results["compressed"]:
+        lines.append(f"| {row['asked']} | {row['bytes']:,} | {row['perplexity']:.2f} |")
+    return "\n".join(lines)
+
+
 def peers() -> str:
     """The table of other methods on the same model and test split."""
     lines = [
@@ -228,6 +245,11 @@ def each(percents: list[float]) -> str:
     return ", ".join(f"{percent:.2f}" for percent in percents)
 
 
+def share(n_bytes: float, dense: str) -> str:
+    """Of the dense model's bytes, in percent."""
+    return f"{100 * n_bytes / _DENSE_BYTES[dense]:.2g} %"
+
+
 def summary() -> str:
     """README's table."""
     results, fitted = load("minilm")["results"], load("sst2")["results"]
@@ -238,15 +260,14 @@ def summary() -> str:
     ]
     for row in results["compressed"]:
         if row["asked"] in (1.0, 2.0, 3.0):
-            share = row["bytes"] / _DENSE_BYTES["minilm"]
             lines.append(
-                f"| all-MiniLM-L6-v2, compressed | {row['bytes']:,} | {share:.1%} | {row['asked']} | STS-B "
+                f"| all-MiniLM-L6-v2, compressed | {row['bytes']:,} | {share(row['bytes'], 'minilm')} | {row['asked']} | STS-B "
                 f"{row['spearman']['test']:.2f} | {dense:.2f} |"
             )
     coded = fitted["variational"]
     lines.append(
         f"| the same, fitted to SST-2 | {coded['file_bytes']:,.0f} | "
-        f"{coded['file_bytes'] / _DENSE_BYTES['minilm']:.1%} | {coded['bits_per_weight_whole_file']:.1f} | "
+        f"{share(coded['file_bytes'], 'minilm')} | {coded['bits_per_weight_whole_file']:.1f} | "
         f"accuracy {coded['test']:.1f} % | {fitted['dense']['test']:.1f} % |"
     )
     n_weights = _DENSE_BYTES["lenet"] // 4
@@ -254,7 +275,7 @@ def summary() -> str:
         if row["parametrization"] == "mean-kl":
             n_bytes = row["file_bytes"]
             lines.append(
-                f"| LeNet-5 on MNIST, fitted | {n_bytes:,} | {n_bytes / _DENSE_BYTES['lenet']:.2%} | "
+                f"| LeNet-5 on MNIST, fitted | {n_bytes:,} | {share(n_bytes, 'lenet')} | "
                 f"{8 * n_bytes / n_weights:.3f} | error {row['test_error']:.2f} % | |"
             )
     return "\n".join(lines)
@@ -262,7 +283,7 @@ def summary() -> str:
 
 def results_page() -> str:
     """docs/results.md."""
-    parts = (_HEAD, minilm(), fine_tuning(), lenet(), rate_distortion(), speed(), gpu())
+    parts = (_HEAD, minilm(), stories(), fine_tuning(), lenet(), rate_distortion(), speed(), gpu())
     return "\n\n".join(parts) + "\n"
 
 
