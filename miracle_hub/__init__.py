@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from miracle_hub.finetune.trainer import MiracleTrainer as MiracleTrainer
     from miracle_hub.hub.push import PushReport as PushReport
     from miracle_hub.hub.push import push as push
+    from miracle_hub.options import CompressOptions as CompressOptions
+    from miracle_hub.options import FitOptions as FitOptions
+    from miracle_hub.options import LoadOptions as LoadOptions
     from miracle_hub.plugin.quantizer import MiracleConfig as MiracleConfig
     from miracle_hub.training.checkpoint import Checkpoint as Checkpoint
     from miracle_hub.training.coder import CodingOptions as CodingOptions
@@ -48,9 +51,12 @@ __all__ = [
     "Code",
     "CodingOptions",
     "Comparison",
+    "CompressOptions",
+    "FitOptions",
     "FitReport",
     "Inspection",
     "Journal",
+    "LoadOptions",
     "MiracleConfig",
     "MiracleHubMixin",
     "MiracleTrainer",
@@ -88,9 +94,12 @@ _HOMES = {
     "Checkpoint": "miracle_hub.training.checkpoint",
     "CodingOptions": "miracle_hub.training.coder",
     "Comparison": "miracle_hub.evaluate.compare",
+    "CompressOptions": "miracle_hub.options",
+    "FitOptions": "miracle_hub.options",
     "FitReport": "miracle_hub.finetune.fit",
     "Inspection": "miracle_hub.codec.inspection",
     "Journal": "miracle_hub.training.journal",
+    "LoadOptions": "miracle_hub.options",
     "MiracleConfig": "miracle_hub.plugin.quantizer",
     "MiracleHubMixin": "miracle_hub.finetune.mixin",
     "MiracleTrainer": "miracle_hub.finetune.trainer",

@@ -66,6 +66,7 @@ def compress(
         OutputExistsError: `out` exists. OutputWriteError: it cannot be written.
     """
     options = chosen(CompressOptions, options, locals())
+    options.require_budget()  # before a Hub source is downloaded
     folder = local_folder(source, options.revision)
     base_model = None if Path(source).exists() else str(source)
     return compress_folder(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Protocol, TypeVar, get_type_hints
 
-from miracle_hub.code import BACKENDS, DEFAULT_WIDTH, MAX_STAGES, MAX_WIDTH_LOG2
+from miracle_hub.code import BACKENDS, DEFAULT_WIDTH, MAX_STAGES, MAX_WIDTH_LOG2, MAX_WINDOW_BITS
 from miracle_hub.errors import BudgetError, OptionError
 from miracle_hub.names import check_names
 
@@ -96,6 +96,15 @@ class CompressOptions:
         """Whether a size of the whole files is asked for."""
         return self.bits_per_weight is not None or self.size is not None
 
+    def require_budget(self) -> None:
+        """What only files that training has coded can do without.
+
+        Raises:
+            OptionError: there is no size.
+        """
+        if not self.has_budget:
+            raise OptionError("expected either bits_per_weight or size, found neither; give one of them")
+
 
 @dataclass(frozen=True, kw_only=True)
 class FitOptions:
@@ -140,11 +149,13 @@ class FitOptions:
     def __post_init__(self) -> None:
         check_one_budget("fit", bits_per_weight=self.bits_per_weight, size=self.size, rate=self.rate)
         check_budget(self.bits_per_weight, self.size)
+        check_rate(self.rate)
         _check_choice("task", self.task, TASKS)
         check_names(self.target_modules, "target_modules")
         for name in ("batch_size", "max_length", "groups"):
             check_integer(name, getattr(self, name), 1)
         check_integer("refit_steps", self.refit_steps, 0)
+        check_integer("steps", self.steps, -1)
         check_integer("seed", self.seed, 0, 2**32 - 1)
         for name in ("epochs", "learning_rate"):
             check_positive(name, getattr(self, name))
@@ -244,6 +255,19 @@ def check_budget(bits_per_weight: object, size: str | int | None) -> None:
         raise BudgetError(
             f"bits_per_weight: expected a number above 0 and below {_MAX_BITS_PER_WEIGHT}, found "
             f"{bits_per_weight}; 2 to 4 suit most models"
+        )
+
+
+def check_rate(rate: object) -> None:
+    """Refuse bits per coded value that no code has; None is no rate.
+
+    Raises:
+        BudgetError: the rate is out of range.
+    """
+    if rate is not None and not (isinstance(rate, int | float) and 0 < rate <= MAX_WINDOW_BITS):
+        raise BudgetError(
+            f"rate: expected more than 0 and at most {MAX_WINDOW_BITS} bits per coded value, found {rate!r}; "
+            "choose another value (0.1 to 4 are usual)"
         )
 
 

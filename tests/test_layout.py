@@ -17,7 +17,7 @@ ALLOWED = {
     "code": {"errors"},
     "names": {"errors"},
     "options": {"names", "code", "errors"},
-    "files": {"files", "errors"},
+    "files": {"files", "format", "errors"},
     "format": {"format", "code", "errors"},
     "coding": {"coding", "code", "errors"},
     "codec": {"codec", "coding", "format", "files", "options", "names", "code", "errors"},
@@ -34,7 +34,18 @@ ALLOWED = {
     "api": {"finetune", "evaluate", "hub", "codec", "files", "options", "code", "errors"},
     "cli": {"", "api", "hub", "codec", "options", "code", "errors"},
     "_autoload": {"plugin"},
-    "__init__": {"_autoload", "api", "finetune", "evaluate", "hub", "plugin", "training", "codec", "code"},
+    "__init__": {
+        "_autoload",
+        "api",
+        "finetune",
+        "evaluate",
+        "hub",
+        "plugin",
+        "training",
+        "codec",
+        "options",
+        "code",
+    },
 }
 # Who alone may import a third party.
 HOMES = {

@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,22 @@ from miracle_hub.codec.stages import refined_files, refinement
 from miracle_hub.codec.survey import survey
 from miracle_hub.codec.writer import Writer
 from miracle_hub.coding.backend import Backend, choose
-from miracle_hub.errors import OptionError, SourceError
+from miracle_hub.errors import SourceError
 from miracle_hub.files.whole import output_folder, refuse_overlap, writing
 from miracle_hub.options import CompressOptions, budget_bytes, parse_size
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a compression did; sizes in bytes, `bits_per_weight` of whole files, `backend` as chosen."""
+    """What a compression did.
+
+    Attributes:
+        dense_bytes, compressed_bytes: of all safetensors files before and after.
+        bits_per_weight: of whole files.
+        digest: of the payloads.
+        backend: as chosen.
+        plain: tensors that are stored plainly, and why.
+    """
 
     dense_bytes: int
     compressed_bytes: int
@@ -35,6 +43,7 @@ class Report:
     seconds: float
     digest: str
     backend: str
+    plain: Mapping[str, str] = field(default_factory=dict)
 
 
 def compress_folder(
@@ -52,8 +61,8 @@ def compress_folder(
         coded: payloads of tensors that are coded already; no budget then means that all others stay plain.
     """
     started = time.monotonic()
-    if not options.has_budget and not coded:
-        raise OptionError("expected either bits_per_weight or size, found neither; give one of them")
+    if not coded:
+        options.require_budget()
     backend, weights = choose(options.backend), _source_files(source, out)
     with output_folder(out, options.overwrite) as temporary:
         copied = _copy_companions(source, temporary, weights)
@@ -70,6 +79,7 @@ def compress_folder(
             seconds=time.monotonic() - started,
             digest=digests[-1],
             backend=backend.name,
+            plain={n: p.why.text(p.source.dtype) for n, p in plans.items() if isinstance(p, Plain)},
         )
         write_config(
             source, temporary, _facts(report, options, plans), [p.source for p in plans.values()], digests

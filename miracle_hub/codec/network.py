@@ -92,7 +92,8 @@ def spec_of(name: str, tensor: Tensor, sharing: Sharing | None = None) -> Shared
     found = DTYPE_NAMES.get(tensor.dtype)
     if found not in DTYPES:
         raise FormatError(
-            f"{name}: expected one of {', '.join(DTYPES)}, found {tensor.dtype}; cast the module to one"
+            f"{name}: expected one of {', '.join(DTYPES)}, found {tensor.dtype}; cast the module "
+            "to one of them"
         )
     kind, n_values = (KINDS.index(sharing.kind), sharing.n_values) if sharing else (0, tensor.numel())
     return SharedSpec(name, found, tuple(tensor.shape), kind, n_values)

@@ -112,7 +112,7 @@ def check_digest(tensors: Iterable[StoredTensor], expected: str | None, where: s
     suspects = f"; not compressed, though they look it: {', '.join(names[:4])}" if names else ""
     raise ChecksumError(
         f"{where}: config.json promises compressed tensors of digest {expected}, found {found}{suspects}; "
-        "tensors are damaged, missing or from another version: download it again"
+        "tensors are damaged, missing or from another version: download the folder again"
     )
 
 

@@ -20,9 +20,9 @@ def _signed(word: int) -> int:
     return word - 2**64 if word >= 2**63 else word
 
 
-def _shift_right(x: Tensor, bits: int) -> Tensor:
+def _shift_right(x: Tensor, places: int) -> Tensor:
     """Logical shift of int64 words (torch shifts arithmetically)."""
-    return (x >> bits) & (2 ** (64 - bits) - 1)
+    return (x >> places) & (2 ** (64 - places) - 1)
 
 
 def digest(values: Float32[Tensor, " n"]) -> int:

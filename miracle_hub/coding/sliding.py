@@ -72,14 +72,14 @@ def count_pieces(n_steps: int, code: Code, merge: int) -> int:
 
 
 @_jit
-def best_paths(codebook, quadratic, linear, offset, first, planes, bits, weights):
+def best_paths(codebook, quadratic, linear, offset, first, planes, constants, weights):
     """Viterbi recursion of 16 lanes; returns the final costs, float32 [nodes, 16].
 
-    Lane l starts at node first[l], anywhere where that is -1. `bits` and `weights` are tuples of
+    Lane l starts at node first[l], anywhere where that is -1. `constants` and `weights` are tuples of
     length k and V: lengths are constants to the compiler, which doubles the speed.
     """
     nodes = planes.shape[1]
-    shape = (nodes, len(bits), len(weights) or codebook.shape[1])
+    shape = (nodes, len(constants), len(weights) or codebook.shape[1])
     reached = np.empty((nodes, LANES), np.float32)
     scratch = np.empty((nodes, LANES), np.float32)
     for node in range(nodes):

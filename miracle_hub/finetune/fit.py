@@ -119,7 +119,10 @@ def fit(
         OutputExistsError: `out` exists, or another process is fitting it.
         OutputWriteError: it, or a checkpoint, cannot be written.
     """
-    options = chosen(FitOptions, options, locals())
+    return _fit(source, out, data, chosen(FitOptions, options, locals()))
+
+
+def _fit(source: str | Path, out: str | Path, data: str | Path, options: FitOptions) -> FitReport:
     refuse_existing(Path(out), options.overwrite)  # before any work
     config, folder = _config(options), Path(f"{out}-fit")
     splits = read_split(data, options.task, options.text_columns, options.label_column, options.seed)

@@ -131,8 +131,20 @@ def compress_model(
         )
     messages = [message_of(stream) for stream in variational.streams]
     payloads = _coded_entries(variational, messages)
-    dense: Any = convert.posterior_mean(model)
-    out = Path(out).absolute()
+    dense, kept = convert.posterior_mean(model), variational.config.modules_to_save or []
+    options = CompressOptions(
+        size=size, bits_per_weight=bits_per_weight, overwrite=overwrite, progress=progress,
+        modules_to_not_convert=[name for name in module_tensors(dense) if matches(name, kept)],
+    )  # fmt: skip
+    report = _write_repository(dense, Path(out).absolute(), tokenizer, options, payloads)
+    _compare_decoded(Path(out), {name: t for name, t in module_tensors(dense).items() if name in payloads})
+    return report
+
+
+def _write_repository(
+    dense: Any, out: Path, tokenizer: Any, options: CompressOptions, payloads: Mapping[str, bytes]
+) -> Report:
+    """Save an ordinary model beside the output and compress that, with the payloads that training made."""
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     # Beside the output, where the next run finds what a killed one left, and not where the system keeps it.
@@ -142,19 +154,12 @@ def compress_model(
             dense.save_pretrained(folder, save_original_format=False)  # or names are not those of payloads
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-        kept = variational.config.modules_to_save or []
         base = getattr(dense.config, "_name_or_path", None) or None
         base = None if base is None or Path(base).exists() else base
-        report = compress_folder(
-            folder, out,
-            CompressOptions(
-                size=size, bits_per_weight=bits_per_weight, overwrite=overwrite, progress=progress,
-                modules_to_not_convert=[name for name in module_tensors(dense) if matches(name, kept)],
-            ),
-            coded=payloads, card=lambda target, report: write_card(target, report, folder, base),
+        return compress_folder(
+            folder, out, options, coded=payloads,
+            card=lambda target, report: write_card(target, report, folder, base),
         )  # fmt: skip
-    _compare_decoded(out, {name: t for name, t in module_tensors(dense).items() if name in payloads})
-    return report
 
 
 def _compare_decoded(folder: Path, coded: Mapping[str, Tensor]) -> None:

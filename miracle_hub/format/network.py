@@ -17,7 +17,7 @@ from miracle_hub.format.varint import encode_varint, read_varint
 MAGIC = b"MRCN"
 VERSION = 1
 _TRAILER = struct.Struct("<IQ")
-_FRAME = frame.Frame(MAGIC, VERSION, "network's stream", _TRAILER.size)
+_FRAME = frame.Frame(MAGIC, VERSION, "network stream", _TRAILER.size)
 _MAX_TENSORS = 1 << 16
 _MAX_VALUES = 1 << 32
 

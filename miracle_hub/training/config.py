@@ -9,7 +9,7 @@ from miracle_hub.code import MAX_STEP_WEIGHTS, MAX_WINDOW_BITS, Code
 from miracle_hub.coding.sharing import KINDS
 from miracle_hub.errors import BudgetError, OptionError
 from miracle_hub.names import check_names
-from miracle_hub.options import check_budget, check_one_budget
+from miracle_hub.options import check_budget, check_one_budget, check_rate
 
 PARAMETRIZATIONS = ("mean-kl", "mean-var", "test-channel")
 STREAMS = ("tensor", "network")
@@ -138,12 +138,7 @@ class VariationalConfig:
         bits = 1 if self.message_bits is None else self.message_bits
         if not isinstance(bits, int) or bits < 1:
             raise BudgetError(f"message_bits: expected a positive whole number, found {bits!r}; pass more")
-        rate = 1.0 if self.rate is None else self.rate
-        if not isinstance(rate, int | float) or not 0 < rate <= MAX_WINDOW_BITS:
-            raise BudgetError(
-                f"rate: expected more than 0 and at most {MAX_WINDOW_BITS} bits per coded value, found "
-                f"{rate!r}; choose another value (0.1 to 4 are usual)"
-            )
+        check_rate(self.rate)
 
     @property
     def is_of_files(self) -> bool:

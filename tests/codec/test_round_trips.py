@@ -32,6 +32,7 @@ from miracle_hub.coding.scales import rounded_scales
 from miracle_hub.errors import BudgetError
 from miracle_hub.files.container import opened, write_file
 from miracle_hub.format.network import NetworkHeader, SharedSpec
+from miracle_hub.format.payload import DTYPES
 from miracle_hub.format.spec import TensorSpec
 from miracle_hub.options import CompressOptions
 
@@ -56,7 +57,7 @@ AWKWARD = [
 
 names = st.sampled_from(AWKWARD) | st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 seeds = st.integers(0, 2**64 - 1)
-dtypes = st.sampled_from(list(DTYPE_NAMES))
+dtypes = st.sampled_from([TORCH_DTYPES[name] for name in DTYPES])
 
 
 @st.composite
@@ -120,7 +121,7 @@ def test_a_payload_decodes_to_the_same_bits_here_and_apart(data: st.DataObject) 
     decoded, header = decode_payload(torch.frombuffer(bytearray(payload), dtype=torch.uint8), "w")
     number, expected, error, digest = PAYLOADS["decode"](payload)
     assert decoded.shape == weights.shape and raw_bytes(decoded) == expected.tobytes()
-    assert (list(DTYPE_NAMES.values())[number], error) == (DTYPE_NAMES[dtype], header.relative_error)
+    assert (DTYPES[number], error) == (DTYPE_NAMES[dtype], header.relative_error)
     assert (digest, len(payload)) == (header.digest, header.payload_bytes)
 
 

@@ -126,7 +126,7 @@ def test_every_truncation_behind_a_right_checksum_is_noticed() -> None:
 
 def test_a_short_stream_says_how_many_bytes_it_has() -> None:
     assert defect(b"MRCN\x01", kind=TruncatedPayloadError) == (
-        "net: a network's stream has at least 21 bytes, found 5; the file is truncated: download it again"
+        "net: a network stream has at least 21 bytes, found 5; the file is truncated: download it again"
     )
 
 
@@ -151,16 +151,18 @@ def test_a_wrong_checksum_says_both() -> None:
     data = STREAM[:5] + bytes(4) + STREAM[9:]
     found = zlib.crc32(STREAM[9:])
     assert defect(data, kind=ChecksumError) == (
-        f"net: bytes 9 to {len(STREAM)}: expected CRC-32 00000000, found {found:08x}; the file is "
-        "truncated or damaged: download it again"
+        f"net: bytes 9 to {len(STREAM)} of the network stream: expected CRC-32 00000000, found {found:08x}; "
+        "the file is truncated or damaged: download it again"
     )
 
 
 @pytest.mark.parametrize(("magic", "version"), [(b"MRCL", 1), (b"\0\0\0\0", 1), (b"MRCN", 0)])
 def test_other_bytes_in_front_are_no_stream(magic: bytes, version: int) -> None:
+    expected = (4, "format version 1", 0) if magic == b"MRCN" else (0, "the magic b'MRCN'", magic)
+    at, wanted, found = expected
     assert defect(magic + bytes([version]) + STREAM[5:]) == (
-        f"net: byte 0: expected b'MRCN' and format version 1, found {magic!r} and {version}; the "
-        "file is damaged or was not written by miracle-hub"
+        f"net: byte {at} of the network stream header: expected {wanted}, found {found}; the file is damaged "
+        "or was not written by miracle-hub"
     )
 
 
@@ -168,7 +170,7 @@ def test_other_bytes_in_front_are_no_stream(magic: bytes, version: int) -> None:
 def test_a_newer_version_says_how_to_upgrade(version: int) -> None:
     found = defect(sealed(STREAM[9:], version), kind=UnsupportedVersionError)
     assert found == (
-        f"net: this miracle-hub reads version 1 of networks' streams, found {version}; upgrade: "
+        f"net: this miracle-hub reads network stream version 1, found {version}; upgrade: "
         "pip install -U miracle-hub"
     )
 
