@@ -261,8 +261,8 @@ def summary() -> str:
     for row in results["compressed"]:
         if row["asked"] in (1.0, 2.0, 3.0):
             lines.append(
-                f"| all-MiniLM-L6-v2, compressed | {row['bytes']:,} | {share(row['bytes'], 'minilm')} | {row['asked']} | STS-B "
-                f"{row['spearman']['test']:.2f} | {dense:.2f} |"
+                f"| all-MiniLM-L6-v2, compressed | {row['bytes']:,} | {share(row['bytes'], 'minilm')} | "
+                f"{row['asked']} | STS-B {row['spearman']['test']:.2f} | {dense:.2f} |"
             )
     coded = fitted["variational"]
     lines.append(
