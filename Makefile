@@ -59,6 +59,8 @@ bench: setup
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/verify_time.py
 	$(BIN)/python benchmarks/minilm.py
+	$(BIN)/python benchmarks/stories.py
+	$(BIN)/python benchmarks/peers.py round-to-nearest
 	$(BIN)/python benchmarks/cards.py minilm
 	$(BIN)/python benchmarks/report.py
 
