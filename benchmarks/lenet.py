@@ -23,7 +23,7 @@ from record import DATA, RESULTS, record
 from torch import Tensor, nn
 
 import miracle_hub
-from miracle_hub.training.variational import variational_of
+from miracle_hub.training.model import variational_of
 
 VALIDATION = 5000
 
@@ -123,7 +123,7 @@ class Run:
             optimizer.zero_grad()
             (loss + variational.penalty()).backward()
             optimizer.step()
-            variational.anneal()
+            variational.after_step()
             running += (loss.item() - running) * max(0.01, 1 / (step + 1))
             if (step + 1) % a.every == 0:
                 self.note(step + 1, running)

@@ -12,10 +12,10 @@ from record import record
 
 from miracle_hub.code import Code
 from miracle_hub.codec.ladder import LADDER
-from miracle_hub.codec.trellis import prior_scale
 from miracle_hub.coding import cpu, sliding
 from miracle_hub.coding.encode import encode_stream
 from miracle_hub.coding.posterior import squared_error_cost
+from miracle_hub.coding.scales import prior_scale
 
 # Enough that the standard error of the squared error is below 0.5 % of it.
 _WEIGHTS = {8: 400_000, 10: 400_000, 12: 400_000, 14: 200_000, 16: 100_000}

@@ -16,10 +16,11 @@ from numba import njit
 from record import record
 
 from miracle_hub.code import Code
-from miracle_hub.codec.trellis import SegmentPlan, decode_payload, encode_tensor, prior_scale
+from miracle_hub.codec.trellis import SegmentPlan, decode_payload, encode_tensor
 from miracle_hub.coding import cpu
 from miracle_hub.coding.encode import encode_stream
 from miracle_hub.coding.posterior import squared_error_cost
+from miracle_hub.coding.scales import prior_scale
 
 _ENCODED = ((8, 2, 1, 4_000_000), (12, 2, 1, 4_000_000), (14, 2, 1, 1_000_000), (16, 2, 1, 400_000))
 _ENCODED += ((12, 1, 1, 2_000_000), (12, 4, 1, 4_000_000), (16, 16, 16, 131_072))

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from miracle_hub.options import CompressOptions as CompressOptions
     from miracle_hub.options import FitOptions as FitOptions
     from miracle_hub.options import LoadOptions as LoadOptions
-    from miracle_hub.plugin.quantizer import MiracleConfig as MiracleConfig
+    from miracle_hub.plugin.config import MiracleConfig as MiracleConfig
     from miracle_hub.training.checkpoint import Checkpoint as Checkpoint
     from miracle_hub.training.coder import CodingOptions as CodingOptions
     from miracle_hub.training.coder import code_model as code_model
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from miracle_hub.training.convert import posterior_samples as posterior_samples
     from miracle_hub.training.convert import remove_variational as remove_variational
     from miracle_hub.training.journal import Journal as Journal
-    from miracle_hub.training.variational import anneal as anneal
-    from miracle_hub.training.variational import kl_penalty as kl_penalty
+    from miracle_hub.training.model import anneal as anneal
+    from miracle_hub.training.model import kl_penalty as kl_penalty
 
 __all__ = [
     "Certificate",
@@ -100,14 +100,14 @@ _HOMES = {
     "Inspection": "miracle_hub.codec.inspection",
     "Journal": "miracle_hub.training.journal",
     "LoadOptions": "miracle_hub.options",
-    "MiracleConfig": "miracle_hub.plugin.quantizer",
+    "MiracleConfig": "miracle_hub.plugin.config",
     "MiracleHubMixin": "miracle_hub.finetune.mixin",
     "MiracleTrainer": "miracle_hub.finetune.trainer",
     "PushReport": "miracle_hub.hub.push",
     "Report": "miracle_hub.codec.compress",
     "VariationalConfig": "miracle_hub.training.config",
     "Verification": "miracle_hub.codec.verification",
-    "anneal": "miracle_hub.training.variational",
+    "anneal": "miracle_hub.training.model",
     "certify": "miracle_hub.evaluate.certify",
     "certify_network": "miracle_hub.evaluate.certify",
     "code_model": "miracle_hub.training.coder",
@@ -117,7 +117,7 @@ _HOMES = {
     "decompress": "miracle_hub.api",
     "fit": "miracle_hub.finetune.fit",
     "inspect": "miracle_hub.api",
-    "kl_penalty": "miracle_hub.training.variational",
+    "kl_penalty": "miracle_hub.training.model",
     "load": "miracle_hub.codec.modules",
     "load_state_dict": "miracle_hub.api",
     "make_variational": "miracle_hub.finetune.models",

@@ -1,20 +1,24 @@
-"""Verbs of the package; the command line has the same names and defaults."""
+"""Verbs of the package; the command line has the same names and defaults.
+
+What only writes, or draws, is imported by the verbs that do: whoever loads a file imports none of it.
+"""
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from miracle_hub.code import DEFAULT_WIDTH
-from miracle_hub.codec.compress import Report, compress_folder
 from miracle_hub.codec.decompress import decompress_folder
 from miracle_hub.codec.decompress import load_state_dict as load_folder
-from miracle_hub.codec.inspection import Inspection, inspect_folder
-from miracle_hub.codec.verification import Verification
-from miracle_hub.hub.card import verify_with_card, write_card
-from miracle_hub.hub.plots import read_journal, write_plots
 from miracle_hub.hub.resolve import local_folder
 from miracle_hub.options import DEFAULT_SHARD_SIZE, DEFAULT_WINDOW_BITS, CompressOptions, chosen
+
+if TYPE_CHECKING:
+    from miracle_hub.codec.compress import Report
+    from miracle_hub.codec.inspection import Inspection
+    from miracle_hub.codec.verification import Verification
 
 
 def compress(
@@ -34,7 +38,7 @@ def compress(
     overwrite: bool = False,
     progress: bool = True,
     options: CompressOptions | None = None,
-) -> Report:
+) -> "Report":
     """Write `out`, a repository that `from_pretrained` loads, of exactly the size asked for.
 
     Args:
@@ -66,6 +70,9 @@ def compress(
         OutputExistsError: `out` exists. OutputWriteError: it cannot be written.
     """
     options = chosen(CompressOptions, options, locals())
+    from miracle_hub.codec.compress import compress_folder
+    from miracle_hub.hub.card import write_card
+
     options.require_budget()  # before a Hub source is downloaded
     folder = local_folder(source, options.revision)
     base_model = None if Path(source).exists() else str(source)
@@ -134,7 +141,7 @@ def inspect(
     plots: str | Path | None = None,
     revision: str | None = None,
     stages: int | None = None,
-) -> Inspection:
+) -> "Inspection":
     """What a compressed repository holds: per tensor the code, rate, scale and error, and totals.
 
     Args:
@@ -145,6 +152,9 @@ def inspect(
         FormatError: and its subclasses: a file is not sound; the message names the tensor.
         OutputWriteError: a plot cannot be written.
     """
+    from miracle_hub.codec.inspection import inspect_folder
+    from miracle_hub.hub.plots import read_journal, write_plots
+
     folder = local_folder(source, revision, stages)
     inspection = inspect_folder(folder, stages)
     if plots is None:
@@ -158,7 +168,7 @@ def verify(
     dense: str | Path | None = None,
     revision: str | None = None,
     backend: str = "auto",
-) -> Verification:
+) -> "Verification":
     """Read every byte of a compressed folder, file or Hub repository, decode all, and compare all digests.
 
     Args:
@@ -174,5 +184,7 @@ def verify(
         SourceError: there is no such source.
         BackendError: the backend cannot run here.
     """
+    from miracle_hub.hub.card import verify_with_card
+
     folder = local_folder(source, revision)
     return verify_with_card(folder, None if dense is None else Path(dense), backend)

@@ -78,14 +78,34 @@ def test_every_error_is_ours_and_of_the_standard_kind_that_callers_expect() -> N
             assert issubclass(found, kinds.get(found, ValueError))
 
 
-def test_importing_loads_no_compiler_and_decoding_no_transformers() -> None:
-    code = """
+READING = """
+__init__ _autoload errors code names options api
+files files.container files.digests files.folders files.whole
+format format.frame format.network format.payload format.spec format.varint
+coding coding.backend coding.cpu coding.digest coding.matrix coding.numba_backend coding.order coding.philox
+coding.posterior coding.quantiles coding.rotation coding.scales coding.sharing
+codec codec.body codec.config codec.decompress codec.dtypes codec.guard codec.guarded codec.modules codec.naming
+codec.network codec.payloads codec.rates codec.reading codec.repository codec.source codec.stored codec.trellis
+hub hub.resolve
+""".split()
+
+
+def test_reading_a_file_imports_nothing_that_writes_one() -> None:
+    """Neither training nor encoders, neither transformers nor matplotlib: the list is all there may be."""
+    golden = ROOT / "tests" / "golden"
+    code = f"""
 import sys
+from torch import nn
 import miracle_hub
-assert not {"numba", "transformers", "huggingface_hub"} & sys.modules.keys()
-import miracle_hub.codec.decompress, miracle_hub.codec.inspection
-assert not {"transformers", "triton", "huggingface_hub", "typer"} & sys.modules.keys()
-miracle_hub.load_state_dict
-assert not {"transformers", "triton", "typer"} & sys.modules.keys()
+assert not {{"numba", "transformers", "huggingface_hub"}} & sys.modules.keys()
+module = nn.Sequential(nn.Linear(12, 20), nn.BatchNorm1d(20), nn.Linear(20, 5))
+miracle_hub.load({str(golden / "network_1.safetensors")!r}, module)
+assert "huggingface_hub" not in sys.modules
+miracle_hub.load_state_dict({str(golden / "repository_2")!r})
+assert not {{"transformers", "matplotlib", "triton", "typer", "peft", "yaml"}} & sys.modules.keys()
+print(*sorted(name for name in sys.modules if name.split(".")[0] == "miracle_hub"))
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    allowed = {"miracle_hub", *(f"miracle_hub.{name}" for name in READING)}
+    assert set(done.stdout.split()) <= allowed, sorted(set(done.stdout.split()) - allowed)

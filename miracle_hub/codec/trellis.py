@@ -18,7 +18,7 @@ from miracle_hub.coding.backend import Backend, choose
 from miracle_hub.coding.matrix import ROW_SCALE_COLUMNS, CodedRows, MatrixLayout, matrix_columns
 from miracle_hub.coding.posterior import squared_error_cost
 from miracle_hub.coding.rotation import check_width, widest_rotation
-from miracle_hub.coding.scales import rounded_scales
+from miracle_hub.coding.scales import prior_scale, rounded_scales
 from miracle_hub.errors import ChecksumError, OptionError
 from miracle_hub.format.payload import MAGIC, Header, Segment, encode_payload
 from miracle_hub.format.spec import TensorSpec
@@ -166,21 +166,6 @@ def refinement(spec: TensorSpec, rotation: int, code: Code) -> Choice:
 
 def _segments(choice: Choice) -> list[SegmentPlan]:
     return [SegmentPlan(rows, recipe.code, recipe.row_scales) for rows, recipe in choice.parts()]
-
-
-def prior_scale(code: Code) -> float:
-    """The best prior scale for a unit Gaussian source under squared error.
-
-    √(1 - D) at Shannon's D = 2^(-2R), raised where short windows miss the tails. The factors are
-    rounded from a grid over the ladder for L = 8 … 16; benchmarks/rate_distortion.py searches near them.
-    """
-    rate = code.rate
-    ideal = math.sqrt(1 - 4.0**-rate)
-    if rate <= 1:
-        return ideal
-    if rate <= 2:
-        return 1.05 * ideal
-    return (1.1 if code.overlap_bits >= 9 else 1.2) * ideal
 
 
 def rotated_matrix(weights: Tensor, columns: int, width: int, backend: Backend) -> Tensor:

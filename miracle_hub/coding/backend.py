@@ -33,6 +33,27 @@ class Backend(Protocol):
         """The message of a stream, uint8 `[bytes]`; see `encode.encode_stream`."""
         ...
 
+    def encode_states(
+        self,
+        cost: Cost,
+        code: Code,
+        selection: str,
+        generator: torch.Generator | None,
+        entry: int | None = None,
+    ) -> Tensor:
+        """The windows of a stream, or of its next steps, int64 `[steps]`; see `encode.encode_states`.
+
+        The cost may be anywhere; windows come to the CPU, where they are packed.
+
+        Raises:
+            OptionError: an unknown selection, or "sample" without a generator.
+        """
+        ...
+
+    def candidates(self, states: Tensor, code: Code) -> Tensor:
+        """What windows from anywhere stand for, float32 `[n, step_weights]`; see `reference.candidates`."""
+        ...
+
     def decode_stream(self, message: Tensor, code: Code, n_weights: int) -> Tensor:
         """Standard normal candidates, float32 `[n_weights]`; see `reference.decode_stream`."""
         ...

@@ -91,6 +91,24 @@ def candidate_range(code: Code, first_state: int, n_states: int) -> np.ndarray:
     return out
 
 
+def candidates(states: np.ndarray, code: Code) -> np.ndarray:
+    """Twin of `reference.candidates`: float32 [n, step_weights]."""
+    out = np.empty((states.size, code.step_weights), np.float32)
+    keys = (code.stream_id, code.seed & 0xFFFFFFFF, code.seed >> 32)
+    chunk = max(1, _ROWS_PER_TASK_WEIGHTS // code.step_weights)
+    in_threads(
+        lambda at: _fill_states(states[at], quantiles_float32(), *keys, out[at]),
+        ((slice(start, start + chunk),) for start in range(0, states.size, chunk)),
+    )
+    return out
+
+
+@_jit
+def _fill_states(states, quantile_table, stream_id, key0, key1, out):
+    for i in range(states.shape[0]):
+        fill_candidates(states[i], quantile_table, stream_id, key0, key1, out[i : i + 1])
+
+
 @lru_cache(32)
 def _cached_table(seed: int, stream_id: int, window_bits: int, step_weights: int) -> np.ndarray:
     code = Code(window_bits, window_bits, step_weights, seed, stream_id)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from miracle_hub.code import Code
 from miracle_hub.coding import cpu
-from miracle_hub.coding.encode import encode_stream
+from miracle_hub.coding.encode import check_selection, encode_states, encode_stream
 from miracle_hub.coding.matrix import CodedRows, MatrixLayout
 from miracle_hub.coding.posterior import Cost
 
@@ -29,17 +29,38 @@ class NumbaBackend:
 
     @property
     def band_weights(self) -> int:
+        """See `backend.Backend`."""
         return _TASK_WEIGHTS * _n_tasks()
 
     def encode_stream(
         self, cost: Cost, code: Code, selection: str, generator: torch.Generator | None
     ) -> Tensor:
+        """See `backend.Backend`."""
         return encode_stream(cost, code, selection, generator)
 
+    def encode_states(
+        self,
+        cost: Cost,
+        code: Code,
+        selection: str,
+        generator: torch.Generator | None,
+        entry: int | None = None,
+    ) -> Tensor:
+        """See `backend.Backend`."""
+        check_selection(selection, generator)
+        there = cost.to(self.device)
+        return torch.from_numpy(encode_states(there, code, selection, generator, entry))
+
+    def candidates(self, states: Tensor, code: Code) -> Tensor:
+        """See `backend.Backend`."""
+        return torch.from_numpy(cpu.candidates(states.numpy(), code))
+
     def decode_stream(self, message: Tensor, code: Code, n_weights: int) -> Tensor:
+        """See `backend.Backend`."""
         return cpu.decode_stream(message, code, n_weights)
 
     def hadamard(self, values: Tensor, width: int) -> Tensor:
+        """See `backend.Backend`."""
         return cpu.hadamard(values, width)
 
     def decode_matrix(
@@ -60,6 +81,7 @@ class NumbaBackend:
         return torch.from_numpy(out).to(dtype), sum(digests) % 2**64
 
     def decode_rows(self, out: Tensor, part: CodedRows, layout: MatrixLayout, first_row: int) -> None:
+        """See `backend.Backend`."""
         target = out.numpy()
         step = len(target) if target.size < _FEWEST_WEIGHTS else -(-len(target) // _n_tasks())
         tasks = [
@@ -69,6 +91,7 @@ class NumbaBackend:
         cpu.in_threads(_decode_rows, tasks)
 
     def multiply(self, x: Tensor, part: CodedRows, layout: MatrixLayout) -> None:
+        """See `backend.Backend`."""
         return None
 
 

@@ -11,7 +11,7 @@ and encoders minimize  cost(z) = quadratic · z² - linear · z = -2 log q/p.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from miracle_hub.errors import OptionError
@@ -26,16 +26,21 @@ class Posterior:
         variance: `[n]`, positive.
     """
 
-    mean: Float32[Tensor, " n"]
-    variance: Float32[Tensor, " n"]
+    mean: Float[Tensor, " n"]
+    variance: Float[Tensor, " n"]
 
 
 @dataclass(frozen=True)
 class Prior:
     """N(mean, scale²) per weight, known to sender and receiver; both broadcast to `[n]`."""
 
-    mean: Float32[Tensor, "*#shape"]
-    scale: Float32[Tensor, "*#shape"]
+    mean: Float[Tensor, "*#shape"]
+    scale: Float[Tensor, "*#shape"]
+
+
+def standard_prior() -> Prior:
+    """N(0, 1) for every value, float32: of posteriors that are given in units of their prior."""
+    return Prior(torch.zeros(1), torch.ones(1))
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,10 @@ class Cost:
 
     quadratic: Float32[Tensor, " n"]
     linear: Float32[Tensor, " n"]
+
+    def to(self, device: torch.device) -> "Cost":
+        """The same on another device."""
+        return Cost(self.quadratic.to(device), self.linear.to(device))
 
     def log_importance_weights(self, z: Float32[Tensor, "*n_draws n"]) -> Float32[Tensor, "*n_draws"]:
         """log q/p of whole streams of candidates, in nats, up to a constant of the stream."""
@@ -64,8 +73,7 @@ def importance_cost(posterior: Posterior, prior: Prior) -> Cost:
                 f"{name}: expected positive values, found {float(values.min())}; "
                 "use squared_error_cost for a posterior without spread"
             )
-    mean = (posterior.mean - prior.mean) / prior.scale
-    variance = posterior.variance / prior.scale**2
+    mean, variance = _standardized(posterior, prior)
     return Cost(1 / variance - 1, 2 * mean / variance)
 
 
@@ -74,8 +82,18 @@ def squared_error_cost(standardized: Float32[Tensor, " n"]) -> Cost:
     return Cost(torch.ones(1).expand(standardized.numel()), 2 * standardized)
 
 
-def kl_nats(posterior: Posterior, prior: Prior) -> Float32[Tensor, " n"]:
+def kl_nats(posterior: Posterior, prior: Prior) -> Float[Tensor, " n"]:
     """KL(q‖p) of every weight, in nats: (m² + v - 1 - log v) / 2."""
-    mean = (posterior.mean - prior.mean) / prior.scale
-    variance = posterior.variance / prior.scale**2
+    mean, variance = _standardized(posterior, prior)
     return (mean**2 + variance - 1 - variance.log()) / 2
+
+
+def log_importance_weight(posterior: Posterior, prior: Prior, z: Float[Tensor, " n"]) -> float:
+    """log q/p of one candidate of a stream, in nats, constants included: z is in units of the prior."""
+    mean, variance = _standardized(posterior, prior)
+    return float(0.5 * (z.square() - (z - mean).square() / variance - variance.log()).sum())
+
+
+def _standardized(posterior: Posterior, prior: Prior) -> tuple[Tensor, Tensor]:
+    """Mean and variance in units of the prior."""
+    return (posterior.mean - prior.mean) / prior.scale, posterior.variance / prior.scale**2

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from miracle_hub.code import Code
-from miracle_hub.coding.encode import check_selection, pack_states
+from miracle_hub.coding.encode import check_selection, encode_states, pack_states
 from miracle_hub.coding.matrix import CodedRows, MatrixLayout
 from miracle_hub.coding.posterior import Cost
 from miracle_hub.coding.quantiles import quantiles_on
@@ -53,6 +53,30 @@ class TritonBackend:
         encode = self._slide if code.overlap_bits else self._select
         return encode(cost, code, selection, seed)
 
+    def encode_states(
+        self,
+        cost: Cost,
+        code: Code,
+        selection: str,
+        generator: torch.Generator | None,
+        entry: int | None = None,
+    ) -> Tensor:
+        """See `backend.Backend`. On the CPU, for there is no kernel that serves posteriors as fits have them.
+
+        That of overlapping windows cannot begin with given bits, as the next steps of a message must. That of
+        blocks compares importance weights in float16 products, too coarse for a posterior that is nearly a
+        point.
+        """
+        check_selection(selection, generator)
+        there = cost.to(torch.device("cpu"))
+        return torch.from_numpy(encode_states(there, code, selection, generator, entry))
+
+    def candidates(self, states: Tensor, code: Code) -> Tensor:
+        """See `backend.Backend`."""
+        there = states.to(self.device, torch.int32)
+        stream = (code.step_weights, _signed(code.seed), code.stream_id)
+        return codebook_triton(there, quantiles_on(self.device), *stream).float()
+
     def _slide(self, cost: Cost, code: Code, selection: str, seed: int) -> Tensor:
         if code.window_bits > MAX_WINDOW_BITS:
             raise BackendError(
@@ -82,6 +106,7 @@ class TritonBackend:
         return pack_states(torch.cat(indices).numpy(), code).to(self.device)
 
     def decode_stream(self, message: Tensor, code: Code, n_weights: int) -> Tensor:
+        """See `backend.Backend`."""
         if message.numel() < code.message_bytes(n_weights):
             raise TruncatedPayloadError(
                 f"message: {n_weights} weights need {code.message_bytes(n_weights)} bytes, found "
@@ -96,6 +121,7 @@ class TritonBackend:
         return out.view(-1)
 
     def hadamard(self, values: Tensor, width: int) -> Tensor:
+        """See `backend.Backend`."""
         return hadamard(values, width)
 
     def decode_matrix(
@@ -132,11 +158,13 @@ class TritonBackend:
         return digest_torch(weights, first_index)
 
     def decode_rows(self, out: Tensor, part: CodedRows, layout: MatrixLayout, first_row: int) -> None:
+        """See `backend.Backend`."""
         scales, message, *numbers = self._coded(part, layout)
         coded = (message, candidate_table(part.code, self.device), scales, None, part.rows, first_row)
         decode_triton(out, *coded, *numbers, 0, False)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
     def multiply(self, x: Tensor, part: CodedRows, layout: MatrixLayout) -> Tensor | None:
+        """See `backend.Backend`."""
         # Several rows are rounded to 11 bits on the way to tensor cores, which is too few for float32.
         largest = 1 if x.dtype == torch.float32 else MAX_BATCH
         if layout.permuted or x.dtype not in _KERNEL_DTYPES or not 1 <= x.shape[0] <= largest:

@@ -71,7 +71,7 @@ def temporary_beside(out: Path) -> Iterator[Path]:
     """
     out = Path(os.path.abspath(out))
     with writing(out):
-        _clear_up(out)
+        clear_up(out)
         temporary, lock = _locked_folder(out)
     try:
         yield temporary
@@ -79,6 +79,20 @@ def temporary_beside(out: Path) -> Iterator[Path]:
         _remove(temporary)
         if lock is not None:
             os.close(lock)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file to write that replaces `path` when the block ends without an error; what was there stays else.
+
+    A kill leaves at most a hidden folder, which the next writing of `path`, or `clear_up`, removes.
+
+    Raises:
+        OutputWriteError: there is no room beside it.
+    """
+    with temporary_beside(path) as temporary:
+        yield temporary / path.name
+        (temporary / path.name).replace(path)
 
 
 @contextmanager
@@ -171,7 +185,7 @@ def _lock(folder: Path) -> int:
     return descriptor
 
 
-def _clear_up(out: Path) -> None:
+def clear_up(out: Path) -> None:
     """Remove what killed runs for `out` have left; what one set aside and did not replace comes back."""
     for folder in _left_beside(out, _TEMPORARY):
         try:

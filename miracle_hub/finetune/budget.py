@@ -28,7 +28,7 @@ from miracle_hub.format.spec import TensorSpec, bytes_entry
 from miracle_hub.options import DEFAULT_SHARD_SIZE, budget_bytes, parse_size
 from miracle_hub.training.config import VariationalConfig
 from miracle_hub.training.convert import sharing_factors, sharing_of
-from miracle_hub.training.stream import scale_columns
+from miracle_hub.training.layout import scale_columns
 from miracle_hub.training.targets import Target, find_targets
 
 _SCALE_BYTES = 2

@@ -25,12 +25,12 @@ from miracle_hub.hub.card import write_card
 from miracle_hub.names import matches
 from miracle_hub.options import CompressOptions
 from miracle_hub.training import convert
-from miracle_hub.training.coder import message_of
 from miracle_hub.training.config import VariationalConfig, refuse_old_names
-from miracle_hub.training.variational import Variational, variational_of
+from miracle_hub.training.model import Variational, variational_of
+from miracle_hub.training.stream import message_of
 
 if TYPE_CHECKING:
-    from miracle_hub.plugin.quantizer import MiracleConfig
+    from miracle_hub.plugin.config import MiracleConfig
 
 
 def make_variational(
@@ -179,8 +179,7 @@ def _coded_entries(variational: Variational, messages: list[Tensor]) -> Mapping[
     """What a file holds of the streams: a payload per tensor, or one entry for all."""
     entries = {}
     for stream, message in zip(variational.streams, messages, strict=True):
-        assert stream.fixed_scales is not None
-        scales = stream.fixed_scales.cpu()
+        scales = stream.scales().cpu()
         if variational.config.streams == "network":
             specs = [
                 spec_of(m.name, torch.empty(m.shape, dtype=m.dtype, device="meta"), m.sharing)

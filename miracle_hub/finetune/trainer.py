@@ -17,9 +17,10 @@ from miracle_hub.finetune.distillation import Teacher
 from miracle_hub.finetune.models import compress_model
 from miracle_hub.finetune.refit_batches import RefitBatches
 from miracle_hub.training.checkpoint import Checkpoint
-from miracle_hub.training.coder import CodingOptions, check_finite, code_model, undone_if_not_finite
+from miracle_hub.training.coder import CodingOptions, code_model
+from miracle_hub.training.guard import check_finite, undone_if_not_finite
 from miracle_hub.training.journal import Journal
-from miracle_hub.training.variational import Variational, variational_of
+from miracle_hub.training.model import Variational, variational_of
 
 # Of refits, in learning rates of the fit. MiniLM on SST-2 at 1 bit, 400 steps and 725 of refits, accuracy on
 # test: towards a teacher (hidden states counting once) 82.0 (1), 83.7 (5), 84.7 (10); towards labels 81.7
@@ -28,12 +29,13 @@ _REFIT_RATES = {True: 5.0, False: 1 / 3}
 
 
 class AnnealingCallback(TrainerCallback):
-    """Moves β of every block after each step of the optimizer; nothing to do but for Mean-Var."""
+    """Tells posteriors of every step of the optimizer, after which some move the weight of their KL."""
 
     def on_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
-        variational_of(model).anneal()
+        """See `TrainerCallback`."""
+        variational_of(model).after_step()
 
 
 class MiracleTrainer(Trainer):
@@ -150,7 +152,7 @@ class MiracleTrainer(Trainer):
     def _teacher_of(self, model: nn.Module, checkpoint: str | Path | None) -> Teacher:
         """What the model was before it was coded, though an attempt before has coded a part of it."""
         path = None if checkpoint is None else Path(f"{checkpoint}-teacher")
-        has_begun = any(stream.coded is not None for stream in self.variational.streams)
+        has_begun = any(stream.message is not None for stream in self.variational.streams)
         if self._teacher is None or not has_begun:
             is_resumed = checkpoint is not None and Path(checkpoint).exists()
             self._teacher = Teacher(model, path if is_resumed else None)
@@ -180,11 +182,11 @@ class MiracleTrainer(Trainer):
 
     def refit_learning_rate(self, distill: bool) -> float:
         """What suits refits: without noise and towards a teacher more than the fit's learning rate."""
-        is_noiseless = self.variational.config.parametrization == "test-channel"
-        return self.args.learning_rate * _REFIT_RATES[distill and is_noiseless]
+        return self.args.learning_rate * _REFIT_RATES[distill and not self.variational.has_noise]
 
     @property
     def variational(self) -> Variational:
+        """The model's streams and their posteriors."""
         return variational_of(self._plain_model())
 
     def _plain_model(self) -> Any:

@@ -6,12 +6,11 @@ this one only when a compressed repository is loaded.
 
 import re
 from collections import Counter
-from collections.abc import Mapping
-from hashlib import sha256
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.core_model_loading import (
     ConversionOps,
     WeightConverter,
@@ -20,11 +19,11 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from miracle_hub.codec import payloads as codecs
-from miracle_hub.codec.stored import StoredTensor, decode_sum
+from miracle_hub.codec.stored import StoredTensor
 from miracle_hub.errors import FormatError, OptionError
 from miracle_hub.names import matches
 from miracle_hub.plugin.compressed_linear import COMPRESSED_CLASSES, PAYLOAD
+from miracle_hub.plugin.decoder import Decoder
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
@@ -32,14 +31,6 @@ if TYPE_CHECKING:
 # The pattern of a converter for every name that no converter of the model claims: it comes last,
 # and transformers stops at the first that matches.
 _ANY_NAME, _SAME_NAME = "^(.+)$", r"\1"
-
-
-class Expected(NamedTuple):
-    """A parameter or buffer of a model that is to be loaded."""
-
-    shape: torch.Size
-    built_dtype: torch.dtype  # kept by tensors that are not in the checkpoint
-    loaded_dtype: torch.dtype  # some modules keep float32 when the model is loaded in 16 bits
 
 
 class DecodePayloads(ConversionOps):
@@ -50,27 +41,12 @@ class DecodePayloads(ConversionOps):
     # transformers >= 5.21 hands over the inputs of an operation with this attribute uncast.
     hf_quantizer = True
 
-    def __init__(
-        self,
-        expected: Mapping[str, Expected],
-        backend: str,
-        original: WeightConverter | None,
-        payloads: dict[str, Tensor] | None = None,
-        refinements: Mapping[bytes, list[Tensor]] | None = None,
-    ) -> None:
+    def __init__(self, decoder: Decoder, original: WeightConverter | None) -> None:
         """
         Args:
-            expected: of the model, by name.
-            refinements: payloads of later stages, by `payload_key` of the payload that they refine.
-            backend: who decodes; "auto" goes by the device on which transformers put the payload.
             original: the model's converter, whose operations follow; None if there is none.
-            payloads: takes the payloads of tensors that no operation changes, by name.
         """
-        self.expected = expected
-        self.backend = backend
-        self.original = original
-        self.payloads = payloads
-        self.refinements = refinements or {}
+        self.decoder, self.original = decoder, original
 
     def __deepcopy__(self, memo: dict) -> "DecodePayloads":
         """transformers copies a converter per tensor; this operation has no state to copy."""
@@ -80,26 +56,26 @@ class DecodePayloads(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], *args: Any, full_layer_name: str, model: Any, **kwargs: Any
     ) -> dict[str, Any]:
+        """The tensors of the conversion, dense.
+
+        Raises:
+            FormatError: and its subclasses: a payload is not sound.
+            OptionError: each process gets a slice of every tensor.
+        """
         _refuse_shards(input_dict, full_layer_name, model)
-        wanted = self.expected.get(full_layer_name)
-        dtype = wanted.loaded_dtype if wanted else None
         decoded = {
-            pattern: [self._dense(tensor, full_layer_name, dtype) for tensor in tensors]
+            pattern: [self.decoder.dense(tensor, full_layer_name) for tensor in tensors]
             for pattern, tensors in input_dict.items()
         }
         if self.original is not None:
             return decoded
         (found,), (dense,) = next(iter(input_dict.values())), next(iter(decoded.values()))
-        if self.payloads is not None and dtype != torch.uint8 and codecs.is_payload(found):
-            self.payloads[full_layer_name] = found.cpu()
+        self.decoder.keep(found, full_layer_name)
         return {full_layer_name: dense}
-
-    def _dense(self, tensor: Tensor, name: str, dtype: torch.dtype | None) -> Tensor:
-        later = self.refinements.get(payload_key(tensor), []) if self.refinements else []
-        return _dense(tensor, name, dtype, self.backend, later)
 
     @property
     def reverse_op(self) -> ConversionOps:
+        """There is none: it is taken out before anybody asks."""
         raise NotImplementedError("decoding is removed from the converters once the model is loaded")
 
 
@@ -121,6 +97,7 @@ class DecodingConverter(WeightConverter):
     def convert(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, layer_name: str, *args: Any, model: Any, loading_info: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
+        """The tensors of a layer, without those whose shape is not the model's."""
         tensors: dict[str, Any] = super().convert(
             layer_name, *args, model=model, loading_info=loading_info, **kwargs
         )
@@ -136,37 +113,10 @@ class DecodingConverter(WeightConverter):
         return tensors
 
 
-def expected_tensors(model: "PreTrainedModel", dtype: torch.dtype) -> dict[str, Expected]:
-    """What a checkpoint of the model holds, when the model is loaded in `dtype`."""
-    kept = model._get_dtype_plan(dtype)
-
-    def expect(name: str, tensor: Tensor) -> Expected:
-        if not tensor.is_floating_point():
-            return Expected(tensor.shape, tensor.dtype, tensor.dtype)
-        matches = (kept[pattern] for pattern in kept if re.search(pattern.replace("*", ".*"), name))
-        return Expected(tensor.shape, tensor.dtype, next(matches, tensor.dtype))
-
-    return {name: expect(name, t) for name, t in model.state_dict().items() if isinstance(t, Tensor)}
-
-
-def with_decoding(
-    conversions: list[WeightTransform],
-    expected: Mapping[str, Expected],
-    backend: str = "auto",
-    payloads: dict[str, Tensor] | None = None,
-    refinements: Mapping[bytes, list[Tensor]] | None = None,
-) -> list[WeightTransform]:
-    """A model's conversions with decoding in front of each converter, and one converter for the rest.
-
-    Args:
-        payloads: takes the payloads of dense tensors that are stored as they are.
-        refinements: see `DecodePayloads`.
-    """
-    changed = [
-        _decoding(c, expected, backend, refinements) if isinstance(c, WeightConverter) else c
-        for c in conversions
-    ]
-    operation = DecodePayloads(expected, backend, None, payloads, refinements)
+def with_decoding(conversions: list[WeightTransform], decoder: Decoder) -> list[WeightTransform]:
+    """A model's conversions with decoding in front of each converter, and one converter for the rest."""
+    changed = [_decoding(c, decoder) if isinstance(c, WeightConverter) else c for c in conversions]
+    operation = DecodePayloads(decoder, None)
     return [*changed, DecodingConverter(_ANY_NAME, _SAME_NAME, operations=[operation])]
 
 
@@ -181,12 +131,7 @@ def without_decoding(conversions: list[WeightTransform]) -> list[WeightTransform
 
 
 @torch.no_grad()
-def decode_leftovers(
-    model: nn.Module,
-    expected: Mapping[str, Expected],
-    backend: str = "auto",
-    refinements: Mapping[bytes, list[Tensor]] | None = None,
-) -> None:
+def decode_leftovers(model: nn.Module, decoder: Decoder) -> None:
     """What transformers <= 5.20 put into the model without any converter, in place, so that ties hold.
 
     It does so when a checkpoint has the model's own name and a renaming would spoil it.
@@ -195,11 +140,10 @@ def decode_leftovers(
         FormatError: and its subclasses: a payload is not sound, or has another shape than the model's.
     """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        wanted = expected.get(name)
+        wanted = decoder.expected.get(name)
         if wanted is None or tensor.device.type == "meta" or tensor.dtype in wanted[1:]:
             continue
-        later = refinements.get(payload_key(tensor), []) if refinements else []
-        dense = _dense(tensor, name, wanted.loaded_dtype, backend, later)
+        dense = decoder.dense(tensor, name)
         if dense.shape != wanted.shape:
             raise FormatError(
                 f"{name}: expected weights of shape {tuple(wanted.shape)}, found {tuple(dense.shape)}; "
@@ -211,11 +155,10 @@ def decode_leftovers(
 
 def replace_layers(
     model: "PreTrainedModel",
-    stored: list[StoredTensor],
+    stored: Sequence[StoredTensor],
     conversions: list[WeightTransform],
-    expected: Mapping[str, Expected],
+    decoder: Decoder,
     skipped: list[str] | str,
-    backend: str,
 ) -> list[WeightTransform]:
     """Put compressed layers where the checkpoint has the weight of a linear layer as a payload.
 
@@ -241,8 +184,8 @@ def replace_layers(
         if whole and tensor.shape == tuple(layer.weight.shape) and tensor.facts[0].has_rows:
             (n_bytes,) = tensor.parts[0].shape
             compressed = COMPRESSED_CLASSES[type(layer)]
-            dtype = expected[final].loaded_dtype
-            model.set_submodule(path, compressed(layer, path, n_bytes, dtype, backend))
+            dtype = decoder.expected[final].loaded_dtype
+            model.set_submodule(path, compressed(layer, path, n_bytes, dtype, decoder.backend))
             renamed.append(re.escape(name.removesuffix(".weight")))
     return [PayloadRenaming(rf"^({'|'.join(renamed)})\.weight$", rf"\1.{PAYLOAD}")] if renamed else []
 
@@ -263,7 +206,7 @@ def _replaceable_layers(model: "PreTrainedModel", skipped: list[str] | str) -> d
 
 
 def _names_in_model(
-    model: "PreTrainedModel", stored: list[StoredTensor], conversions: list[WeightTransform]
+    model: "PreTrainedModel", stored: Sequence[StoredTensor], conversions: list[WeightTransform]
 ) -> list[tuple[str, str, StoredTensor | None]]:
     """Each tensor's name in the model, its name before the model's prefix is set right, and the tensor.
 
@@ -281,22 +224,14 @@ def _names_in_model(
     return [(final, before, t if finals[final] == 1 else None) for final, before, t in names]
 
 
-def _decoding(
-    original: WeightConverter,
-    expected: Mapping[str, Expected],
-    backend: str,
-    refinements: Mapping[bytes, list[Tensor]] | None,
-) -> DecodingConverter:
+def _decoding(original: WeightConverter, decoder: Decoder) -> DecodingConverter:
     """A copy that decodes first, whatever attributes this version of transformers gives converters."""
     copy = DecodingConverter.__new__(DecodingConverter)
     for base in type(original).__mro__:
         for name in getattr(base, "__slots__", ()):
             if hasattr(original, name):
                 object.__setattr__(copy, name, getattr(original, name))
-    copy.operations = [
-        DecodePayloads(expected, backend, original, refinements=refinements),
-        *original.operations,
-    ]
+    copy.operations = [DecodePayloads(decoder, original), *original.operations]
     return copy
 
 
@@ -317,23 +252,3 @@ def _refuse_shards(tensors: dict[str, Any], name: str, model: Any) -> None:
             f"{name}: a compressed tensor cannot be loaded in slices (tensor parallelism); decompress the "
             "folder first (miracle decompress) and load that"
         )
-
-
-def payload_key(payload: Tensor) -> bytes:
-    """What tells a payload from all others: by the time it is decoded, its name is lost."""
-    return sha256(payload.cpu().numpy().tobytes()).digest()
-
-
-def _dense(tensor: Tensor, name: str, dtype: torch.dtype | None, backend: str, later: list[Tensor]) -> Tensor:
-    """A payload decoded with its refinements, or a plain tensor, in `dtype` on the device where it is.
-
-    By way of the source's dtype: the same rounding as loading the decompressed folder.
-    """
-    # Only a payload is expected as bytes: that of a layer that stays compressed.
-    if dtype == torch.uint8 or not codecs.is_payload(tensor):
-        return tensor.to(dtype)
-    # A user's `with torch.device(...)` must not move the decoder's work.
-    with torch.device("cpu"):
-        later = [refinement.to(tensor.device) for refinement in later]
-        weights = decode_sum([tensor, *later], name, backend=backend)
-    return weights.to(tensor.device, dtype)

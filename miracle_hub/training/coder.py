@@ -1,29 +1,27 @@
 """Coding with refits: code a group of blocks, fix it, fit what is left to it, until everything is coded."""
 
+import json
+import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from miracle_hub.coding.cpu import decode_stream
-from miracle_hub.coding.encode import encode_states, pack_states
-from miracle_hub.coding.posterior import Cost
 from miracle_hub.errors import OptionError, TrainingError
-from miracle_hub.training.checkpoint import Checkpoint
-from miracle_hub.training.curvature import measure_curvature
+from miracle_hub.training.activations import measure_curvature
+from miracle_hub.training.checkpoint import Checkpoint, RunState, load_optimizer, optimizer_tensors
+from miracle_hub.training.guard import check_finite, undone_if_not_finite
 from miracle_hub.training.journal import Journal, Row
-from miracle_hub.training.stream import Stream
-from miracle_hub.training.variational import Snapshot, Variational, variational_of
+from miracle_hub.training.message import Chosen, Selector
+from miracle_hub.training.model import variational_of
+from miracle_hub.training.schedule import ORDERS, Schedule
 
-_LEARNING_RATE = 3e-4
-ORDERS = ("random", "largest-kl")
+_LOGGER = logging.getLogger("miracle_hub")
+_LEARNING_RATE = 3e-4  # a choice, for losses that have no fit before them; a Trainer takes its own
 _CURVATURE_BATCHES = 16  # inputs of MiniLM's layers differ by factors of 5 to 50: a few hundred rows tell
-# Steps of a sliding code that are searched beyond a group, in windows: survivors have merged by then.
-_LOOK_AHEAD_WINDOWS = 16
 
 
 @dataclass(frozen=True)
@@ -59,15 +57,8 @@ class CodingOptions:
             )
 
     def rate(self) -> float:
+        """The learning rate of the first refit."""
         return _LEARNING_RATE if self.learning_rate is None else self.learning_rate
-
-
-@dataclass(frozen=True)
-class Run:
-    """Steps of one stream that are coded together, in ascending order."""
-
-    stream: int
-    steps: Tensor
 
 
 def code_model(
@@ -102,12 +93,13 @@ def code_model(
     was_training = model.training
     coder = _Coder(model, loss, options or CodingOptions(), journal or Journal())
     coder.start(checkpoint)
-    with tqdm(total=coder.n_values, unit="values", unit_scale=True, desc="code", disable=not progress) as bar:
+    values, shown = coder.schedule, {"unit": "values", "unit_scale": True, "desc": "code"}
+    with tqdm(total=values.n_values, disable=not progress, **shown) as bar:
         while not coder.is_done():
-            bar.update(coder.n_coded() - bar.n)
+            bar.update(values.n_coded() - bar.n)
             coder.code_group(validate)
             coder.refit(bar)
-        bar.update(coder.n_coded() - bar.n)
+        bar.update(values.n_coded() - bar.n)
     coder.journal.finish()
     model.train(was_training)
     return coder.journal
@@ -120,38 +112,82 @@ class _Coder:
         self, model: nn.Module, loss: Callable[[int], Tensor] | None, options: CodingOptions, journal: Journal
     ) -> None:
         self.model, self.loss, self.options, self.journal = model, loss, options, journal
-        self.variational: Variational = variational_of(model)
-        self.streams = list(self.variational.streams)
-        self.n_values = sum(stream.n_values for stream in self.streams)
-        self.selection = self.variational.config.selection
-        self.generator = torch.Generator().manual_seed(self.variational.config.seed)
+        self.variational = variational_of(model)
+        self.streams, config = list(self.variational.streams), self.variational.config
+        self.schedule = Schedule(self.streams, options.groups, options.order, config.seed)
+        self.selector = Selector(config.selection, torch.Generator().manual_seed(config.seed))
         self.group, self.step, self.last_loss = 0, 0, math.nan
         self.checkpoint: Checkpoint | None = None
+        self.optimizer: torch.optim.Adam | None = None
         # Modules that were frozen, as batch norms may be, while the model is trained.
         self.frozen = [module for module in model.modules() if model.training and not module.training]
 
     def start(self, checkpoint: Checkpoint | None) -> None:
         """Begin, or go on from a checkpoint, if there is one; or from a model that is coded in part."""
         self.checkpoint = checkpoint
-        saved = None if checkpoint is None else checkpoint.read(self)
+        saved = None if checkpoint is None else checkpoint.read(self.state())
         if saved is None:
             self._measure_curvature()
         for stream in self.streams:
             stream.begin_coding()
+        self.optimizer = self._new_optimizer()
+        if saved is not None:
+            self._restore(saved, self.optimizer)
+        else:
+            self.group = self.schedule.group_by_now()
+
+    def _new_optimizer(self) -> torch.optim.Adam:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         # The usual eps of 1e-8 is 0 in float16.
         eps = max([1e-8, *(torch.finfo(p.dtype).tiny for p in parameters)])
-        self.optimizer = torch.optim.Adam([{"params": parameters}], lr=self.options.rate(), eps=eps)
-        if saved is not None:
-            saved.restore(self)
-            return
-        share_left = 1 - self.n_coded() / self.n_values
-        self.group = math.floor(self.options.groups * (1 - math.sqrt(share_left)))
+        return torch.optim.Adam([{"params": parameters}], lr=self.options.rate(), eps=eps)
+
+    def state(self) -> RunState:
+        """Where the run is; tensors are those in use, not copies."""
+        model = self.model.state_dict().items()
+        random = {"torch": torch.get_rng_state(), "encoder": self.selector.generator.get_state()}
+        if next(self.model.parameters()).is_cuda:
+            random["cuda"] = torch.cuda.get_rng_state()
+        return RunState(
+            options=self._fixed_options(),
+            group=self.group,
+            step=self.step,
+            last_loss=self.last_loss,
+            learning_rate=self.options.rate(),
+            rows=tuple(self.journal.rows),
+            model={name: t for name, t in model if isinstance(t, Tensor)},
+            optimizer={} if self.optimizer is None else optimizer_tensors(self.optimizer),
+            random=random,
+        )
+
+    def _fixed_options(self) -> str:
+        """What must be equal for a run to go on: the options but for the learning rate, and what is coded."""
+        members = [[member.name, list(member.shape)] for stream in self.streams for member in stream.members]
+        coding = asdict(self.options)
+        del coding["learning_rate"]
+        if self.checkpoint is not None and self.checkpoint.loss:
+            coding["loss"] = self.checkpoint.loss
+        return json.dumps({"config": asdict(self.variational.config), "coding": coding, "tensors": members})
+
+    def _restore(self, saved: RunState, optimizer: torch.optim.Optimizer) -> None:
+        """Put the run, whose streams are being coded, where it was.
+
+        Its refits may go on at another learning rate, which is what a loss that was not finite asks for.
+        """
+        if (before := saved.learning_rate) != (rate := self.options.rate()):
+            _LOGGER.warning("refits go on at a learning rate of %g, after %g until now", rate, before)
+        self.model.load_state_dict(saved.model)
+        load_optimizer(optimizer, saved.optimizer)
+        torch.set_rng_state(saved.random["torch"])
+        self.selector.generator.set_state(saved.random["encoder"])
+        if "cuda" in saved.random:
+            torch.cuda.set_rng_state(saved.random["cuda"])
+        self.group, self.step, self.last_loss = saved.group, saved.step, saved.last_loss
+        self.journal.rows = list(saved.rows)
 
     def _measure_curvature(self) -> None:
         """With the first batches of the refits, of which there may be few, unless something is coded."""
-        has_begun = any(stream.is_coded is not None and stream.is_coded.any() for stream in self.streams)
-        if self.loss is not None and not has_begun:
+        if self.loss is not None and not self.schedule.n_coded():
             self._train()
             n_refits = (self.options.groups - 1) * self.options.refit_steps
             measure_curvature(self.model, self.loss, min(_CURVATURE_BATCHES, n_refits))
@@ -162,190 +198,80 @@ class _Coder:
         for module in self.frozen:
             module.train(False)
 
-    def n_coded(self) -> int:
-        return sum(int(_flags(stream).sum()) for stream in self.streams)
-
     def is_done(self) -> bool:
-        return self.n_coded() == self.n_values
+        """Whether everything is coded."""
+        return self.schedule.n_coded() == self.schedule.n_values
 
     def code_group(self, validate: Callable[[], float] | None) -> None:
         """Code the next blocks, unless a resumed run is in the middle of their refit."""
         if self.step:
             return
-        parts = [self._code_run(run) for run in self._next_runs()]
-        block_kl_bits = torch.cat([kl_nats for kl_nats, _ in parts]) / math.log(2)
-        kl_bits, log_weight_bits = float(block_kl_bits.sum()), sum(w for _, w in parts) / math.log(2)
+        runs = self.schedule.next_runs(self.group)
+        chosen = [run.stream.code_steps(run.steps, self.selector) for run in runs]
         self.group += 1
         self.model.eval()
-        self.journal.add(
-            Row(
-                group=self.group,
-                coded_values=self.n_coded(),
-                blocks=len(block_kl_bits),
-                kl_bits=kl_bits,
-                least_block_kl_bits=float(block_kl_bits.min()),
-                largest_block_kl_bits=float(block_kl_bits.max()),
-                log_weight_gap_bits=log_weight_bits - kl_bits,
-                loss=self.last_loss,
-                validation=math.nan if validate is None else float(validate()),
-            )
+        self.journal.add(self._row(chosen, math.nan if validate is None else float(validate())))
+
+    def _row(self, chosen: Sequence[Chosen], validation: float) -> Row:
+        block_kl_bits = torch.cat([part.block_kl_nats for part in chosen]) / math.log(2)
+        kl_bits = float(block_kl_bits.sum())
+        log_weight_bits = sum(part.log_weight_nats for part in chosen) / math.log(2)
+        return Row(
+            group=self.group,
+            coded_values=self.schedule.n_coded(),
+            blocks=len(block_kl_bits),
+            kl_bits=kl_bits,
+            least_block_kl_bits=float(block_kl_bits.min()),
+            largest_block_kl_bits=float(block_kl_bits.max()),
+            log_weight_gap_bits=log_weight_bits - kl_bits,
+            loss=self.last_loss,
+            validation=validation,
         )
 
     def refit(self, bar: tqdm) -> None:
         """Fit what is not coded to what is."""
-        is_frozen = not self.optimizer.param_groups[0]["params"]
-        steps = 0 if self.loss is None or is_frozen or self.is_done() else self.options.refit_steps
+        is_over = self.loss is None or not self._parameters() or self.is_done()
+        steps = 0 if is_over else self.options.refit_steps
         self._train()
         while self.step < steps:
             self._refit_step()
             self.step += 1
             bar.set_postfix(loss=f"{self.last_loss:.4f}", group=self.group, refresh=False)
             if self.checkpoint is not None:
-                self.checkpoint.save_if_due(self)
+                self.checkpoint.save_if_due(self.state)
         self.step = 0
         if self.checkpoint is not None:
-            self.checkpoint.save_if_due(self, now=self.is_done())
+            self.checkpoint.save_if_due(self.state, now=self.is_done())
+
+    def _parameters(self) -> list[nn.Parameter]:
+        """What refits fit."""
+        assert self.optimizer is not None
+        return self.optimizer.param_groups[0]["params"]
 
     def _refit_step(self) -> None:
         """One step of the optimizer, or none at all."""
+        assert self.optimizer is not None
         try:
             with undone_if_not_finite(self.model):
-                self._optimize((self.group - 1) * self.options.refit_steps + self.step)
+                self._optimize(self.optimizer, (self.group - 1) * self.options.refit_steps + self.step)
         except TrainingError:
             self.optimizer.zero_grad()
             if self.checkpoint is not None:
-                self.checkpoint.save(self)
+                self.checkpoint.save(self.state())
             raise
 
-    def _optimize(self, number: int) -> None:
+    def _optimize(self, optimizer: torch.optim.Optimizer, number: int) -> None:
         assert self.loss is not None
         where = f"refit step {number} after group {self.group}"
-        for group in self.optimizer.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = self.options.rate() * max(0.1, 1 - self.group / self.options.groups)
-        self.optimizer.zero_grad()
+        optimizer.zero_grad()
         loss = self.loss(number)
         total = loss + self.variational.penalty()
         check_finite(total, where)
         total.backward()
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        sums = [p.grad.sum(dtype=torch.float32).cpu() for p in parameters if p.grad is not None]
+        sums = [p.grad.sum(dtype=torch.float32).cpu() for p in self._parameters() if p.grad is not None]
         check_finite(torch.stack(sums).sum(), where, "gradient")
-        self.optimizer.step()
-        self.variational.anneal()
+        optimizer.step()
+        self.variational.after_step()
         self.last_loss = float(loss.detach())
-
-    def _next_runs(self) -> list[Run]:
-        """The next group: a part of every stream, or all of the streams of largest KL."""
-        share_left = max(0.0, 1 - (self.group + 1) / self.options.groups) ** 2
-        coded = [int(_flags(stream).sum()) for stream in self.streams]
-        left = [i for i, stream in enumerate(self.streams) if coded[i] < stream.n_values]
-        if self.options.order == "random":
-            sizes = [stream.n_values for stream in self.streams]
-            return [self._run(i, math.ceil(sizes[i] - coded[i] - share_left * sizes[i])) for i in left]
-        wanted, runs = math.ceil(self.n_values - sum(coded) - share_left * self.n_values), []
-        for i in sorted(left, key=lambda i: (not coded[i], -float(self.streams[i].kl_nats().detach().sum()))):
-            runs.append(self._run(i, wanted))
-            wanted -= len(runs[-1].steps) * self.streams[i].code.step_weights
-            if wanted <= 0:
-                break
-        return runs
-
-    def _run(self, number: int, wanted: int) -> Run:
-        """About so many values of a stream, in whole blocks: the rest of one would have all of its KL."""
-        stream = self.streams[number]
-        block, width = stream.posterior.block_weights, stream.code.step_weights
-        n_steps = max(1, -(-wanted // block)) * (block // width)
-        return Run(number, self._uncoded_steps(number)[:n_steps].sort().values)
-
-    def _uncoded_steps(self, number: int) -> Tensor:
-        """Blocks in random order or by KL; windows that overlap one after the other."""
-        stream = self.streams[number]
-        left = (~_flags(stream)[:: stream.code.step_weights]).nonzero().view(-1).cpu()
-        if stream.code.overlap_bits:
-            return left
-        if self.options.order == "largest-kl":
-            return left[stream.kl_nats().detach().cpu()[left].argsort(descending=True, stable=True)]
-        seed = torch.Generator().manual_seed(self.variational.config.seed + number)
-        order = torch.randperm(stream.code.steps(stream.n_values), generator=seed)
-        return order[torch.isin(order, left)]
-
-    def _code_run(self, run: Run) -> tuple[Tensor, float]:
-        """Encode and fix; returns KL per block, `[blocks]`, and log importance weight of it all, in nats."""
-        stream = self.streams[run.stream]
-        cost, n, width = stream.cost(), len(run.steps), stream.code.step_weights
-        searched, entry = self._search(stream, run.steps)
-        values = (searched[:, None] * width + torch.arange(width)).flatten()
-        values = values[values < stream.n_values]
-        part = Cost(*(x[values].contiguous() for x in (cost.quadratic, cost.linear)))
-        found = encode_states(part, stream.code, self.selection, self.generator, entry)
-        z = decode_stream(pack_states(found, stream.code), stream.code, len(values))[: n * width]
-        return self._fix(run, torch.from_numpy(found[:n]), torch.as_tensor(z), values[: n * width])
-
-    def _search(self, stream: Stream, steps: Tensor) -> tuple[Tensor, int | None]:
-        """Steps to search for the best windows of some, and the bits that the first of them begins with."""
-        code, first = stream.code, int(steps[0])
-        if not code.overlap_bits:
-            return steps, None
-        ahead = _LOOK_AHEAD_WINDOWS * code.window_bits // code.step_bits
-        searched = torch.arange(first, min(first + len(steps) + ahead, code.steps(stream.n_values)))
-        if not first:
-            return searched, None
-        assert stream.states is not None
-        return searched, int(stream.states[first - 1]) & ((1 << code.overlap_bits) - 1)
-
-    @torch.no_grad()
-    def _fix(self, run: Run, states: Tensor, z: Tensor, values: Tensor) -> tuple[Tensor, float]:
-        stream = self.streams[run.stream]
-        mean, variance = (x[values].double() for x in stream.moments())
-        log_weight = 0.5 * (z.square() - (z - mean).square() / variance - variance.log()).sum()
-        kl = 0.5 * (mean.square() + variance - 1 - variance.log())
-        blocks, block_of_value = (values // stream.posterior.block_weights).unique(return_inverse=True)
-        assert stream.coded is not None and stream.is_coded is not None and stream.states is not None
-        at = values.to(stream.coded.device)
-        stream.coded[at], stream.is_coded[at] = z.to(stream.coded.device), True
-        stream.states[run.steps.to(stream.states.device)] = states.to(stream.states)
-        return kl.new_zeros(len(blocks)).index_add_(0, block_of_value, kl), float(log_weight)
-
-
-def message_of(stream: Stream) -> Tensor:
-    """The message of a stream that is coded, uint8 `[bytes]`.
-
-    Raises:
-        OptionError: something of it is not coded.
-    """
-    if stream.states is None or not bool(_flags(stream).all()):
-        raise OptionError(
-            f"{stream.members[0].name}: expected a coded stream, found one that is not; call "
-            "code_model(model, …) first"
-        )
-    return pack_states(stream.states.cpu().long().numpy(), stream.code)
-
-
-@contextmanager
-def undone_if_not_finite(model: nn.Module) -> Iterator[None]:
-    """Give buffers back what they had if a loss is not finite: batch norms average bad batches too."""
-    before = Snapshot(model)
-    try:
-        yield
-    except TrainingError:
-        with torch.no_grad():
-            before.restore()
-        raise
-
-
-def check_finite(value: Tensor, where: str, what: str = "loss") -> None:
-    """Raise unless a loss is finite.
-
-    Raises:
-        TrainingError: it is NaN or infinite.
-    """
-    if not math.isfinite(found := float(value.detach())):
-        raise TrainingError(
-            f"{where}: expected a finite {what}, found {found}; the model is as it was after the step "
-            "before: lower the learning rate, or look at the batch"
-        )
-
-
-def _flags(stream: Stream) -> Tensor:
-    assert stream.is_coded is not None
-    return stream.is_coded

@@ -10,9 +10,11 @@ from miracle_hub.coding.sharing import Sharing
 from miracle_hub.errors import OptionError
 from miracle_hub.names import is_named
 from miracle_hub.training.config import VariationalConfig
-from miracle_hub.training.stream import Member, Stream
+from miracle_hub.training.layout import Member
+from miracle_hub.training.model import ATTRIBUTE, Variational, variational_of
+from miracle_hub.training.start import stream_of
+from miracle_hub.training.stream import Stream
 from miracle_hub.training.targets import Target, find_targets
-from miracle_hub.training.variational import ATTRIBUTE, Variational, variational_of
 
 
 class Drawn(nn.Module):
@@ -33,6 +35,7 @@ class Drawn(nn.Module):
         self.stream, self.member, self.siblings = stream, member, siblings
 
     def forward(self, original: Tensor) -> Tensor:
+        """The weights in use; what torch passes is empty."""
         return self.holder[0].weight(self.stream, self.member)
 
 
@@ -190,21 +193,14 @@ def _copy_rnn(module: nn.RNNBase, memo: dict[int, Any]) -> nn.RNNBase:
 
 
 def _stream(group: list[Target], sharings: list[Sharing], config: VariationalConfig, number: int) -> Stream:
-    n_values = sum(sharing.n_values for sharing in sharings)
-    where = group[0].name if len(group) == 1 else f"{len(group)} tensors"
     members = [
         Member(target.name, tuple(target.parameter.shape), target.parameter.dtype, sharing)
         for target, sharing in zip(group, sharings, strict=True)
     ]
-    weights = [target.parameter for target in group]
-    code = config.code_for(n_values, where)
-    has_row_scales = config.streams == "tensor" and config.scales == "row"
-    assert config.parametrization is not None
-    arguments = (config.parametrization, config.kl_block_weights, number, has_row_scales)
-    stream = Stream(members, weights, code, *arguments)
+    stream = stream_of(members, [target.parameter for target in group], config, number)
     if not any(target.parameter.requires_grad for target in group):
         stream.requires_grad_(False)  # who froze a tensor wants it coded as it is
-    return stream.to(group[0].parameter.device)
+    return stream
 
 
 def sharing_of(target: Target, factor: float, config: VariationalConfig) -> Sharing:

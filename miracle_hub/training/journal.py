@@ -4,12 +4,12 @@ import csv
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from miracle_hub.errors import OutputWriteError
+from miracle_hub.files.whole import whole_file
 
 
 @dataclass(frozen=True)
@@ -102,25 +102,18 @@ class Journal:
         plain = [{k: v if math.isfinite(v) else None for k, v in row.items()} for row in rows]
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _replace(folder / "coding.csv", lambda path: _write_csv(path, rows))
-            _replace(folder / "coding.json", lambda path: path.write_text(json.dumps(plain, indent=1) + "\n"))
+            with whole_file(folder / "coding.csv") as path:
+                _write_csv(path, rows)
+            with whole_file(folder / "coding.json") as path:
+                path.write_text(json.dumps(plain, indent=1) + "\n")
             if with_plot and self.rows:
-                _replace(folder / "coding.png", self.plot)
+                with whole_file(folder / "coding.png") as path:
+                    self.plot(path)
                 self.plotted_at = time.monotonic()
         except OSError as error:
             raise OutputWriteError(
                 f"{folder}: the journal could not be written ({error}); choose another folder, or make room"
             ) from error
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write another file and rename it: readers, and those who come after a kill, find the rows of before."""
-    partial = path.with_name(f".partial-{path.name}")
-    try:
-        write(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -33,7 +33,7 @@ from miracle_hub.format.payload import Header, Segment, encode_header, encode_pa
 from miracle_hub.format.spec import bytes_entry
 from miracle_hub.names import matches
 from miracle_hub.options import CompressOptions
-from miracle_hub.plugin.quantizer import MiracleConfig
+from miracle_hub.plugin.config import MiracleConfig
 
 DAMAGED = "; the file is truncated or damaged: download it again"
 

@@ -23,7 +23,7 @@ from miracle_hub.codec.compress import Report
 from miracle_hub.codec.network import read_network
 from miracle_hub.codec.repository import open_repository
 from miracle_hub.format import network, payload
-from miracle_hub.plugin.quantizer import MiracleConfig
+from miracle_hub.plugin.config import MiracleConfig
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"

@@ -31,7 +31,7 @@ from miracle_hub.errors import MiracleError
 from miracle_hub.format.network import SharedSpec, decode_network, structure
 from miracle_hub.format.payload import _Reader
 from miracle_hub.format.varint import read_varint
-from miracle_hub.plugin.quantizer import MiracleConfig
+from miracle_hub.plugin.config import MiracleConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PAYLOADS, NETWORKS = (runpy.run_path(str(GOLDEN / f"{name}_decoder.py")) for name in ("payload", "network"))

@@ -169,7 +169,7 @@ def test_what_refits_cannot_use_is_refused_before_anything_is_coded(tmp_path: Pa
     trainer.train_dataset = []
     with pytest.raises(OptionError, match="^train_dataset: expected .* found an empty one; "):
         trainer.compress(tmp_path / "out")
-    assert all(stream.coded is None for stream in trainer.variational.streams)
+    assert all(stream.message is None for stream in trainer.variational.streams)
 
 
 @pytest.mark.parametrize("defect", ["flipped", "gone", "other", "no distillation"])

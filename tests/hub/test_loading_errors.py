@@ -25,8 +25,10 @@ from miracle_hub.errors import (
     UnsupportedVersionError,
 )
 from miracle_hub.format.payload import decode_header, encode_payload
-from miracle_hub.plugin.conversion import DecodePayloads, Expected, decode_leftovers
-from miracle_hub.plugin.quantizer import MiracleConfig, MiracleQuantizer, register
+from miracle_hub.plugin.config import MiracleConfig
+from miracle_hub.plugin.conversion import DecodePayloads, decode_leftovers
+from miracle_hub.plugin.decoder import Decoder, Expected
+from miracle_hub.plugin.quantizer import MiracleQuantizer, register
 
 if TYPE_CHECKING:
     from tests.hub.conftest import Repository
@@ -161,18 +163,24 @@ def test_a_newer_repository_asks_for_an_upgrade(folder: Path, version: object) -
         AutoModel.from_pretrained(folder)
 
 
+def decoder(expected: dict[str, Expected]) -> Decoder:
+    made = Decoder("auto")
+    made.expected = expected
+    return made
+
+
 def test_a_left_over_payload_is_decoded_in_place_and_keeps_its_ties(llama: Repository) -> None:
     """transformers <= 5.20 leaves some names to nobody; here without finding a model of that kind."""
     payload = load_file(llama.compressed / "model.safetensors")[_NAME]
     built = torch.nn.Sequential(torch.nn.Linear(32, 32, bias=False), torch.nn.Linear(32, 32, bias=False))
     shape, float16, float32 = torch.Size([32, 32]), torch.float16, torch.float32
     built[0].weight = built[1].weight = torch.nn.Parameter(payload, requires_grad=False)
-    decode_leftovers(built, {"0.weight": Expected(shape, float16, float32)})
+    decode_leftovers(built, decoder({"0.weight": Expected(shape, float16, float32)}))
     assert torch.equal(built[0].weight, load_file(llama.decompressed / "model.safetensors")[_NAME])
     assert built[0].weight is built[1].weight and built[0].weight.requires_grad
     built[0].weight = torch.nn.Parameter(payload, requires_grad=False)
     with pytest.raises(FormatError, match=r"^0\.weight: expected weights of shape \(3,\), found \(32, 32\)"):
-        decode_leftovers(built, {"0.weight": Expected(torch.Size([3]), float16, float32)})
+        decode_leftovers(built, decoder({"0.weight": Expected(torch.Size([3]), float16, float32)}))
 
 
 def test_slices_of_payloads_are_refused_by_name(llama: Repository) -> None:
@@ -180,7 +188,7 @@ def test_slices_of_payloads_are_refused_by_name(llama: Repository) -> None:
     payload = load_file(llama.compressed / "model.safetensors")[_NAME]
     model = SimpleNamespace(get_parameter_or_buffer=lambda name: SimpleNamespace(_local_tensor=payload))
     with pytest.raises(OptionError, match=rf"^{_NAME}: a compressed tensor cannot be loaded in slices"):
-        operation = DecodePayloads({}, "auto", None)
+        operation = DecodePayloads(Decoder("auto"), None)
         operation.convert({"any": [payload[:100]]}, full_layer_name=_NAME, model=model)
 
 

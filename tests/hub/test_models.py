@@ -25,7 +25,7 @@ from miracle_hub.errors import (
     OutputWriteError,
     TruncatedPayloadError,
 )
-from miracle_hub.training.variational import variational_of
+from miracle_hub.training.model import variational_of
 
 from ..training.networks import IMAGES, conv_net, loss_of, streams_of, variational_net
 

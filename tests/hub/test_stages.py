@@ -10,7 +10,7 @@ import transformers
 
 import miracle_hub
 from miracle_hub.errors import FormatError, OptionError
-from miracle_hub.plugin.quantizer import MiracleConfig
+from miracle_hub.plugin.config import MiracleConfig
 
 from .conftest import ARCHITECTURES
 

@@ -28,7 +28,7 @@ from miracle_hub import (
     posterior_mean,
 )
 from miracle_hub.errors import OptionError, OutputExistsError, TrainingError
-from miracle_hub.training.variational import variational_of
+from miracle_hub.training.model import variational_of
 
 ROWS = [
     {"input_ids": torch.arange(i, i + 8) % 50, "attention_mask": torch.ones(8).long(), "labels": i % 2}
@@ -92,10 +92,11 @@ def test_two_micro_batches_make_the_same_gradient_as_one_batch_penalty_included(
 
 def test_beta_moves_once_per_step_of_the_optimizer(tmp_path: Path) -> None:
     model = classifier(parametrization="mean-var", beta_rate=0.01)
-    before = variational_of(model).beta(0)
+    posterior: Any = variational_of(model).streams[0].posterior
+    before = posterior.annealing.beta()
     options: dict[str, Any] = dict(per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=3)
     MiracleTrainer(model=model, args=arguments(tmp_path, **options), train_dataset=ROWS).train()
-    moved = (variational_of(model).beta(0) / before).log().abs()
+    moved = (posterior.annealing.beta() / before).log().abs()
     assert torch.allclose(moved, torch.full_like(moved, 3 * math.log(1.01)))
 
 
@@ -216,7 +217,7 @@ def test_an_output_that_exists_is_refused_before_anything_is_coded(tmp_path: Pat
     (tmp_path / "out").mkdir()
     with pytest.raises(OutputExistsError):
         trainer.compress(tmp_path / "out")
-    assert variational_of(model).streams[0].coded is None
+    assert variational_of(model).streams[0].message is None
 
 
 def test_modules_to_save_are_trained_and_stored_to_the_last_bit(tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miracle_hub.coding.cpu import decode_stream
-from miracle_hub.training.coder import message_of
 from miracle_hub.training.config import VariationalConfig
 from miracle_hub.training.convert import make_variational
-from miracle_hub.training.stream import Stream
-from miracle_hub.training.variational import Variational, variational_of
+from miracle_hub.training.layout import Joint
+from miracle_hub.training.message import Message
+from miracle_hub.training.model import Variational, variational_of
+from miracle_hub.training.stream import Stream, message_of
 
 IMAGES = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(20) % 5
@@ -69,19 +70,36 @@ def streams_of(model: nn.Module) -> list[Stream]:
     return list(variational_of(model).streams)
 
 
+def posterior_of(stream: Stream) -> Any:
+    """A stream's posterior, of whatever kind it is."""
+    return stream.posterior
+
+
+def message_in(stream: Stream) -> Message:
+    """What is chosen of a stream whose coding has begun."""
+    assert stream.message is not None
+    return stream.message
+
+
+def in_stream_order(model: nn.Module, stream: Stream) -> Tensor:
+    """The weights of a dense model as values of a stream without sharing."""
+    values = torch.cat([model.get_parameter(m.name).detach().flatten() for m in stream.members])
+    return values[stream.layout.order] if isinstance(stream.layout, Joint) else values
+
+
 def decoded(stream: Stream) -> list[Tensor]:
     """The float32 weights of every member of a coded stream, from its message and scales alone."""
     z = torch.as_tensor(decode_stream(message_of(stream), stream.code, stream.n_values))
-    assert stream.fixed_scales is not None
-    if not stream.is_permuted:
-        rows = z.view(stream.fixed_scales.numel(), -1)
-        return [(rows * stream.fixed_scales[:, None]).view(stream.members[0].shape)]
-    values = torch.empty_like(z).index_copy_(0, stream.order, z)
+    scales = stream.scales()
+    if not isinstance(stream.layout, Joint):
+        rows = z.view(scales.numel(), -1)
+        return [(rows * scales[:, None]).view(stream.members[0].shape)]
+    values = torch.empty_like(z).index_copy_(0, stream.layout.order, z)
     sizes = [member.sharing.n_values for member in stream.members]
     found = []
     for i, (member, own) in enumerate(zip(stream.members, values.split(sizes), strict=True)):
         places, signs = member.sharing.places(stream.code.seed, i)
-        found.append((own[places] * signs * stream.fixed_scales[i]).view(member.shape))
+        found.append((own[places] * signs * scales[i]).view(member.shape))
     return found
 
 

@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from miracle_hub.errors import FormatError, MiracleError, OptionError, OutputWriteError, TrainingError
-from miracle_hub.training import checkpoint
-from miracle_hub.training.checkpoint import Checkpoint
+from miracle_hub.training import checkpoint, sealed
+from miracle_hub.training.checkpoint import Checkpoint, RunState
 from miracle_hub.training.coder import CodingOptions, code_model
 from miracle_hub.training.journal import Journal
 
-from .networks import IMAGES, assert_same_state, loss_of, streams_of, variational_net
+from .networks import IMAGES, assert_same_state, loss_of, posterior_of, streams_of, variational_net
 
 OPTIONS = CodingOptions(groups=4, refit_steps=3)
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -142,8 +142,12 @@ def test_checkpoints_are_written_when_they_are_due_and_at_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now, written = [100.0], []
+
+    def record(self: Checkpoint, state: RunState) -> None:
+        written.append((state.group, state.step))
+
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(Checkpoint, "save", lambda self, coder: written.append((coder.group, coder.step)))
+    monkeypatch.setattr(Checkpoint, "save", record)
     model = variational_net(**CONFIGS["network"])
 
     def loss(number: int) -> Tensor:
@@ -205,7 +209,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_nothing_is_lost(other: str, 
     assert started.read_bytes() == before
     # The model is not even begun to be coded: it may be fitted further.
     assert_same_state(model.state_dict(), expected)
-    assert all(stream.log_scales.requires_grad for stream in streams_of(model))
+    assert all(posterior_of(stream).log_scales.requires_grad for stream in streams_of(model))
     code_model(model, options=options, progress=False)
     right = variational_net(**CONFIGS["network"])
     assert len(run(right, started).rows) == 4
@@ -238,7 +242,7 @@ def test_a_damaged_checkpoint_is_named(damage: str, started: Path) -> None:
         run(model, started)
     assert str(raised.value).startswith(f"{started}: expected the checkpoint of a coding run")
     assert message in str(raised.value) and "delete it to start anew" in str(raised.value)
-    assert all(stream.coded is None for stream in streams_of(model))
+    assert all(stream.message is None for stream in streams_of(model))
 
 
 def test_another_safetensors_file_is_no_checkpoint(tmp_path: Path) -> None:
@@ -258,7 +262,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint_before(
 
     before = started.read_bytes()
     with monkeypatch.context() as full:
-        full.setattr(*((checkpoint, "save_file") if when == "writing" else (Path, "replace")), fail)
+        full.setattr(*((sealed, "save_file") if when == "writing" else (Path, "replace")), fail)
         with pytest.raises(OutputWriteError) as raised:
             run(variational_net(**CONFIGS["network"]), started)
     assert str(raised.value) == (
@@ -306,7 +310,7 @@ def test_a_run_may_go_on_at_another_learning_rate_and_says_so(
 
 def test_a_checkpoint_may_be_moved_and_is_a_plain_safetensors_file(started: Path, tmp_path: Path) -> None:
     shutil.move(started, tmp_path / "elsewhere")
-    found = checkpoint.read_sealed(tmp_path / "elsewhere")[0]
+    found = sealed.read_sealed(tmp_path / "elsewhere")[0]
     assert all(isinstance(tensor, Tensor) for tensor in found.values())
     assert issubclass(FormatError, MiracleError)
     assert len(run(variational_net(**CONFIGS["network"]), tmp_path / "elsewhere").rows) == 4

@@ -10,12 +10,24 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from miracle_hub.errors import OptionError, TrainingError
-from miracle_hub.training.coder import CodingOptions, check_finite, code_model, message_of
+from miracle_hub.training.coder import CodingOptions, code_model
 from miracle_hub.training.config import VariationalConfig
 from miracle_hub.training.convert import make_variational, posterior_mean
+from miracle_hub.training.guard import check_finite
 from miracle_hub.training.journal import Journal
+from miracle_hub.training.stream import message_of
 
-from .networks import IMAGES, assert_same_state, decoded, loss_of, part_of, streams_of, variational_net
+from .networks import (
+    IMAGES,
+    assert_same_state,
+    decoded,
+    loss_of,
+    message_in,
+    part_of,
+    posterior_of,
+    streams_of,
+    variational_net,
+)
 
 # Every option at least once with every other kind of stream.
 COMBINATIONS: list[dict[str, Any]] = [
@@ -45,8 +57,8 @@ def snapshot(model: nn.Module) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Of every stream, what is coded, where, and the scales."""
     found = []
     for stream in streams_of(model):
-        assert stream.coded is not None and stream.is_coded is not None and stream.fixed_scales is not None
-        found.append((stream.coded.clone(), stream.is_coded.clone(), stream.fixed_scales.clone()))
+        message = message_in(stream)
+        found.append((message.values.clone(), message.is_coded.clone(), stream.scales().clone()))
     return found
 
 
@@ -76,7 +88,8 @@ def test_weights_are_those_of_the_messages_and_what_is_coded_never_moves(
     def validate() -> float:
         seen.append(snapshot(model))
         for stream, (_, _, scales) in zip(streams_of(model), seen[-1], strict=True):
-            assert not stream.log_scales.requires_grad  # rounded and fixed before the first block
+            # Rounded and fixed before the first block.
+            assert not any(n.endswith("log_scales") and p.requires_grad for n, p in stream.named_parameters())
             assert torch.equal(scales, scales.bfloat16().float())
         return 0.0
 
@@ -126,8 +139,7 @@ def test_no_group_ends_inside_a_block_whose_rest_would_get_the_budget_of_what_is
     seen = set()
 
     def validate() -> float:
-        assert stream.is_coded is not None
-        blocks = stream.is_coded.split(stream.posterior.block_weights)
+        blocks = message_in(stream).is_coded.split(stream.budget.block_weights)
         seen.update(len(set(block.tolist())) for block in blocks)
         return 0.0
 
@@ -141,8 +153,8 @@ def test_the_last_block_of_a_sliding_stream_is_nearly_full(n_values: int) -> Non
     model = nn.Linear(n_values, 1, bias=False)
     make_variational(model, VariationalConfig(rate=2.0, window_bits=4, kl_block_weights=64))
     (stream,) = streams_of(model)
-    n_steps = stream.posterior.block_weights // stream.code.step_weights
-    assert n_steps * stream.code.step_weights == stream.posterior.block_weights <= 80
+    n_steps = stream.budget.block_weights // stream.code.step_weights
+    assert n_steps * stream.code.step_weights == stream.budget.block_weights <= 80
     assert -stream.code.steps(n_values) % n_steps <= 0.1 * n_steps
 
 
@@ -162,8 +174,7 @@ def test_the_journal_has_the_kl_and_the_importance_weights_of_torchs_distributio
     (stream,) = streams_of(model)
     mean, variance = (x.double() for x in stream.moments())
     (row,) = code(model, groups=1).rows
-    assert stream.coded is not None
-    q, p, z = Normal(mean, variance.sqrt()), Normal(0.0, 1.0), stream.coded.double()
+    q, p, z = Normal(mean, variance.sqrt()), Normal(0.0, 1.0), message_in(stream).values.double()
     kl = float(torch.distributions.kl_divergence(q, p).sum()) / math.log(2)
     log_weight = float((q.log_prob(z) - p.log_prob(z)).sum()) / math.log(2)
     assert row.kl_bits == pytest.approx(kl, rel=1e-6)
@@ -217,15 +228,15 @@ def blocks_taken(order: str, seed: int = 0) -> tuple[list[Tensor], Tensor]:
     model = variational_net(streams="network", code="block", parametrization="mean-var", seed=seed)
     (stream,), taken = streams_of(model), []
     stream.begin_coding()
-    posterior: Any = stream.posterior
+    posterior = posterior_of(stream)
     with torch.no_grad():
         noise = torch.randn(473, generator=torch.Generator().manual_seed(3))
-        posterior.log_std.copy_(stream.value_log_scales() - 1 + noise)
+        posterior.log_std.copy_(posterior.value_log_scales() - 1 + noise)
     kl = stream.kl_nats().detach()
 
     def validate() -> float:
-        assert stream.is_coded is not None and stream.code.step_weights == 3
-        taken.append(stream.is_coded[::3].clone())
+        assert stream.code.step_weights == 3
+        taken.append(message_in(stream).is_coded[::3].clone())
         return 0.0
 
     options = CodingOptions(groups=4, order=order)

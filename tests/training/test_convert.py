@@ -19,7 +19,16 @@ from miracle_hub.training.convert import (
     remove_variational,
 )
 
-from .networks import IMAGES, SMALL, assert_same_state, conv_net, streams_of, variational_net
+from .networks import (
+    IMAGES,
+    SMALL,
+    assert_same_state,
+    conv_net,
+    in_stream_order,
+    posterior_of,
+    streams_of,
+    variational_net,
+)
 
 STREAMS = ["tensor", "network"]
 TOKENS = torch.arange(8).view(1, 8)
@@ -177,18 +186,13 @@ def test_samples_have_the_mean_and_the_spread_of_the_posterior(streams: str, par
     for stream in streams_of(model):
         drawn = torch.stack([in_stream_order(sample, stream) for sample in samples]).double()
         mean, variance = moments[stream.members[0].name]
-        scale = stream.by_value(stream.scales()).detach()
+        scale = posterior_of(stream).value_scales().detach()
         std = variance.sqrt() * scale
         error = (drawn.mean(0) - mean * scale) / (std / 100**0.5)
         n = error.numel()
         # 5 standard errors of Σ N(0, 1)² and of the sample variances.
         assert abs(float(error.square().mean()) - 1) < 5 * (2 / n) ** 0.5
         assert abs(float((drawn.var(0) / std.square()).mean()) - 1) < 5 * (2 / (n * 99)) ** 0.5
-
-
-def in_stream_order(model: nn.Module, stream: Any) -> Tensor:
-    values = torch.cat([model.get_parameter(m.name).detach().flatten() for m in stream.members])
-    return values[stream.order] if stream.is_permuted else values
 
 
 def test_mean_and_samples_leave_the_model_alone_and_are_new_each_time() -> None:

@@ -11,7 +11,7 @@ import miracle_hub
 from miracle_hub.errors import OptionError
 from miracle_hub.training.config import VariationalConfig
 
-from .networks import decoded, part_of, streams_of
+from .networks import decoded, part_of, posterior_of, streams_of
 
 OPTIONS: dict[str, Any] = {
     "rate": 2.0,
@@ -42,10 +42,10 @@ def wide(**options: Any) -> nn.Module:
 
 
 def test_rows_of_at_least_128_weights_have_a_scale_each_and_others_share_one() -> None:
-    assert [stream.log_scales.numel() for stream in streams_of(wide())] == [65, 1]
-    assert [stream.log_scales.numel() for stream in streams_of(wide(scales="tensor"))] == [1, 1]
+    assert [stream.scales().numel() for stream in streams_of(wide())] == [65, 1]
+    assert [stream.scales().numel() for stream in streams_of(wide(scales="tensor"))] == [1, 1]
     (network,) = streams_of(wide(streams="network"))
-    assert network.log_scales.numel() == 2
+    assert network.scales().numel() == 2
 
 
 def test_scales_start_in_proportion_to_the_size_of_their_rows() -> None:
@@ -61,7 +61,8 @@ def test_gradients_of_row_scales_are_those_of_float64(parametrization: str) -> N
     """w = ρ·z for Mean-KL, whose z does not depend on ρ; the KL for Mean-Var, whose w does not."""
     stream = streams_of(wide(parametrization=parametrization))[0]
     grad = torch.randn(stream.n_values, generator=torch.Generator().manual_seed(1))
-    log_scales = stream.log_scales.detach().double().requires_grad_()
+    posterior = posterior_of(stream)
+    log_scales = posterior.log_scales.detach().double().requires_grad_()
     rows = (20 * log_scales).exp().repeat_interleave(160)
     seed = torch.tensor(3)
     if parametrization == "mean-kl":
@@ -70,14 +71,13 @@ def test_gradients_of_row_scales_are_those_of_float64(parametrization: str) -> N
         (stream.draw(seed) * grad).sum().backward()
         (z * rows * grad).sum().backward()
     else:
-        posterior: Any = stream.posterior
         q = torch.distributions.Normal(
-            posterior.mean.detach().double(), posterior.log_std.detach().double().exp()
+            posterior.mean_values.detach().double(), posterior.log_std.detach().double().exp()
         )
         torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, rows)).sum().backward()
         stream.kl_nats().sum().backward()
-    assert stream.log_scales.grad is not None and log_scales.grad is not None
-    torch.testing.assert_close(stream.log_scales.grad.double(), log_scales.grad, rtol=1e-4, atol=1e-4)
+    assert posterior.log_scales.grad is not None and log_scales.grad is not None
+    torch.testing.assert_close(posterior.log_scales.grad.double(), log_scales.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_weights_of_unlike_rows_are_drawn_with_equal_relative_noise() -> None:
@@ -114,8 +114,7 @@ def test_a_state_dict_of_a_half_coded_model_brings_its_row_scales() -> None:
     again = wide()
     again.load_state_dict(model.state_dict())
     for found, expected in zip(streams_of(again), streams_of(model), strict=True):
-        assert found.fixed_scales is not None and expected.fixed_scales is not None
-        assert torch.equal(found.fixed_scales, expected.fixed_scales)
+        assert found.message is not None and torch.equal(found.scales(), expected.scales())
     assert part_of(again).kl_bits() == part_of(model).kl_bits()
 
 

@@ -13,8 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from miracle_hub.errors import BudgetError, OptionError
 from miracle_hub.training.config import VariationalConfig
 from miracle_hub.training.convert import make_variational
+from miracle_hub.training.model import variational_of
 from miracle_hub.training.targets import find_targets
-from miracle_hub.training.variational import variational_of
 
 MATRICES = ["embed.weight", "body.0.weight", "body.2.weight", "conv.weight", "head.weight"]
 

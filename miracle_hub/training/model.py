@@ -16,7 +16,7 @@ ATTRIBUTE = "_miracle"  # where a model has it, in a tuple: Sequential would run
 
 
 class Variational(nn.Module):
-    """Streams of a model, the number of the draw, and β per block.
+    """Streams of a model, and the number of the draw.
 
     While training, every forward pass of the model has a draw of its own; a weight that is used twice in it,
     or computed again for gradient checkpointing, is the same weight, because noise is a function of the
@@ -31,11 +31,6 @@ class Variational(nn.Module):
         # On the CPU wherever the model is: a kernel's launch must not wait for the device to read it.
         self.draw_number = torch.zeros((), dtype=torch.int64)
         self.forget()
-        if config.parametrization == "mean-var":
-            # Counts are exact; a logarithm in float32 would lose a hundredth of every published move.
-            for i, stream in enumerate(streams):
-                moves = torch.zeros_like(stream.kl_nats(), dtype=torch.int64)
-                self.register_buffer(f"beta_moves_{i}", moves)
 
     def forget(self) -> None:
         """Drop the values of streams that are in use."""
@@ -55,6 +50,7 @@ class Variational(nn.Module):
             self._forget_if_written()
 
     def next_draw(self) -> None:
+        """Have another draw from now on."""
         # Not in place: a compiled backward pass would read the number of the next draw, and draw other noise.
         self.draw_number = self.draw_number + 1
 
@@ -96,6 +92,7 @@ class Variational(nn.Module):
         return False
 
     def train(self, mode: bool = True) -> "Variational":
+        """See `nn.Module`; draws and means are not kept from one mode to the other."""
         self.forget()
         return super().train(mode)
 
@@ -103,61 +100,38 @@ class Variational(nn.Module):
         self.forget()
         return super()._apply(fn, recurse)
 
-    def beta(self, stream: int) -> Tensor:
-        """β of every block, `[blocks]`: multiplied or divided by 1 + beta_rate at every move."""
-        moves = getattr(self, f"beta_moves_{stream}")
-        return self.config.beta * (moves * math.log1p(self.config.beta_rate)).exp()
+    @property
+    def has_noise(self) -> bool:
+        """Whether training draws weights."""
+        return any(stream.posterior.has_noise for stream in self.streams)
 
     def penalty(self) -> Tensor:
-        """Σ β·KL over the blocks that are not coded, in nats; 0 for Mean-KL, whose KL is fixed."""
-        if self.config.parametrization != "mean-var":
-            return next(self.parameters()).new_zeros(())
-        terms = [(self.beta(i) * _uncoded(s) * s.kl_nats()).sum() for i, s in enumerate(self.streams)]
-        return torch.stack(terms).sum()
+        """What posteriors add to the loss, `[]`, in nats: Σ β·KL over blocks that are not coded, or 0."""
+        terms = [term for stream in self.streams if (term := stream.penalty()) is not None]
+        return torch.stack(terms).sum() if terms else next(self.parameters()).new_zeros(())
 
-    @torch.no_grad()
-    def anneal(self) -> None:
-        """After every step of the optimizer: β grows where a block's KL is above its budget, else shrinks.
-
-        Source: Havasi et al. 2019, algorithm 2, lines 15 to 27.
-        """
-        if self.config.parametrization != "mean-var":
-            return
-        for i, stream in enumerate(self.streams):
-            above = stream.kl_nats() > stream.posterior.block_kl_nats
-            getattr(self, f"beta_moves_{i}").add_(torch.where(above, 1, -1))
+    def after_step(self) -> None:
+        """What posteriors do after every step of the optimizer."""
+        for stream in self.streams:
+            stream.posterior.after_step()
 
     @torch.no_grad()
     def kl_bits(self) -> float:
         """KL of everything that is not coded, in bits."""
-        return sum(float((_uncoded(s) * s.kl_nats()).sum()) for s in self.streams) / math.log(2)
+        return sum(float(stream.kl_nats_left().sum()) for stream in self.streams) / math.log(2)
 
     def get_extra_state(self) -> Tensor:
+        """The number of the draw, which state dicts hold."""
         return self.draw_number
 
     def set_extra_state(self, state: Tensor) -> None:
+        """Go on from the number of a draw."""
         self.forget()
         self.draw_number = state.detach().cpu().clone()
 
     def __getstate__(self) -> dict[str, Any]:
         # Draws belong to the graph of a forward pass, which cannot be copied.
         return {**self.__dict__, "kept": {}}
-
-
-class Snapshot:
-    """Buffers of a model, as batch norms have them, and the number of its draw, to go back to."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.variational = variational_of(model)
-        own = {id(buffer) for buffer in self.variational.buffers()}
-        self.buffers = [(b, b.clone()) for b in model.buffers() if id(b) not in own]
-        self.draw_number = self.variational.draw_number
-
-    def restore(self) -> None:
-        for buffer, before in self.buffers:
-            buffer.copy_(before)
-        self.variational.draw_number = self.draw_number
-        self.variational.forget()
 
 
 def variational_of(model: nn.Module) -> Variational:
@@ -176,7 +150,7 @@ def variational_of(model: nn.Module) -> Variational:
 
 
 def kl_penalty(model: nn.Module) -> Tensor:
-    """Σ β·KL in nats, to add to the loss; 0 for Mean-KL.
+    """Σ β·KL in nats, to add to the loss; 0 for posteriors whose KL is fixed.
 
     Raises:
         OptionError: the model is not variational.
@@ -185,21 +159,12 @@ def kl_penalty(model: nn.Module) -> Tensor:
 
 
 def anneal(model: nn.Module) -> None:
-    """Move β after a step of the optimizer; nothing to do for Mean-KL.
+    """Move β after a step of the optimizer; posteriors whose KL is fixed have none.
 
     Raises:
         OptionError: the model is not variational.
     """
-    variational_of(model).anneal()
-
-
-def _uncoded(stream: Stream) -> Tensor:
-    """1 for every block of which something is not coded."""
-    n_blocks, width = stream.kl_nats().numel(), stream.posterior.block_weights
-    if stream.is_coded is None:
-        return stream.log_scales.new_ones(n_blocks)
-    padded = nn.functional.pad(~stream.is_coded, (0, -stream.is_coded.numel() % width))
-    return padded.view(-1, width).any(1).float()
+    variational_of(model).after_step()
 
 
 def _rank() -> int:

@@ -15,17 +15,20 @@ from torch import Tensor, nn
 
 from miracle_hub.errors import TrainingError
 from miracle_hub.training.convert import drawn_attributes
+from miracle_hub.training.guard import Snapshot
+from miracle_hub.training.model import variational_of
+from miracle_hub.training.posteriors.protocol import Weighted
 from miracle_hub.training.stream import Stream
-from miracle_hub.training.variational import Snapshot, variational_of
 
-_LEAST = 0.02  # of the mean: a column that no input was seen for may have one tomorrow
+# Of the mean: a column that no input was seen for may have one tomorrow. How small is a choice.
+_LEAST = 0.02
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # A class that has another forward may pass its inputs in another order.
 _FORWARDS = {kind.forward for kind in (nn.Linear, *_CONVOLUTIONS)}
 
 
 def measure_curvature(model: nn.Module, run: Callable[[int], Any], batches: int) -> None:
-    """Give test channels the curvature of their columns, before anything is coded.
+    """Give posteriors that take it the curvature of their columns, before anything is coded.
 
     Linear layers and convolutions without groups have one; elsewhere, and for posteriors of other kinds,
     nothing changes. Buffers, the number of the draw and torch's random states are as before.
@@ -51,8 +54,7 @@ def measure_curvature(model: nn.Module, run: Callable[[int], Any], batches: int)
     finally:
         for hook in hooks:
             hook.remove()
-        with torch.no_grad():
-            before.restore()
+        before.restore()
     for stream, total in sums.items():
         if not bool(total.isfinite().all()):
             raise TrainingError(
@@ -60,19 +62,20 @@ def measure_curvature(model: nn.Module, run: Callable[[int], Any], batches: int)
                 f"as the sum of their squares over {batches} batches; nothing is coded: look at the data"
             )
     for stream, total in sums.items():
+        assert isinstance(stream.posterior, Weighted)
         relative = (total / total.mean().clamp(min=torch.finfo(total.dtype).tiny)).clamp(min=_LEAST)
-        stream.posterior.curvature = (relative / relative.mean()).to(stream.posterior.weight)
+        stream.posterior.curvature = (relative / relative.mean()).to(stream.posterior.curvature)
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, Stream]]:
-    """Layers whose weight is a test channel of its own and has one column per input, or per input and tap."""
+    """Layers whose weight has a stream that takes curvature, a column for every input, or input and tap."""
     variational = variational_of(model)
     for module in model.modules():
         is_known = type(module).forward in _FORWARDS and getattr(module, "groups", 1) == 1
         for name, drawn in drawn_attributes(module) if is_known else ():
             stream = variational.streams[drawn.stream]
-            is_of_it = drawn.holder[0] is variational and stream.posterior.is_noiseless
-            if name == "weight" and is_of_it and not stream.is_permuted:
+            takes_it = stream.layout.has_columns and isinstance(stream.posterior, Weighted)
+            if name == "weight" and drawn.holder[0] is variational and takes_it:
                 yield module, stream
 
 

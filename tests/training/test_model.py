@@ -18,10 +18,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from miracle_hub.training.config import VariationalConfig
 from miracle_hub.training.convert import make_variational
-from miracle_hub.training.posterior import MeanKL
-from miracle_hub.training.variational import anneal, kl_penalty
+from miracle_hub.training.layout import Joint
+from miracle_hub.training.message import Message
+from miracle_hub.training.model import anneal, kl_penalty
+from miracle_hub.training.posteriors.mean_kl import MeanKL
 
-from .networks import IMAGES, SMALL, conv_net, loss_of, part_of, streams_of, variational_net
+from .networks import IMAGES, SMALL, conv_net, loss_of, part_of, posterior_of, streams_of, variational_net
 
 STREAMS = ["tensor", "network"]
 PARAMETRIZATIONS = ["mean-kl", "mean-var"]
@@ -292,9 +294,8 @@ def test_a_state_dict_holds_everything(is_coded: bool) -> None:
         anneal(model)
     if is_coded:
         for stream in streams_of(model):
-            stream.begin_coding()
-            assert stream.coded is not None and stream.is_coded is not None
-            stream.coded[3:9], stream.is_coded[3:9] = 1.5, True
+            message = stream.begin_coding()
+            message.values[3:9], message.is_coded[3:9] = 1.5, True
     fresh: Any = variational_net(weights_seed=1, parametrization="mean-var", streams="network", dropout=0.0)
     fresh.eval()(IMAGES)
     state = copy.deepcopy(model.state_dict())
@@ -313,43 +314,44 @@ def test_beta_moves_per_block_as_published() -> None:
     """Havasi et al. 2019, algorithm 2: above its budget a block's β is multiplied by 1 + ε, else divided."""
     model = variational_net(parametrization="mean-var", code="block", beta=3e-7, beta_rate=0.02)
     stream = streams_of(model)[4]
-    part, budget = part_of(model), stream.posterior.block_kl_nats
-    assert stream.posterior.block_weights == stream.code.step_weights == 2
+    posterior, budget = posterior_of(stream), stream.budget.block_kl_nats
+    assert stream.budget.block_weights == stream.code.step_weights == 2
     assert budget == pytest.approx(6 * math.log(2))
     expected = [3e-7] * len(stream.kl_nats())
     generator = torch.Generator().manual_seed(0)
-    posterior: Any = stream.posterior
     for _ in range(60):
         with torch.no_grad():  # block after block at random above or below
-            posterior.log_std.copy_(stream.value_log_scales() - 4 * torch.rand(360, generator=generator))
+            posterior.log_std.copy_(posterior.value_log_scales() - 4 * torch.rand(360, generator=generator))
         kl = stream.kl_nats()
         expected = [b * 1.02 if k > budget else b / 1.02 for b, k in zip(expected, kl.tolist(), strict=True)]
         anneal(model)
     assert len(set(expected)) > 10
-    torch.testing.assert_close(part.beta(4), torch.tensor(expected), rtol=1e-5, atol=0)
+    torch.testing.assert_close(posterior.annealing.beta(), torch.tensor(expected), rtol=1e-5, atol=0)
 
 
 def test_beta_of_the_smallest_published_rate_is_exact_after_many_moves() -> None:
     model = variational_net(parametrization="mean-var", beta=1e-8, beta_rate=5e-5)
-    part = part_of(model)
-    part.get_buffer("beta_moves_0").add_(46_053)  # a decade, as the paper's rate has it
+    annealing = posterior_of(streams_of(model)[0]).annealing
+    annealing.moves.add_(46_053)  # a decade, as the paper's rate has it
     torch.testing.assert_close(
-        part.beta(0), torch.full_like(part.beta(0), 1e-8 * 1.00005**46_053), rtol=1e-5, atol=0
+        annealing.beta(), torch.full_like(annealing.beta(), 1e-8 * 1.00005**46_053), rtol=1e-5, atol=0
     )
-    assert float(part.beta(0)[0]) == pytest.approx(1e-7, rel=1e-4)
+    assert float(annealing.beta()[0]) == pytest.approx(1e-7, rel=1e-4)
 
 
 def test_the_penalty_is_the_weighted_kl_of_blocks_that_are_not_coded_and_so_is_its_gradient() -> None:
     model = variational_net(parametrization="mean-var", streams="network", code="block", beta=0.1)
     (stream,), part = streams_of(model), part_of(model)
-    posterior: Any = stream.posterior
-    part.get_buffer("beta_moves_0").copy_(torch.arange(stream.kl_nats().numel()))
-    kept = stream.is_coded = torch.zeros(stream.n_values, dtype=torch.bool)
-    kept[6:15] = True  # blocks 2, 3 and 4 of three values
+    posterior, layout = posterior_of(stream), stream.layout
+    assert isinstance(layout, Joint)
+    posterior.annealing.moves.copy_(torch.arange(stream.kl_nats().numel()))
+    stream.message = Message(stream.code, stream.n_values)
+    stream.message.is_coded[6:15] = True  # blocks 2, 3 and 4 of three values
     mean, log_std, log_scales = (
-        x.detach().double().requires_grad_() for x in (posterior.mean, posterior.log_std, stream.log_scales)
+        x.detach().double().requires_grad_()
+        for x in (posterior.mean_values, posterior.log_std, posterior.log_scales)
     )
-    scale = (20.0 * log_scales).exp()[stream.owner]
+    scale = (20.0 * log_scales).exp()[layout.owner]
     q, p = torch.distributions.Normal(mean, log_std.exp()), torch.distributions.Normal(0.0, scale)
     kl = nn.functional.pad(torch.distributions.kl_divergence(q, p), (0, 1)).view(-1, 3).sum(1)
     beta = 0.1 * (1 + 5e-5) ** torch.arange(len(kl)).double()
@@ -361,13 +363,13 @@ def test_the_penalty_is_the_weighted_kl_of_blocks_that_are_not_coded_and_so_is_i
     assert kl_penalty(model).item() == pytest.approx(expected.item(), rel=1e-5)
     assert part.kl_bits() == pytest.approx((left * kl).sum().item() / math.log(2), rel=1e-5)
     for found, wanted in (
-        (posterior.mean, mean),
+        (posterior.mean_values, mean),
         (posterior.log_std, log_std),
-        (stream.log_scales, log_scales),
+        (posterior.log_scales, log_scales),
     ):
         assert found.grad is not None
         torch.testing.assert_close(found.grad.double(), wanted.grad, rtol=1e-4, atol=1e-6)
-    assert not posterior.mean.grad[6:15].any() and posterior.mean.grad[15:].any()
+    assert not posterior.mean_values.grad[6:15].any() and posterior.mean_values.grad[15:].any()
 
 
 def test_mean_kl_has_nothing_to_add_to_the_loss_and_nothing_to_anneal() -> None:
@@ -377,7 +379,7 @@ def test_mean_kl_has_nothing_to_add_to_the_loss_and_nothing_to_anneal() -> None:
     anneal(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     (stream,) = streams_of(model)
-    width = stream.posterior.block_weights
+    width = stream.budget.block_weights
     n_blocks = -(-stream.n_values // width)
     assert part_of(model).kl_bits() == pytest.approx(width * n_blocks * stream.code.rate)
     assert conv_net().state_dict().keys() != model.state_dict().keys()

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from miracle_hub.errors import TrainingError
+from miracle_hub.training.activations import measure_curvature
 from miracle_hub.training.coder import CodingOptions, code_model
 from miracle_hub.training.config import VariationalConfig
 from miracle_hub.training.convert import make_variational
-from miracle_hub.training.curvature import measure_curvature
 
-from .networks import IMAGES, conv_net, loss_of, streams_of, variational_net
+from .networks import IMAGES, conv_net, loss_of, posterior_of, streams_of, variational_net
 
 
 class Mixed(nn.Module):
@@ -63,7 +63,7 @@ def test_it_is_the_mean_square_of_the_inputs_of_linear_layers_and_convolutions()
         "words.weight": squares["out"].mean((0, 1)),
     }
     for stream in streams_of(model):
-        name, found = stream.members[0].name, stream.posterior.curvature
+        name, found = stream.members[0].name, posterior_of(stream).curvature
         wanted = expected.pop(name, torch.ones(1, dtype=torch.double))
         relative = (wanted / wanted.mean()).clamp(min=0.02)
         torch.testing.assert_close(found.double(), relative / relative.mean(), rtol=1e-5, atol=0)
@@ -148,7 +148,7 @@ def test_inputs_that_are_not_finite_stop_before_anything_is_coded(bad: float) ->
         f"conv.weight: expected finite inputs of its layer, found {bad} as the sum of their squares over 2 "
         "batches; nothing is coded: look at the data"
     )
-    assert all(stream.coded is None for stream in streams_of(model))  # it may be fitted further
+    assert all(stream.message is None for stream in streams_of(model))  # it may be fitted further
 
 
 class ChannelsFirst(nn.Linear):
@@ -172,7 +172,8 @@ def test_a_layer_with_a_forward_of_its_own_has_no_curvature() -> None:
     x = torch.randn(4, 16, 16) * torch.linspace(0.1, 3, 16)[:, None]
     measure_curvature(model, lambda _: model(x), 1)
     first, second = streams_of(model)
-    assert first.posterior.curvature.tolist() == [1.0] and second.posterior.curvature.numel() == 16
+    assert posterior_of(first).curvature.tolist() == [1.0]
+    assert posterior_of(second).curvature.numel() == 16
 
 
 def padded(model: nn.Module) -> Tensor:
@@ -219,7 +220,7 @@ def test_a_row_of_another_size_costs_the_other_rows_nothing(size: float, moved: 
     for stream in streams_of(model):
         stream.begin_coding()
         with torch.no_grad():
-            stream.posterior.weight.view(64, 128)[40] += moved * torch.randn(128)
+            posterior_of(stream).weight.view(64, 128)[40] += moved * torch.randn(128)
     code_model(model, options=CodingOptions(groups=2), progress=False)
     errors = (layer.weight.detach() - before).square().sum(1) / before.square().sum(1)
     assert float(errors[torch.arange(64) != 40].mean()) < 0.1

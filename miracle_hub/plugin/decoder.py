@@ -1,0 +1,111 @@
+"""What the tensors of a checkpoint become in the model of one load: dense weights, or kept payloads."""
+
+import re
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from miracle_hub.codec import payloads
+from miracle_hub.codec.stored import StoredTensor, decode_sum
+from miracle_hub.errors import FormatError
+
+if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel
+
+
+class Expected(NamedTuple):
+    """A parameter or buffer of a model that is to be loaded."""
+
+    shape: torch.Size
+    built_dtype: torch.dtype  # kept by tensors that are not in the checkpoint
+    loaded_dtype: torch.dtype  # some modules keep float32 when the model is loaded in 16 bits
+
+
+def expected_tensors(model: "PreTrainedModel", dtype: torch.dtype) -> dict[str, Expected]:
+    """What a checkpoint of the model holds, when the model is loaded in `dtype`."""
+    kept = model._get_dtype_plan(dtype)
+
+    def expect(name: str, tensor: Tensor) -> Expected:
+        if not tensor.is_floating_point():
+            return Expected(tensor.shape, tensor.dtype, tensor.dtype)
+        matches = (kept[pattern] for pattern in kept if re.search(pattern.replace("*", ".*"), name))
+        return Expected(tensor.shape, tensor.dtype, next(matches, tensor.dtype))
+
+    return {name: expect(name, t) for name, t in model.state_dict().items() if isinstance(t, Tensor)}
+
+
+class Decoder:
+    """Decodes what transformers hands over, tensor by tensor.
+
+    Attributes:
+        expected: what the model is to get, by name.
+        backend: who decodes; "auto" goes by the device on which transformers put a payload.
+        kept: payloads of dense tensors that are stored as they are, by name; None where nobody wants them.
+    """
+
+    def __init__(self, backend: str, kept: dict[str, Tensor] | None = None) -> None:
+        self.backend, self.kept = backend, kept
+        self.expected: Mapping[str, Expected] = {}
+        self._refinements: dict[bytes, list[Tensor]] = {}
+
+    def take_refinements(self, tensors: Sequence[StoredTensor]) -> None:
+        """Payloads of later stages, which are no tensors of the model, for when their first one comes.
+
+        Raises:
+            FormatError: two payloads are alike, but are refined differently.
+        """
+        found = self._refinements = {}
+        for tensor in tensors:
+            if len(tensor.parts) > 1:
+                first, *later = (part.load() for part in tensor.parts)
+                key = _key(first)
+                if key in found and not all(map(torch.equal, found[key], later)):
+                    raise FormatError(
+                        f"{tensor.name}: expected a payload unlike all others, found one that is refined in "
+                        "two ways; load it with stages=1, or decompress the folder (miracle decompress)"
+                    )
+                found[key] = later
+
+    def forget(self) -> None:
+        """The model is loaded: drop what only loading needs."""
+        self.expected, self._refinements = {}, {}
+
+    def dense(self, tensor: Tensor, name: str) -> Tensor:
+        """A payload decoded with its refinements, or a plain tensor, on the device where it is.
+
+        By way of the source's dtype: the same rounding as loading the decompressed folder.
+
+        Raises:
+            FormatError: and its subclasses: the payload is not sound.
+        """
+        wanted = self.expected.get(name)
+        dtype = wanted.loaded_dtype if wanted else None
+        if not self.is_decoded(tensor, name):
+            return tensor.to(dtype)
+        # A user's `with torch.device(...)` must not move the decoder's work.
+        with torch.device("cpu"):
+            later = self._refinements.get(_key(tensor), []) if self._refinements else []
+            entries = [tensor, *(refinement.to(tensor.device) for refinement in later)]
+            weights = decode_sum(entries, name, backend=self.backend)
+        return weights.to(tensor.device, dtype)
+
+    def keep(self, tensor: Tensor, name: str) -> None:
+        """Take note of the payload that a dense tensor of the model is stored as."""
+        if self.kept is not None and self.is_decoded(tensor, name):
+            self.kept[name] = tensor.cpu()
+
+    def is_decoded(self, tensor: Tensor, name: str) -> bool:
+        """Whether it is a payload whose weights the model gets.
+
+        Only a payload is expected as bytes: that of a layer that stays compressed.
+        """
+        wanted = self.expected.get(name)
+        return payloads.is_payload(tensor) and not (wanted and wanted.loaded_dtype == torch.uint8)
+
+
+def _key(payload: Tensor) -> bytes:
+    """What tells a payload from all others: by the time it is decoded, its name is lost."""
+    return sha256(payload.cpu().numpy().tobytes()).digest()

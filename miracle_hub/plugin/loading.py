@@ -1,0 +1,126 @@
+"""One load of a compressed repository by transformers: opened, converted, finished, and saved again."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import WeightTransform, revert_weight_conversion
+
+from miracle_hub.codec.config import digests_of
+from miracle_hub.codec.naming import index_name, stage_of
+from miracle_hub.codec.payloads import is_payload
+from miracle_hub.codec.repository import check_digest, check_stages
+from miracle_hub.codec.stored import StoredTensor, stored_in
+from miracle_hub.coding.backend import choose
+from miracle_hub.errors import OptionError
+from miracle_hub.plugin.compressed_linear import compressed_layers, saved_digest, saved_state
+from miracle_hub.plugin.config import MiracleConfig
+from miracle_hub.plugin.conversion import decode_leftovers, replace_layers, with_decoding, without_decoding
+from miracle_hub.plugin.decoder import Decoder, expected_tensors
+
+if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel
+
+
+class Loading:
+    """What a load knows, in the order in which transformers asks.
+
+    Attributes:
+        dtype: that the model is loaded in.
+    """
+
+    def __init__(self, config: MiracleConfig) -> None:
+        self.config, self.dtype = config, torch.float32
+        self._facts = vars(config)
+        self._decoder = Decoder(config.backend, {} if config.keep_compressed else None)
+        self._digests = digests_of(self._facts)
+        self._stages = 1
+        self._model: PreTrainedModel | None = None
+        self._stored: list[StoredTensor] = []
+        self._conversions: list[WeightTransform] = []
+
+    def choose_stages(self, config: Any) -> None:
+        """Which stages the model's config wants, and so which files are looked for.
+
+        Raises:
+            OptionError: there are not so many stages, or layers cannot stay compressed.
+        """
+        if not isinstance(self._facts.get("stage_digests"), list):
+            return
+        n_stages = len(self._digests)
+        self._stages = check_stages(getattr(config, "stages", None), n_stages, "from_pretrained")
+        if self.config.keep_compressed and self._stages > 1:
+            raise OptionError(
+                f"keep_compressed: expected a repository of one stage, found {self._stages}, which are added "
+                "in dense weights; pass stages=1, or load a dense model"
+            )
+        if self._stages < n_stages:
+            config.transformers_weights = index_name(self._stages, n_stages)
+
+    def open(self, model: "PreTrainedModel", files: list[str]) -> None:
+        """Check the backend, and what the files hold; a lost payload would otherwise become random weights.
+
+        Args:
+            files: of the checkpoint; those of later stages, whose entries are no tensors of the model, are
+                taken out.
+
+        Raises:
+            BackendError: the backend cannot run here.
+            FormatError: and its subclasses: a file is not sound; the message names the tensor.
+        """
+        if self.config.backend == "triton":
+            choose("triton")
+        self._stored = stored_in(Path(file) for file in files)
+        if files:
+            check_digest(self._stored, self._digests[self._stages - 1], str(Path(files[0]).parent))
+        self._decoder.take_refinements(self._stored)
+        files[:] = [file for file in files if stage_of(Path(file)) == 1]
+        self._model = model
+        self._decoder.expected = expected_tensors(model, self.dtype)
+
+    def convert(self, conversions: list[WeightTransform]) -> list[WeightTransform]:
+        """The model's own converters with decoding in front, and one for all other names.
+
+        Layers are replaced here and not before: only these conversions, a user's `key_mapping` among them,
+        say which layer a name of the checkpoint means.
+        """
+        if self.config.keep_compressed and self._model is not None:
+            skipped = self.config.modules_to_not_convert or []
+            added = replace_layers(self._model, self._stored, conversions, self._decoder, skipped)
+            conversions = [*conversions, *added]
+            self._decoder.expected = expected_tensors(self._model, self.dtype)
+        self._conversions = with_decoding(conversions, self._decoder)
+        return self._conversions
+
+    def finish(self, model: "PreTrainedModel") -> None:
+        """Leave a model as if its checkpoint had been dense, but for layers that stay compressed.
+
+        Raises:
+            FormatError: and its subclasses: a payload that was left over cannot be decoded.
+        """
+        # In place: transformers goes on using its list when it loads an adapter after the model.
+        self._conversions[:] = without_decoding(self._conversions)
+        used = getattr(model, "_weight_conversions", None)
+        if used is not None:
+            model._weight_conversions = without_decoding(used)  # pyright: ignore[reportArgumentType]
+        decode_leftovers(model, self._decoder)
+        self._model, self._stored = None, []
+        self._decoder.forget()
+        if isinstance(self._facts.get("stage_digests"), list):
+            for name in ("stages", "transformers_weights"):
+                vars(model.config).pop(name, None)
+        for layer in compressed_layers(model).values() if self.config.keep_compressed else ():
+            layer.finish_loading()
+
+    def saved(self, model: "PreTrainedModel") -> dict[str, Tensor] | None:
+        """What save_pretrained writes of a model whose layers are compressed; None for a dense one."""
+        if not self.config.keep_compressed:
+            return None
+        state = saved_state(model, self._decoder.kept or {})
+        payloads = {name: tensor for name, tensor in state.items() if is_payload(tensor)}
+        # Which of two sets of names is written is for the caller of save_pretrained to say, not to us:
+        # where they differ the repository does without a digest of all payloads.
+        plain = revert_weight_conversion(model, dict(payloads)).keys() == payloads.keys()
+        self._facts["digest"] = saved_digest(payloads) if plain else None
+        return state

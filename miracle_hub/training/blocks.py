@@ -1,0 +1,70 @@
+"""Blocks of a stream: consecutive values that share a KL budget."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from miracle_hub.code import Code
+from miracle_hub.coding.scales import carried_share
+
+MAX_BLOCK_WEIGHTS = 1024  # of the draws' kernels
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the message pays for, block by block.
+
+    Attributes:
+        block_weights: values of a block; the last one of a stream may have fewer.
+        block_kl_nats: of a block, however short it is: its message costs the same bits.
+    """
+
+    block_weights: int
+    block_kl_nats: float
+
+    @property
+    def kl_nats(self) -> float:
+        """Of one value."""
+        return self.block_kl_nats / self.block_weights
+
+    @property
+    def share(self) -> float:
+        """The share of its variance that the message carries of a Gaussian value."""
+        return carried_share(self.kl_nats)
+
+    def n_blocks(self, n_values: int) -> int:
+        """How many blocks so many values make."""
+        return -(-n_values // self.block_weights)
+
+    def sums(self, values: Tensor) -> Tensor:
+        """`[n]` → `[blocks]`."""
+        padded = torch.nn.functional.pad(values, (0, -values.numel() % self.block_weights))
+        return padded.view(-1, self.block_weights).sum(1)
+
+    def by_value(self, blocks: Tensor, n_values: int) -> Tensor:
+        """`[blocks]` → `[n]`."""
+        return blocks.repeat_interleave(self.block_weights)[:n_values]
+
+
+def budget_of(code: Code, n_values: int, wanted: int) -> Budget:
+    """The budget of a stream under a code, in blocks of about as many values as wanted."""
+    block_weights = _block_weights(code, n_values, wanted)
+    return Budget(block_weights, block_weights * code.rate * math.log(2))
+
+
+def _block_weights(code: Code, n_values: int, wanted: int) -> int:
+    """Values that share a KL budget: those of a step of the block code; else about as many as wanted.
+
+    A block is whole steps, so that coding never ends inside one, where what is coded would have a share of
+    the rest's budget. Of the lengths near the wanted one that is taken which nearly fills the last block,
+    whose budget is the same however short it is.
+    """
+    if not code.overlap_bits:
+        return code.step_weights
+    n_steps, most = code.steps(n_values), MAX_BLOCK_WEIGHTS // code.step_weights
+    middle = min(max(1, round(wanted / code.step_weights)), n_steps)
+    lengths = range(max(1, middle * 3 // 4), max(1, min(middle * 5 // 4, most)) + 1)
+    length = min(lengths, key=lambda steps: (-n_steps % steps, abs(steps - middle)))
+    return length * code.step_weights

@@ -1,0 +1,53 @@
+"""Steps that leave no trace where a loss is not finite."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from miracle_hub.errors import TrainingError
+from miracle_hub.training.model import variational_of
+
+
+class Snapshot:
+    """Buffers of a model, as batch norms have them, and the number of its draw, to go back to."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.variational = variational_of(model)
+        own = {id(buffer) for buffer in self.variational.buffers()}
+        self.buffers = [(b, b.clone()) for b in model.buffers() if id(b) not in own]
+        self.draw_number = self.variational.draw_number
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the model back what it had."""
+        for buffer, before in self.buffers:
+            buffer.copy_(before)
+        self.variational.draw_number = self.draw_number
+        self.variational.forget()
+
+
+@contextmanager
+def undone_if_not_finite(model: nn.Module) -> Iterator[None]:
+    """Give buffers back what they had if a loss is not finite: batch norms average bad batches too."""
+    before = Snapshot(model)
+    try:
+        yield
+    except TrainingError:
+        before.restore()
+        raise
+
+
+def check_finite(value: Tensor, where: str, what: str = "loss") -> None:
+    """Raise unless a loss is finite.
+
+    Raises:
+        TrainingError: it is NaN or infinite.
+    """
+    if not math.isfinite(found := float(value.detach())):
+        raise TrainingError(
+            f"{where}: expected a finite {what}, found {found}; the model is as it was after the step "
+            "before: lower the learning rate, or look at the batch"
+        )

@@ -1,0 +1,209 @@
+"""How the values of a stream lie: whose they are, in which order, and which scale each of them has."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from miracle_hub.code import Code
+from miracle_hub.coding.matrix import ROW_SCALE_COLUMNS, matrix_columns
+from miracle_hub.coding.order import permutation
+from miracle_hub.coding.sharing import Sharing, expand
+
+
+@dataclass(frozen=True)
+class Member:
+    """One tensor of a stream.
+
+    Attributes:
+        name: of the parameter in its model.
+        shape: of the parameter.
+        dtype: of the parameter.
+        sharing: which of its values its weights take.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    sharing: Sharing
+
+
+class Layout(Protocol):
+    """The places of a stream's values; all its tensors are on one device.
+
+    Attributes:
+        members: the tensors that share the stream.
+        n_values: of all of them.
+        n_scales: scales of the prior.
+        has_columns: whether values are a matrix, row by row, whose columns a layer's inputs meet.
+    """
+
+    members: tuple[Member, ...]
+    n_values: int
+    n_scales: int
+    has_columns: ClassVar[bool]
+
+    def start(self, weights: Sequence[Tensor]) -> Tensor:
+        """The values, float32 `[n]` in stream order, that come nearest to the members' weights."""
+        ...
+
+    def by_value(self, scales: Tensor) -> Tensor:
+        """`[scales]` → `[n]` in stream order; one scale stays `[1]`."""
+        ...
+
+    def times(self, values: Tensor, scales: Tensor) -> Tensor:
+        """Values `[n]` times their scales `[scales]`; gradients reach both."""
+        ...
+
+    def mean_squares(self, values: Tensor) -> Tensor:
+        """`[n]` → `[scales]`: of the values that share a scale."""
+        ...
+
+    def weight(self, values: Tensor, number: int) -> Tensor:
+        """The weights of a member in its shape and dtype, from the values of the stream."""
+        ...
+
+
+class Matrix(nn.Module):
+    """One tensor in its own order, with a scale for every row, or one for all of it."""
+
+    has_columns: ClassVar[bool] = True
+
+    def __init__(self, member: Member, has_row_scales: bool) -> None:
+        """
+        Args:
+            member: a tensor none of whose weights share values.
+        """
+        super().__init__()
+        self.members, self.n_values = (member,), member.sharing.n_values
+        self.columns = (scale_columns(member.shape) if has_row_scales else 0) or self.n_values
+        self.n_scales = self.n_values // self.columns
+
+    def start(self, weights: Sequence[Tensor]) -> Tensor:
+        """The weights themselves."""
+        return weights[0].detach().float().flatten()
+
+    def by_value(self, scales: Tensor) -> Tensor:
+        """`[rows]` → `[n]`; one scale stays `[1]`."""
+        return scales if self.n_scales == 1 else scales.repeat_interleave(self.columns)
+
+    def times(self, values: Tensor, scales: Tensor) -> Tensor:
+        """Rows times their scales; one tensor of the size of the values is kept for the backward pass."""
+        return _ScaledRows.apply(values, scales, self.columns)  # pyright: ignore[reportReturnType]
+
+    def mean_squares(self, values: Tensor) -> Tensor:
+        """Of rows, `[rows]`."""
+        return values.view(-1, self.columns).square().mean(1)
+
+    def weight(self, values: Tensor, number: int) -> Tensor:
+        """The values as a tensor."""
+        return values.view(self.members[number].shape).to(self.members[number].dtype)
+
+
+class Joint(nn.Module):
+    """Several tensors, or one whose weights share values: permuted, with one scale per tensor.
+
+    Buffers: `order` and `owner`, of every stream element which value it stands for, counted member after
+    member, and of which member; of member i `place_i` and `sign_i`, which element of the stream, with which
+    sign, every weight takes.
+    """
+
+    has_columns: ClassVar[bool] = False
+    order: Tensor
+    owner: Tensor
+
+    def __init__(self, members: Sequence[Member], code: Code) -> None:
+        """
+        Args:
+            code: whose seed fixes the permutation and which weights share a value.
+        """
+        super().__init__()
+        self.members, self.n_scales, self.seed = tuple(members), len(members), code.seed
+        sizes = torch.tensor([m.sharing.n_values for m in members])
+        self.n_values = int(sizes.sum())
+        order = permutation(self.n_values, code)
+        place_of = torch.empty_like(order).index_copy_(0, order, torch.arange(self.n_values))
+        owner = torch.arange(len(members)).repeat_interleave(sizes)
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("owner", owner[order], persistent=False)
+        firsts = (sizes.cumsum(0) - sizes).tolist()
+        for i, (member, first) in enumerate(zip(members, firsts, strict=True)):
+            values, signs = member.sharing.places(code.seed, i)
+            self.register_buffer(f"place_{i}", place_of[first + values], persistent=False)
+            self.register_buffer(f"sign_{i}", signs, persistent=False)
+
+    def start(self, weights: Sequence[Tensor]) -> Tensor:
+        """Of values that several weights take, the mean, at the size of the weights."""
+        pairs = enumerate(zip(self.members, weights, strict=True))
+        return torch.cat([_shared_values(w, m.sharing, self.seed, i) for i, (m, w) in pairs])[self.order]
+
+    def by_value(self, scales: Tensor) -> Tensor:
+        """`[members]` → `[n]` in stream order."""
+        return scales.index_select(0, self.owner)
+
+    def times(self, values: Tensor, scales: Tensor) -> Tensor:
+        """Values times the scales of their members."""
+        return values * self.by_value(scales)
+
+    def mean_squares(self, values: Tensor) -> Tensor:
+        """Of members, `[members]`."""
+        sums = values.new_zeros(self.n_scales).index_add_(0, self.owner, values.square())
+        return sums / torch.bincount(self.owner, minlength=self.n_scales)
+
+    def weight(self, values: Tensor, number: int) -> Tensor:
+        """The values of a member, each in all its places."""
+        own = expand(values, getattr(self, f"place_{number}"), getattr(self, f"sign_{number}"))
+        return own.view(self.members[number].shape).to(self.members[number].dtype)
+
+
+def layout_of(members: Sequence[Member], code: Code, has_row_scales: bool) -> Matrix | Joint:
+    """One tensor without sharing lies in its own order; all others are permuted together.
+
+    Args:
+        has_row_scales: of a tensor in its own order.
+    """
+    if len(members) == 1 and members[0].sharing.kind == "none":
+        return Matrix(members[0], has_row_scales)
+    return Joint(members, code)
+
+
+def scale_columns(shape: tuple[int, ...]) -> int:
+    """The length of rows that have a scale of their own; 0 where they are short."""
+    columns = matrix_columns(shape)
+    return columns if columns >= ROW_SCALE_COLUMNS and columns < math.prod(shape) else 0
+
+
+def _shared_values(weights: Tensor, sharing: Sharing, seed: int, number: int) -> Tensor:
+    """The values whose sharing comes nearest to given weights: means over all weights that take them."""
+    flat = weights.detach().float().flatten()
+    if sharing.kind == "none":
+        return flat
+    places, signs = (x.to(flat.device) for x in sharing.places(seed, number))
+    sums = flat.new_zeros(sharing.n_values).index_add_(0, places, flat * signs)
+    mean = sums / flat.new_zeros(sharing.n_values).index_add_(0, places, torch.ones_like(flat))
+    # Means of unrelated weights are too small by the root of their number: keep the size of the weights.
+    power = mean.square().mean().sqrt()
+    return mean * (flat.square().mean().sqrt() / power) if float(power) > 0 else mean
+
+
+class _ScaledRows(torch.autograd.Function):
+    """Values `[n]` times the scales `[rows]` of their rows.
+
+    Only the product is kept for the backward pass, as a layer keeps its weight in any case.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, scales: Tensor, columns: int) -> Tensor:
+        scaled = (values.view(-1, columns) * scales[:, None]).view(-1)
+        ctx.save_for_backward(scaled, scales)
+        return scaled
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        scaled, scales = ctx.saved_tensors
+        rows = grad.view(scales.numel(), -1)
+        by_scales = torch.einsum("rc,rc->r", rows, scaled.view_as(rows)) / scales
+        return (rows * scales[:, None]).view(-1), by_scales, None

@@ -1,0 +1,1 @@
+"""Kinds of posteriors: one file each, behind one protocol."""

@@ -1,0 +1,75 @@
+"""Mean-KL: a mean and a share of its block's KL per value; the KL is the budget whatever is fitted."""
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from miracle_hub.coding.draw import draw_mean_kl, mean_kl_moments
+from miracle_hub.training.posteriors.protocol import Start
+from miracle_hub.training.posteriors.scaled import RATE, Fitted
+
+# Nats that a value starts with at least, so that its share can grow. A choice: a tenth of what a value has
+# on average at 0.0015 bits, far below every budget there is.
+_LEAST_KAPPA = 1e-4
+
+
+class MeanKL(Fitted):
+    """q by its mean and its share of a block's KL.
+
+    Parameters: `tau` and `alpha`, `[n]`, see `coding.draw.draw_mean_kl`.
+
+    Source: Lin et al. 2023 (arXiv:2307.07816); the start is derived here: that of the Gaussian test channel,
+    mean (1 - D)·w and variance D·(1 - D)·ρ₀² for weights of variance ρ₀², D = 2^(-2·rate).
+    """
+
+    has_noise: ClassVar[bool] = True
+
+    def __init__(self, start: Start) -> None:
+        super().__init__(start)
+        budget, n_values = start.budget, start.values.numel()
+        variance = 1 - budget.share
+        mean = (start.values / self.layout.by_value(start.scales)).double() * budget.share
+        kappa = (0.5 * (mean.square() + variance - 1 - math.log(variance))).clamp(min=_LEAST_KAPPA)
+        kappa = kappa * (budget.block_kl_nats / budget.by_value(budget.sums(kappa), n_values))
+        tanh = (mean / (2 * kappa).sqrt()).clamp(-0.99, 0.99)
+        self.tau = nn.Parameter((tanh.atanh() / RATE).float())
+        self.alpha = nn.Parameter((kappa.log() / RATE).float())
+
+    def draw(self, seed: Tensor, stream_id: int) -> Tensor:
+        """See `protocol.Posterior`. One scale is the kernel's work; several follow it."""
+        if self.layout.n_scales == 1:
+            return self._draw(self.value_log_scales()[0], seed, stream_id)
+        z = self._draw(self.log_scales.new_zeros(()), seed, stream_id)
+        return self.layout.times(z, self.scales())
+
+    def _draw(self, log_scale: Tensor, seed: Tensor, stream_id: int) -> Tensor:
+        budget = (self.budget.block_kl_nats, self.budget.block_weights)
+        return draw_mean_kl(self.tau, self.alpha, RATE, log_scale, *budget, seed, stream_id)
+
+    @torch.no_grad()
+    def sample(self, seed: Tensor, stream_id: int) -> Tensor:
+        """See `protocol.Posterior`."""
+        return self.draw(seed, stream_id)
+
+    @torch.no_grad()
+    def mean(self) -> Tensor:
+        """See `protocol.Posterior`."""
+        return self.moments()[0] * self.value_scales()
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """See `protocol.Posterior`."""
+        return mean_kl_moments(
+            self.tau, self.alpha, RATE, self.budget.block_kl_nats, self.budget.block_weights
+        )
+
+    def kl_nats(self) -> Tensor:
+        """KL of every block, `[blocks]`: what was asked for."""
+        return self.tau.new_full((self.budget.n_blocks(self.tau.numel()),), self.budget.block_kl_nats)
+
+    def penalty(self) -> None:
+        """Nothing: the KL is fixed."""
+
+    def after_step(self) -> None:
+        """Nothing moves but what the optimizer moves."""

@@ -1,0 +1,73 @@
+"""Which steps of which streams are coded next."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from miracle_hub.training.stream import Stream
+
+ORDERS = ("random", "largest-kl")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Steps of one stream that are coded together, in ascending order."""
+
+    stream: Stream
+    steps: Tensor
+
+
+class Schedule:
+    """Groups of runs that get smaller: after g of G groups a share of (1 - g/G)² of all values is left."""
+
+    def __init__(self, streams: Sequence[Stream], groups: int, order: str, seed: int) -> None:
+        """
+        Args:
+            order: "random" or "largest-kl"; see `coder.CodingOptions`.
+            seed: of the random order of blocks.
+        """
+        self.streams, self.groups, self.order, self.seed = list(streams), groups, order, seed
+        self.n_values = sum(stream.n_values for stream in self.streams)
+
+    def n_coded(self) -> int:
+        """How many values of all streams are coded by now."""
+        return sum(stream.n_coded() for stream in self.streams)
+
+    def group_by_now(self) -> int:
+        """The number of the group that a model is in which was coded in part."""
+        share_left = 1 - self.n_coded() / self.n_values
+        return math.floor(self.groups * (1 - math.sqrt(share_left)))
+
+    def next_runs(self, group: int) -> list[Run]:
+        """A group, by its number from 0 on: a part of every stream, or all of the streams of largest KL."""
+        share_left = max(0.0, 1 - (group + 1) / self.groups) ** 2
+        left = [stream for stream in self.streams if stream.n_coded() < stream.n_values]
+        if self.order == "random":
+            return [self._run(s, math.ceil(s.n_values - s.n_coded() - share_left * s.n_values)) for s in left]
+        wanted, runs = math.ceil(self.n_values - self.n_coded() - share_left * self.n_values), []
+        for stream in sorted(left, key=lambda s: (not s.n_coded(), -float(s.kl_nats().detach().sum()))):
+            runs.append(self._run(stream, wanted))
+            wanted -= len(runs[-1].steps) * stream.code.step_weights
+            if wanted <= 0:
+                break
+        return runs
+
+    def _run(self, stream: Stream, wanted: int) -> Run:
+        """About so many values of a stream, in whole blocks: the rest of one would have all of its KL."""
+        block, width = stream.budget.block_weights, stream.code.step_weights
+        n_steps = max(1, -(-wanted // block)) * (block // width)
+        return Run(stream, self._steps_left(stream)[:n_steps].sort().values)
+
+    def _steps_left(self, stream: Stream) -> Tensor:
+        """Blocks in random order or by KL; windows that overlap one after the other."""
+        left = stream.begin_coding().steps_left()
+        if stream.code.overlap_bits:
+            return left
+        if self.order == "largest-kl":
+            return left[stream.kl_nats().detach().cpu()[left].argsort(descending=True, stable=True)]
+        seed = torch.Generator().manual_seed(self.seed + stream.number)
+        order = torch.randperm(stream.code.steps(stream.n_values), generator=seed)
+        return order[torch.isin(order, left)]
