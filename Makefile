@@ -1,10 +1,11 @@
-# make demo | test | lint | fuzz | chaos | matrix | bench | bench-fit | kernel-build | kernel-compile | setup. Everything runs in .venv, which `setup` makes.
+# make demo | test | lint | docs | fuzz | chaos | matrix | bench | bench-fit | kernel-build | kernel-compile | setup. All runs in .venv,
+# which `setup` makes.
 
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test fuzz chaos matrix bench bench-fit lint kernel-build kernel-compile
+.PHONY: setup demo test fuzz chaos matrix bench bench-fit docs lint kernel-build kernel-compile
 
 setup: .venv/.ready
 
@@ -43,6 +44,11 @@ chaos: setup
 matrix: setup
 	$(BIN)/python tests/versions/matrix.py
 
+# What is generated in README.md and docs/: tables, figures, the file tree.
+docs: setup
+	$(BIN)/python benchmarks/report.py
+	$(BIN)/python docs/tree.py
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -64,6 +70,8 @@ bench: setup
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/verify_time.py
 	$(BIN)/python benchmarks/minilm.py
+	$(BIN)/python benchmarks/stories.py
+	$(BIN)/python benchmarks/peers.py round-to-nearest
 	$(BIN)/python benchmarks/cards.py minilm
 	$(BIN)/python benchmarks/report.py
 
