@@ -233,13 +233,9 @@ def test_no_private_name_crosses_modules(path: Path) -> None:
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith("miracle_hub."):
             found = [alias.name for alias in node.names if alias.name.startswith("_")]
             assert not found, f"{name(path)}:{node.lineno} imports {found}"
-        is_other = isinstance(node, ast.Attribute) and ast.unparse(node.value) not in (
-            "self",
-            "cls",
-            "super()",
-        )
-        if is_other and node.attr.startswith("_") and not node.attr.startswith("__"):
-            homes = PRIVATE.get(node.attr, set()) if node.attr not in TORCHS_OWN else set()
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls", "super()"):
+            is_private = node.attr.startswith("_") and not node.attr.startswith("__")
+            homes = PRIVATE.get(node.attr, set()) if is_private and node.attr not in TORCHS_OWN else set()
             assert not homes or path in homes, f"{name(path)}:{node.lineno} reaches for .{node.attr}"
 
 
