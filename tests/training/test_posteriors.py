@@ -45,9 +45,7 @@ def block_kl(mean: Tensor, variance: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("spread", [0.0, 0.05, 0.2])
 @pytest.mark.parametrize("rate", [0.1, 1.0, 3.0])
-def test_the_kl_of_every_block_is_the_budget_whatever_the_parameters_are(
-    rate: float, spread: float
-) -> None:
+def test_the_kl_of_every_block_is_the_budget_whatever_the_parameters_are(rate: float, spread: float) -> None:
     """At a rate of 20 the widest of them have shares of e^±12 and means at the very end of their reach."""
     own = mean_kl(normal(5 * BLOCK - 3), rate)
     with torch.no_grad():
