@@ -35,10 +35,12 @@ fuzz: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[fuzz]"
 	$(BIN)/python tests/fuzz/fuzz.py $(FUZZ_SECONDS)
 
-# Kills −9, races and full disks: stops at the first output that is neither whole nor absent.
+# Kills −9, races and full disks: stops at the first output that is neither whole nor absent. Damaged files: fails if
+# one is read silently wrong, or with an error that has no name.
 KILLS ?= 400
+DAMAGES ?= 10000
 chaos: setup
-	$(BIN)/python -m tests.chaos --kills $(KILLS)
+	$(BIN)/python -m tests.chaos --kills $(KILLS) --damages $(DAMAGES)
 
 # Other versions of transformers and huggingface_hub, each pair in an environment of its own.
 matrix: setup

@@ -50,10 +50,10 @@ def versions(kind: str) -> list[int]:
     """Of which there is a file, as its own bytes say it."""
     if kind == "repository":
         configs = [json.loads((GOLDEN / name / "config.json").read_text()) for name in REPOSITORIES]
-        return [config["quantization_config"]["format_version"] for config in configs]
+        return sorted({config["quantization_config"]["format_version"] for config in configs})
     if kind == "payload":
         return sorted({path.read_bytes()[4] for path in GOLDEN.glob("payload_*.bin")})
-    return [decoder("repository")["stored"](GOLDEN / name)["miracle"][2][4] for name in NETWORKS]
+    return sorted({decoder("repository")["stored"](GOLDEN / name)["miracle"][2][4] for name in NETWORKS})
 
 
 @pytest.mark.parametrize(
@@ -98,6 +98,28 @@ def test_a_second_decoder_reads_a_kept_networks_file_to_the_same_bits(name: str)
             else described("F32", list(weights.shape), weights.tobytes())
         )
     assert found == FILES[name]
+
+
+@pytest.mark.parametrize("name", [*REPOSITORIES, *NETWORKS])
+def test_verify_says_which_kept_files_are_unguarded(name: str) -> None:
+    found = miracle_hub.verify(GOLDEN / name)
+    assert not found.defects
+    said = [file.found for file in found.files if file.name.endswith(".safetensors")]
+    if "guarded" in name:
+        assert said and all(text.endswith("; guard agrees") for text in said)
+    else:
+        assert any("so that these are unguarded: " in text for text in said)
+
+
+@pytest.mark.parametrize("name", [n for n in REPOSITORIES if "guarded" in n])
+def test_a_second_reader_finds_the_guards_of_a_kept_repository(name: str) -> None:
+    """Of two files, of config.json, of its two stages and of their two indices."""
+    assert decoder("guard")["compare"](GOLDEN / name) == 2 + 1 + 2 + 2
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_second_reader_finds_the_guard_of_a_kept_networks_file(name: str) -> None:
+    assert decoder("guard")["digest"](GOLDEN / name)[1] == ("guarded" in name)
 
 
 def test_the_kept_repositories_hold_everything_that_is_stored_in_a_way_of_its_own() -> None:

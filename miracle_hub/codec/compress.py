@@ -69,7 +69,7 @@ def compress_folder(
         plans = plan_all(weights, options.modules_to_not_convert or [], coded or {})
         n_weights = sum(plan.source.n_weights for plan in plans.values()) + copied.n_weights
         stages, jobs = _decide(plans, options, copied.n_bytes, n_weights, backend)
-        digests = Writer(temporary, plans, backend).write(stages, jobs, options.progress)
+        written = Writer(temporary, plans, backend).write(stages, jobs, options.progress)
         n_bytes = sum(map(total_bytes, stages)) + copied.n_bytes
         report = Report(
             dense_bytes=sum(path.stat().st_size for path in weights) + copied.n_bytes,
@@ -77,13 +77,12 @@ def compress_folder(
             n_weights=n_weights,
             bits_per_weight=8 * n_bytes / n_weights,
             seconds=time.monotonic() - started,
-            digest=digests[-1],
+            digest=written.digests[-1],
             backend=backend.name,
             plain={n: p.why.text(p.source.dtype) for n, p in plans.items() if isinstance(p, Plain)},
         )
-        write_config(
-            source, temporary, _facts(report, options, plans), [p.source for p in plans.values()], digests
-        )
+        facts, tensors = _facts(report, options, plans), [plan.source for plan in plans.values()]
+        write_config(source, temporary, facts, tensors, written.digests, written.guards)
         _write_card(card, temporary, report)
     return report
 

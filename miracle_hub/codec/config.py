@@ -8,6 +8,7 @@ from typing import Any
 
 from miracle_hub.code import FORMAT_VERSION, MAX_STAGES, QUANT_METHOD
 from miracle_hub.codec.dtypes import TORCH_DTYPES
+from miracle_hub.codec.guard import with_guard
 from miracle_hub.codec.naming import CONFIG
 from miracle_hub.errors import FormatError, SourceError, UnsupportedVersionError
 from miracle_hub.files.whole import writing
@@ -127,6 +128,7 @@ def write_config(
     facts: dict[str, Any],
     tensors: Sequence[TensorSpec],
     digests: Sequence[str],
+    guards: Sequence[str],
 ) -> None:
     """config.json with the quantization_config that makes transformers call the plug-in; none where there
     was none.
@@ -135,6 +137,7 @@ def write_config(
         facts: for readers, besides method and version.
         tensors: of the source.
         digests: of the payloads of the first n stages, for every n.
+        guards: of all their tensors, likewise.
 
     Raises:
         OutputWriteError: it cannot be written.
@@ -151,7 +154,7 @@ def write_config(
         # An attribute of the config, so that from_pretrained(..., stages=1) changes it.
         config["stages"] = len(digests)
         config["quantization_config"]["stage_digests"] = list(digests)
-    _write(target / CONFIG, config)
+    _write(target / CONFIG, with_guard(config, guards))
 
 
 def write_dense_config(source: Path, target: Path) -> None:

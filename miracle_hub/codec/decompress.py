@@ -59,7 +59,7 @@ def decompress_folder(
     refuse_overlap(source, out)
     chosen = choose(backend)
     tensors = {tensor.name: tensor for tensor in open_repository(source, stages).tensors}
-    files = sharded(_dense_entries(tensors.values()), parse_size(max_shard_size, "max_shard_size"))
+    files = sharded(_dense_entries(tensors.values()), parse_size(max_shard_size, "max_shard_size"), guard="")
     total = sum(tensor.n_weights for tensor in tensors.values())
     with output_folder(out, overwrite) as temporary:
         _copy_companions(source, temporary)

@@ -9,14 +9,16 @@ from torch import Tensor
 
 from miracle_hub.codec.body import check_scale_words
 from miracle_hub.codec.dtypes import DTYPE_NAMES, TORCH_DTYPES, dtype_name, is_bytes, raw_bytes
+from miracle_hub.codec.guard import GUARD_ALONE, is_stream_alone, read_contents
 from miracle_hub.codec.naming import STREAM
+from miracle_hub.codec.repository import OutputFile
 from miracle_hub.codec.source import list_tensors
 from miracle_hub.coding.cpu import decode_stream
 from miracle_hub.coding.digest import digest
 from miracle_hub.coding.order import permutation
 from miracle_hub.coding.sharing import KINDS, Sharing
 from miracle_hub.errors import ChecksumError, FormatError
-from miracle_hub.files.container import files_kept_open, write_file
+from miracle_hub.files.container import files_kept_open
 from miracle_hub.files.whole import temporary_beside, writing
 from miracle_hub.format.network import NetworkHeader, SharedSpec, decode_network, encode_network
 from miracle_hub.format.payload import DTYPES
@@ -117,16 +119,21 @@ def write_network(
     if STREAM in plain:
         raise FormatError(f"{STREAM}: this name is that of the stream; give the module's tensor another one")
     raw = {name: raw_bytes(tensor.detach().cpu()) for name, tensor in plain.items()}
-    entries = network_entries(plain, {name: len(data) for name, data in coded.items()})
+    file = network_file(path.name, network_entries(plain, {name: len(data) for name, data in coded.items()}))
     everything = {**raw, **coded}
     with temporary_beside(path) as temporary:
-        written = temporary / path.name
-        write_file(written, entries, {}, lambda entry: everything[entry.name])
+        written = temporary / file.name
+        file.write(temporary, lambda entry: everything[entry.name])
         check(written)
         n_bytes = written.stat().st_size
         with writing(path):
             written.replace(path)
     return n_bytes
+
+
+def network_file(name: str, entries: list[TensorSpec]) -> OutputFile:
+    """A network's file, with a guard unless a stream, which checks itself, is all that it holds."""
+    return OutputFile(name, entries, {}, "" if is_stream_alone(entries) else GUARD_ALONE)
 
 
 def network_entries(plain: Mapping[str, Tensor], coded: Mapping[str, int]) -> list[TensorSpec]:
@@ -144,13 +151,14 @@ def network_entries(plain: Mapping[str, Tensor], coded: Mapping[str, int]) -> li
 
 
 def read_network(path: Path) -> tuple[bytes | None, dict[str, Tensor]]:
-    """The bytes of the stream, if the file has one, and every other tensor.
+    """The bytes of the stream, if the file has one, and every other tensor; its guard is compared first.
 
     Raises:
-        FormatError: the file is no sound safetensors file, or its stream is no vector of bytes.
+        FormatError: and its subclasses: the file is not sound, or its stream is no vector of bytes.
         SourceError: a tensor's dtype is unknown to torch.
     """
     with files_kept_open():
+        read_contents(path).check()
         tensors = {tensor.name: tensor.load() for tensor in list_tensors([path])}
     stream = tensors.pop(STREAM, None)
     if stream is not None and not is_bytes(stream):

@@ -16,8 +16,11 @@ from torch import Tensor
 
 from miracle_hub.code import Code
 from miracle_hub.codec.dtypes import is_bytes
+from miracle_hub.codec.naming import STREAM
 from miracle_hub.codec.rates import Choice, Option
 from miracle_hub.coding.backend import Backend
+from miracle_hub.errors import FormatError
+from miracle_hub.format import network
 from miracle_hub.format.spec import TensorSpec
 
 # Where the codec of every magic is. Imported when one is met: reading needs no other's code.
@@ -138,7 +141,9 @@ class Codec(Protocol):
 
     @property
     def magic(self) -> bytes:
-        """The four bytes that its payloads begin with."""
+        """The four bytes that its payloads begin with: of a frame (`format.frame`), which guards let stand
+        for the whole.
+        """
         ...
 
     def read(self, data: Tensor, where: str) -> Payload:
@@ -187,6 +192,11 @@ def is_payload(entry: Tensor) -> bool:
     return is_bytes(entry) and bytes(entry[:_MAGIC_BYTES].tolist()) in CODECS
 
 
+def is_stray_stream(name: str, entry: Tensor) -> bool:
+    """Whether an entry of a file, or its first bytes, are those of a network's stream without its name."""
+    return name != STREAM and is_bytes(entry) and bytes(entry[:_MAGIC_BYTES].tolist()) == network.MAGIC
+
+
 def read(entry: Tensor, where: str) -> Payload | None:
     """The payload that an entry of a file is; None if it is a plain tensor.
 
@@ -194,8 +204,14 @@ def read(entry: Tensor, where: str) -> Payload | None:
         where: the tensor's name, for messages.
 
     Raises:
-        FormatError: and its subclasses: it begins like a payload and is not sound.
+        FormatError: and its subclasses: it begins like a payload and is not sound, or like a network's
+            stream, which has another name.
     """
+    if is_stray_stream(where, entry):
+        raise FormatError(
+            f"{where}: expected a network's stream to be named {STREAM}, found bytes that begin like one "
+            "under this name, which is damaged: download the file again"
+        )
     if not is_payload(entry):
         return None
     return codec_of(bytes(entry[:_MAGIC_BYTES].tolist())).read(entry, where)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
-from miracle_hub.codec.payloads import codec_named, is_payload
+from miracle_hub.codec.payloads import codec_named, is_payload, is_stray_stream
 from miracle_hub.codec.rates import Choice
 from miracle_hub.codec.repository import OutputFile, sharded
 from miracle_hub.codec.source import NARROWED, SourceTensor, list_tensors
@@ -101,12 +101,7 @@ def plan_all(weights: list[Path], excluded: list[str] | str, coded: Mapping[str,
     """
     plans: dict[str, Plan] = {}
     for tensor in list_tensors(weights):
-        if tensor.dtype == "U8" and len(tensor.shape) == 1 and is_payload(tensor.head(4)):
-            raise SourceError(
-                f"{tensor.path}: {tensor.name}: expected plain numbers, found bytes that begin like a "
-                "compressed tensor (MRCL), which readers would take for one; decompress the source first, "
-                "or store the tensor in another dtype or shape"
-            )
+        _refuse_coded(tensor)
         plan = plan_tensor(tensor, excluded)
         if tensor.name in coded:
             plans[tensor.name] = Ready(tensor, coded[tensor.name])
@@ -118,6 +113,22 @@ def plan_all(weights: list[Path], excluded: list[str] | str, coded: Mapping[str,
             f"not; it has {', '.join(sorted(plans)[:4])}, …"
         )
     return plans
+
+
+def _refuse_coded(tensor: SourceTensor) -> None:
+    """
+    Raises:
+        SourceError: readers would take a plain tensor for a payload or a network's stream.
+    """
+    if tensor.dtype != "U8" or len(tensor.shape) != 1:
+        return
+    head = tensor.head(4)
+    if is_payload(head) or is_stray_stream(tensor.name, head):
+        raise SourceError(
+            f"{tensor.path}: {tensor.name}: expected plain numbers, found bytes that begin like a "
+            f"compressed tensor ({bytes(head.tolist()).decode()}), which readers would take for one; "
+            "decompress the source first, or store the tensor in another dtype or shape"
+        )
 
 
 def narrowed_if_exact(plan: Plain) -> Plain:

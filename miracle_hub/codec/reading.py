@@ -8,12 +8,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from miracle_hub.codec import payloads
+from miracle_hub.codec.guard import Contents, line_of
 from miracle_hub.codec.naming import WEIGHTS_ENDING
 from miracle_hub.codec.payloads import Payload
 from miracle_hub.codec.source import list_tensors, narrowed_names
 from miracle_hub.codec.stored import StoredTensor, described
-from miracle_hub.errors import MiracleError, SourceError
-from miracle_hub.files.container import files_kept_open, read_through
+from miracle_hub.errors import FormatError, MiracleError, SourceError
+from miracle_hub.files.container import files_kept_open, opened, read_through
 from miracle_hub.files.digests import Hashes, hashes_of, pieces
 from miracle_hub.files.folders import visible_files
 
@@ -28,6 +29,7 @@ class FileReading:
     Attributes:
         name: relative to the repository.
         tensors: in it; refinements count as tensors of their own here.
+        contents: what guards cover of it, compared with its own; None unless it is a sound file of weights.
         defect: what is wrong with it; empty if nothing is.
     """
 
@@ -35,7 +37,18 @@ class FileReading:
     name: str
     hashes: Hashes
     tensors: tuple[StoredTensor, ...] = ()
+    contents: Contents | None = None
     defect: str = ""
+
+    def sound_contents(self) -> Contents:
+        """`contents` of a file of weights.
+
+        Raises:
+            FormatError: it is not sound.
+        """
+        if self.contents is None:
+            raise FormatError(self.defect)
+        return self.contents
 
 
 @dataclass(frozen=True)
@@ -76,27 +89,31 @@ def _read(file: Path, name: str, look: Look, others: Sequence[Hashes]) -> FileRe
             hashes.update(piece)
         return FileReading(file, name, hashes)
     try:
-        tensors = _read_tensors(file, look, [hashes, *others])
-        return FileReading(file, name, hashes, tuple(tensors))
+        tensors, contents = _read_tensors(file, look, [hashes, *others])
+        contents.check()
+        return FileReading(file, name, hashes, tuple(tensors), contents)
     except MiracleError as error:
-        return FileReading(file, name, hashes_of(file), (), str(error))
+        return FileReading(file, name, hashes_of(file), defect=str(error))
 
 
-def _read_tensors(file: Path, look: Look, hashes: Sequence[Hashes]) -> list[StoredTensor]:
+def _read_tensors(file: Path, look: Look, hashes: Sequence[Hashes]) -> tuple[list[StoredTensor], Contents]:
     """
     Raises:
         MiracleError: the file, or a tensor, is not sound.
     """
     entries, narrowed = {entry.name: entry for entry in list_tensors([file])}, narrowed_names(file)
-    found = []
+    found, lines = [], []
+    with opened(file) as opened_file:
+        metadata = opened_file.metadata() or {}
     try:
-        for name, data in read_through(file, hashes):
-            payload = payloads.read(data, name)
-            found.append(described(entries[name], payload, narrowed))
-            look(found[-1], payload, data)
+        for name, tensor, data in read_through(file, hashes):
+            entry, payload = entries[name], payloads.read(tensor, name)
+            lines.append(line_of(name, entry.dtype, entry.shape, [data]))
+            found.append(described(entry, payload, narrowed))
+            look(found[-1], payload, tensor)
     except SafetensorError as error:
         raise SourceError(
             f"{file}: expected dtypes that torch knows, found one that it does not ({error}); upgrade "
             "torch and safetensors, or convert the tensor"
         ) from None
-    return found
+    return found, Contents(file, metadata, tuple(lines))

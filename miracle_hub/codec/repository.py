@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from miracle_hub.codec.config import digests_of, read_facts
+from miracle_hub.codec.guard import GUARD, Contents, Sealing, placeholder, read_contents
+from miracle_hub.codec.guarded import check_folder, check_together
 from miracle_hub.codec.naming import INDEX, index_name, shard_names
 from miracle_hub.codec.reading import Reading
-from miracle_hub.codec.source import weight_files
+from miracle_hub.codec.source import used_index, weight_files
 from miracle_hub.codec.stored import StoredTensor, joined, stored_in
 from miracle_hub.errors import ChecksumError, OptionError
 from miracle_hub.files.container import encode_file_header, files_kept_open, write_file
@@ -47,7 +49,8 @@ class Repository:
 
 @files_kept_open()
 def open_repository(path: Path, stages: int | None = None) -> Repository:
-    """Every tensor of a compressed folder or file by the headers, which are checked; nothing is decoded.
+    """Every tensor of a compressed folder or file by the headers, which are checked, as are the guards of all
+    that is read; nothing is decoded.
 
     Args:
         stages: of a folder, how many to read; None means all.
@@ -58,11 +61,15 @@ def open_repository(path: Path, stages: int | None = None) -> Repository:
         MissingWeightsError: there are no weights.
     """
     if path.is_file():
+        read_contents(path).check()
         return Repository(path, tuple(stored_in([path])), {}, 1, 1)
     facts = read_facts(path)
     digests = digests_of(facts)
     stages = check_stages(stages, len(digests), str(path))
-    tensors = stored_in(weight_files(path, index_name(stages, len(digests))))
+    index = index_name(stages, len(digests))
+    files = weight_files(path, index)
+    check_folder(path, files, stages, used_index(path, index))
+    tensors = stored_in(files)
     check_digest(tensors, digests[stages - 1], str(path))
     return Repository(path, tuple(tensors), facts, stages, len(digests))
 
@@ -74,12 +81,16 @@ def repository_of(reading: Reading) -> Repository:
         FormatError: and its subclasses: they do not belong together.
         MissingWeightsError: there are no weights.
     """
-    path, by_file = reading.path, {file.path: file.tensors for file in reading.files}
+    path, by_file = reading.path, {file.path: file for file in reading.files}
     facts = read_facts(path) if path.is_dir() else {}
     digests, tensors = digests_of(facts), []
     for stages, digest in enumerate(digests, 1):
-        files = [path] if path.is_file() else weight_files(path, index_name(stages, len(digests)))
-        tensors = joined([tensor for file in files for tensor in by_file[file]])
+        index = index_name(stages, len(digests))
+        files = [path] if path.is_file() else weight_files(path, index)
+        contents = [by_file[file].sound_contents() for file in files]
+        if path.is_dir():
+            check_together(path, contents, stages, used_index(path, index))
+        tensors = joined([tensor for file in files for tensor in by_file[file].tensors])
         check_digest(tensors, digest, str(path))
     return Repository(path, tuple(tensors), facts, len(digests), len(digests))
 
@@ -135,24 +146,42 @@ def payloads_digest(digests: Mapping[str, int]) -> str:
 
 @dataclass(frozen=True)
 class OutputFile:
-    """One safetensors file to write: its entries in order, and its metadata."""
+    """One safetensors file to write: its entries in order, and its metadata.
+
+    Attributes:
+        metadata: but for its guard.
+        guard: the key in its metadata of its guard; empty for a file that states none.
+    """
 
     name: str
     entries: list[TensorSpec]
     metadata: dict[str, str]
+    guard: str = ""
 
     @property
     def n_bytes(self) -> int:
-        """Of the whole file."""
-        return len(encode_file_header(self.entries, self.metadata)) + sum(e.n_bytes for e in self.entries)
+        """Of the whole file, guard included."""
+        return len(encode_file_header(self.entries, self._unsealed)) + sum(e.n_bytes for e in self.entries)
 
-    def write(self, folder: Path, data: Callable[[TensorSpec], bytes]) -> None:
-        """Write the file; `data` is asked for one entry at a time.
+    @property
+    def _unsealed(self) -> dict[str, str]:
+        return self.metadata | (placeholder(self.guard) if self.guard else {})
+
+    def write(self, folder: Path, data: Callable[[TensorSpec], bytes]) -> Contents | None:
+        """Write the file, with its guard once all else is written; `data` is asked for one entry at a time.
+
+        Returns:
+            What guards cover of it; None of a file without one.
 
         Raises:
             OutputWriteError: it cannot be written.
         """
-        write_file(folder / self.name, self.entries, self.metadata, data)
+        path, sealing = folder / self.name, Sealing(self.metadata, self.guard)
+        if not self.guard:
+            write_file(path, self.entries, self.metadata, data)
+            return None
+        write_file(path, self.entries, self._unsealed, sealing.noting(data), lambda: sealing.metadata)
+        return sealing.contents(path)
 
 
 def total_bytes(files: Iterable[OutputFile]) -> int:
@@ -160,8 +189,14 @@ def total_bytes(files: Iterable[OutputFile]) -> int:
     return sum(file.n_bytes for file in files)
 
 
-def sharded(entries: list[TensorSpec], max_shard_bytes: int, stem: str = "model") -> list[OutputFile]:
-    """Files of at most `max_shard_bytes` of data each (one tensor may exceed it), named as on the Hub."""
+def sharded(
+    entries: list[TensorSpec], max_shard_bytes: int, stem: str = "model", guard: str = GUARD
+) -> list[OutputFile]:
+    """Files of at most `max_shard_bytes` of data each (one tensor may exceed it), named as on the Hub.
+
+    Args:
+        guard: see `OutputFile`.
+    """
     shards: list[list[TensorSpec]] = [[]]
     filled = 0
     for entry in entries:
@@ -171,19 +206,26 @@ def sharded(entries: list[TensorSpec], max_shard_bytes: int, stem: str = "model"
         shards[-1].append(entry)
         filled += entry.n_bytes
     names = shard_names(stem, len(shards))
-    return [OutputFile(n, shard, {"format": "pt"}) for n, shard in zip(names, shards, strict=True)]
+    return [OutputFile(n, shard, {"format": "pt"}, guard) for n, shard in zip(names, shards, strict=True)]
 
 
-def write_indices(folder: Path, stages: Sequence[Sequence[OutputFile]]) -> None:
-    """An index for all stages, and one for every smaller number of them; none for a single file."""
+def write_indices(folder: Path, stages: Sequence[Sequence[OutputFile]], guards: Sequence[str] = ()) -> None:
+    """An index for all stages, and one for every smaller number of them; none for a single file.
+
+    Args:
+        guards: of the first n stages, for every n; none for files without them.
+    """
     if len(stages) == 1 and len(stages[0]) == 1:
         return
     for n in range(1, len(stages) + 1):
         files = [file for stage in stages[:n] for file in stage]
-        write_index(folder, files, index_name(n, len(stages)))
+        guard = {GUARD: guards[n - 1]} if guards else {}
+        write_index(folder, files, index_name(n, len(stages)), guard)
 
 
-def write_index(folder: Path, files: Sequence[OutputFile], name: str = INDEX) -> None:
+def write_index(
+    folder: Path, files: Sequence[OutputFile], name: str = INDEX, guard: Mapping[str, str] | None = None
+) -> None:
     """The index of a sharded repository, as transformers reads it.
 
     Raises:
@@ -191,6 +233,6 @@ def write_index(folder: Path, files: Sequence[OutputFile], name: str = INDEX) ->
     """
     total = sum(entry.n_bytes for file in files for entry in file.entries)
     weight_map = {entry.name: file.name for file in files for entry in file.entries}
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    index = {"metadata": {"total_size": total, **(guard or {})}, "weight_map": weight_map}
     with writing(folder / name):
         (folder / name).write_text(json.dumps(index, indent=2) + "\n")

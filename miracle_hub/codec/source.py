@@ -71,12 +71,19 @@ def weight_files(folder: Path, index: str = INDEX) -> list[Path]:
     """
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
-    if (folder / index).is_file():
-        return indexed_files(folder, folder / index)
+    if used := used_index(folder, index):
+        return indexed_files(folder, used)
     found = files_of_weights(folder)
     if found:
         return found
     raise missing_weights(str(folder), [path.name for path in folder.glob("*")])
+
+
+def used_index(folder: Path, index: str = INDEX) -> Path | None:
+    """The index that names the weights of a folder; None where a single file holds them, or nothing names
+    them.
+    """
+    return folder / index if not (folder / SINGLE).is_file() and (folder / index).is_file() else None
 
 
 def files_of_weights(folder: Path) -> list[Path]:

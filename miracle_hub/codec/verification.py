@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from miracle_hub.codec.dtypes import TORCH_DTYPES
+from miracle_hub.codec.guard import Contents
+from miracle_hub.codec.guarded import check_config, check_own_guard, unguarded
 from miracle_hub.codec.naming import (
+    CONFIG,
     INDEX_ENDING,
     STREAM,
     WEIGHTS_ENDING,
@@ -157,17 +160,16 @@ class _Check:
     def _found(self, file: FileReading) -> str:
         """
         Raises:
-            FormatError: it is JSON that is none, or an index that does not fit.
+            FormatError: and its subclasses: it is JSON that is none, an index that does not fit, or a
+                config.json that is another than its guard states.
         """
-        if file.path.suffix == WEIGHTS_ENDING:
+        if file.contents is not None:
             kinds = sorted(self.kinds.get(file.path, Counter()).items())
-            return ", ".join(f"{n} {kind}" for kind, n in kinds) or "no tensors"
+            found = ", ".join(f"{n} {kind}" for kind, n in kinds) or "no tensors"
+            return "; ".join(filter(None, (found, _said_of_guard(file.contents))))
         if file.name.endswith(INDEX_ENDING):
             return _check_index(file.path)
-        if file.path.suffix == ".json":
-            _read_json(file.path)
-            return "JSON"
-        return "read"
+        return _check_json(file.path) if file.path.suffix == ".json" else "read"
 
 
 def _check_cached(file: Path, hashes: Hashes) -> None:
@@ -202,11 +204,23 @@ def _check_finite(tensor: StoredTensor, values: Tensor) -> None:
         )
 
 
-def _read_json(file: Path) -> object:
+def _said_of_guard(contents: Contents) -> str:
+    return unguarded(contents) if contents.stated is None else "guard agrees"
+
+
+def _check_json(file: Path) -> str:
+    """
+    Raises:
+        FormatError: it is none. ChecksumError: a config.json is another than its guard states.
+    """
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{file}: expected JSON, found {error}; download it again") from None
+    if file.name != CONFIG or not isinstance(found, dict):
+        return "JSON"
+    guards = [check_config(file, found), check_own_guard(file, found)]
+    return "JSON, guard agrees" if any(guards) else "JSON"
 
 
 def _check_index(index: Path) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from miracle_hub.codec.dtypes import raw_bytes
+from miracle_hub.codec.guard import Contents, guards_of_stages
 from miracle_hub.codec.jobs import Job, run_all
 from miracle_hub.codec.naming import stage_name, stage_of
 from miracle_hub.codec.plan import Plain, Plan, Ready
@@ -20,6 +21,19 @@ from miracle_hub.files.container import opened
 from miracle_hub.format.spec import TensorSpec
 
 
+@dataclass(frozen=True)
+class Written:
+    """What config.json states of files, each of the first n stages, for every n.
+
+    Attributes:
+        digests: of the payloads.
+        guards: of all tensors.
+    """
+
+    digests: tuple[str, ...]
+    guards: tuple[str, ...]
+
+
 @dataclass
 class Writer:
     """Writes files entry after entry; payloads come from the jobs, in the order of the files."""
@@ -28,23 +42,26 @@ class Writer:
     plans: Mapping[str, Plan]
     backend: Backend
 
-    def write(self, stages: list[list[OutputFile]], jobs: list[list[Job]], progress: bool) -> list[str]:
-        """The files of all stages; returns the digest of the first n stages, for every n."""
+    def write(self, stages: list[list[OutputFile]], jobs: list[list[Job]], progress: bool) -> Written:
+        """The files of all stages, and their indices."""
         total = sum(job.source.n_weights for stage in jobs for job in stage)
         found: dict[str, int] = {}
-        digests = []
+        digests, contents = [], list[list[Contents]]()
         with tqdm(total=total, unit="weights", unit_scale=True, desc="compress", disable=not progress) as bar:
             for files, stage_jobs in zip(stages, jobs, strict=True):
                 results = run_all(stage_jobs, self._earlier, self.backend)
-                found |= self._write_stage(files, results, bar)
+                stage_digests, stage_contents = self._write_stage(files, results, bar)
+                found |= stage_digests
                 digests.append(payloads_digest(found))
-        write_indices(self.folder, stages)
-        return digests
+                contents.append(stage_contents)
+        guards = guards_of_stages(contents)
+        write_indices(self.folder, stages, guards)
+        return Written(tuple(digests), tuple(guards))
 
     def _write_stage(
         self, files: list[OutputFile], results: Iterator[tuple[Job, bytes]], bar: tqdm
-    ) -> dict[str, int]:
-        """The files of one stage; returns the digests of its payloads."""
+    ) -> tuple[dict[str, int], list[Contents]]:
+        """The files of one stage; returns the digests of its payloads, and what guards cover."""
         digests: dict[str, int] = {}
 
         def data(entry: TensorSpec) -> bytes:
@@ -61,9 +78,8 @@ class Writer:
             digests[entry.name] = _digest(raw, entry.name)
             return raw
 
-        for file in files:
-            file.write(self.folder, data)
-        return digests
+        written = [file.write(self.folder, data) for file in files]
+        return digests, [contents for contents in written if contents is not None]
 
     def _earlier(self, job: Job) -> Sequence[Tensor]:
         """The payloads of a tensor's stages before a job's, in order, as they were written."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +23,8 @@ from miracle_hub.files.whole import writing
 from miracle_hub.format.spec import TensorSpec
 
 _ALIGNMENT = 8
+_PREFIX = 8
+_CHUNK = 1 << 20  # a piece of a tensor that is in memory at a time; a choice
 _KEPT_OPEN: ContextVar[dict[Path, safe_open] | None] = ContextVar("_KEPT_OPEN", default=None)
 
 
@@ -42,22 +45,67 @@ def encode_file_header(entries: list[TensorSpec], metadata: dict[str, str]) -> b
 
 
 def write_file(
-    path: Path, entries: list[TensorSpec], metadata: dict[str, str], data: Callable[[TensorSpec], bytes]
+    path: Path,
+    entries: list[TensorSpec],
+    metadata: dict[str, str],
+    data: Callable[[TensorSpec], bytes],
+    seal: Callable[[], dict[str, str]] | None = None,
 ) -> None:
     """Write a safetensors file tensor after tensor; `data` is asked for one tensor at a time.
+
+    Args:
+        seal: asked after all data for the final metadata, which are written over the first: what they say of
+            the data is known only then. Their header has the same length.
 
     Raises:
         OutputWriteError: the file cannot be written.
     """
+    header = encode_file_header(entries, metadata)
     with writing(path), open(path, "wb") as file:
-        file.write(encode_file_header(entries, metadata))
+        file.write(header)
         for entry in entries:
             raw = data(entry)
             if len(raw) != entry.n_bytes:
                 raise AssertionError(f"{entry.name}: planned {entry.n_bytes} bytes, got {len(raw)}")
             file.write(raw)
+        if seal is not None:
+            sealed = encode_file_header(entries, seal())
+            if len(sealed) != len(header):
+                raise AssertionError(f"{path}: planned a header of {len(header)} bytes, got {len(sealed)}")
+            file.seek(0)
+            file.write(sealed)
         file.flush()
         os.fsync(file.fileno())
+
+
+def raw_entries(path: Path) -> tuple[dict[str, str], Iterator[tuple[TensorSpec, Iterator[bytes]]]]:
+    """The metadata of a file, and every tensor with its bytes, of which a piece is in memory at a time.
+
+    The library, which gives no bytes of dtypes that torch has not, checks the header first.
+
+    Raises:
+        FormatError: the file is not a sound safetensors file.
+    """
+    with opened(path) as file:
+        metadata = file.metadata() or {}
+    return metadata, _raw_entries(path)
+
+
+def _raw_entries(path: Path) -> Iterator[tuple[TensorSpec, Iterator[bytes]]]:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(_PREFIX), "little")
+        header = json.loads(file.read(length))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                start, end = entry["data_offsets"]
+                found = TensorSpec(name, entry["dtype"], tuple(entry["shape"]))
+                yield found, _pieces(file, _PREFIX + length + start, end - start)
+
+
+def _pieces(file: BinaryIO, start: int, n_bytes: int) -> Iterator[bytes]:
+    file.seek(start)
+    for first in range(0, n_bytes, _CHUNK):
+        yield file.read(min(_CHUNK, n_bytes - first))
 
 
 @contextmanager
@@ -76,8 +124,8 @@ def files_kept_open() -> Iterator[None]:
         _KEPT_OPEN.reset(token)
 
 
-def read_through(path: Path, hashes: Sequence[Hashes]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a file once, in the order of its bytes, all of which are hashed on the way.
+def read_through(path: Path, hashes: Sequence[Hashes]) -> Iterator[tuple[str, Tensor, memoryview]]:
+    """Every tensor of a file once with its bytes, in their order, all of which are hashed on the way.
 
     Raises:
         FormatError: the file is not a sound safetensors file.
@@ -92,7 +140,7 @@ def read_through(path: Path, hashes: Sequence[Hashes]) -> Iterator[tuple[str, Te
             data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
             for each in hashes:
                 each.update(data)
-            yield name, tensor
+            yield name, tensor, data
 
 
 def _head(path: Path) -> bytes:

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from miracle_hub.code import Code
 from miracle_hub.codec.dtypes import DTYPE_NAMES
+from miracle_hub.codec.guard import GUARD, placeholder
 from miracle_hub.codec.modules import module_tensors
 from miracle_hub.codec.naming import STREAM
-from miracle_hub.codec.network import network_entries, spec_of
-from miracle_hub.codec.repository import OutputFile, sharded
+from miracle_hub.codec.network import network_entries, network_file, spec_of
+from miracle_hub.codec.repository import sharded
 from miracle_hub.coding.matrix import matrix_columns
 from miracle_hub.errors import BudgetError
 from miracle_hub.format.network import NetworkHeader, SharedSpec, encode_network
@@ -133,7 +134,7 @@ class _NetworkFile:
         code = code_for(self.n_values, f"{len(self.specs)} tensors")
         stream = len(encode_network(NetworkHeader(code, self.specs), b"", b""))
         stream += _SCALE_BYTES * len(self.specs) + code.message_bytes(self.n_values)
-        return OutputFile("", network_entries(self.plain, {STREAM: stream}), {}).n_bytes
+        return network_file("", network_entries(self.plain, {STREAM: stream})).n_bytes
 
 
 def _network_file(model: nn.Module, targets: Sequence[Target], config: VariationalConfig) -> _NetworkFile:
@@ -215,6 +216,8 @@ def _narrowing(entry: TensorSpec) -> int:
     return max(0, len(json.dumps(json.dumps(entry.name))) + 2 - entry.n_bytes // 2)
 
 
-# Of one file: {"format": "pt", "narrowed_from_F32": "[…]"} with its key, and the padding of the header, twice
-# for the shard more that another order may need.
-_METADATA = 2 * (len('"__metadata__":{"format":"pt","narrowed_from_F32":"[]"},') + 8)
+# Of one file: {"format": "pt", "narrowed_from_F32": "[…]", "miracle_guard": "…"} with its key, and the
+# padding of the header, twice for the shard more that another order may need.
+_METADATA = 2 * (
+    len('"__metadata__":{"format":"pt","narrowed_from_F32":"[]"},') + len(json.dumps(placeholder(GUARD))) + 8
+)

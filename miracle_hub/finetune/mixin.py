@@ -1,6 +1,7 @@
 """`MiracleHubMixin`: small networks that are pushed and loaded in the manner of PyTorchModelHubMixin."""
 
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,11 @@ from huggingface_hub import CommitInfo, PyTorchModelHubMixin
 from huggingface_hub.utils import filter_repo_objects
 from torch import nn
 
+from miracle_hub.codec.config import read_config
+from miracle_hub.codec.guard import GUARD, with_own_guard
+from miracle_hub.codec.guarded import check_own_guard
 from miracle_hub.codec.modules import load, stream_header
-from miracle_hub.codec.naming import variant_name
+from miracle_hub.codec.naming import CONFIG, variant_name
 from miracle_hub.errors import MissingWeightsError
 from miracle_hub.files.digests import sha256_of
 from miracle_hub.files.folders import visible_files
@@ -48,9 +52,11 @@ class MiracleHubMixin(PyTorchModelHubMixin):
         is_own_card = variant is None or not (folder / "README.md").exists()
         if options.get("push_to_hub"):
             options["variant"] = variant
+        config = options.pop("config", None)
         vars(self)[_VARIANT] = variant
         try:
-            done = super().save_pretrained(folder, **options)
+            config = _guarded(self._hub_mixin_config if config is None else config)
+            done = super().save_pretrained(folder, config=config, **options)
         finally:
             vars(self).pop(_VARIANT, None)  # a push has saved, and removed it, a second time
         if is_own_card:
@@ -141,7 +147,8 @@ class MiracleHubMixin(PyTorchModelHubMixin):
 
         Raises:
             SourceError: there is no such folder or repository. MissingWeightsError: it has no such file.
-            FormatError: and its subclasses: the file is not sound, or is that of another module.
+            FormatError: and its subclasses: the file, or config.json, is not sound, or is that of another
+                module.
         """
         source, name = Path(pretrained_model_name_or_path), variant_name(variant)
         if not source.is_dir():
@@ -156,6 +163,7 @@ class MiracleHubMixin(PyTorchModelHubMixin):
                 f"{pretrained_model_name_or_path}: expected {(Path(subfolder) / name).as_posix()}, found "
                 "no such file; check subfolder and variant, or save the network there"
             )
+        check_own_guard(source / subfolder / CONFIG, read_config(source / subfolder))
         return super().from_pretrained(source / subfolder, miracle_weights_name=name, **model_kwargs)
 
     @classmethod
@@ -178,6 +186,25 @@ class MiracleHubMixin(PyTorchModelHubMixin):
         Raises:
             FormatError: and its subclasses: the file is not sound, or is that of another module.
         """
-        model = cls(**model_kwargs)
+        model = cls(**_without_guard(model_kwargs))
         assert isinstance(model, nn.Module)
         return load(Path(model_id) / miracle_weights_name, model).to(map_location).eval()
+
+
+def _guarded(config: Any) -> dict[str, Any] | None:
+    """A network's config.json with its guard; None where it has none.
+
+    Args:
+        config: a dictionary of JSON, or a dataclass, as huggingface_hub takes them.
+    """
+    if config is None:
+        return None
+    return with_own_guard(config if isinstance(config, dict) else asdict(config))
+
+
+def _without_guard(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `__init__`, which gets all of config.json if it takes **kwargs or `config`."""
+    own = {name: value for name, value in arguments.items() if name != GUARD}
+    if isinstance(config := own.get("config"), dict):
+        own["config"] = {name: value for name, value in config.items() if name != GUARD}
+    return own

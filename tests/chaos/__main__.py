@@ -1,4 +1,4 @@
-"""Kills, races and full disks on every verb: python -m tests.chaos --kills 400 (make chaos).
+"""Kills, races, full disks and damaged files: python -m tests.chaos --kills 400 --damages 10000 (make chaos).
 
 All random choices come from --seed; a failure prints the number of the kill, which --first repeats.
 """
@@ -11,6 +11,7 @@ from collections import Counter
 from .environment import WORK  # first: it sets what other modules read when they are imported
 
 # isort: split
+from .damages import damage
 from .disks import starve
 from .kills import one_kill
 from .races import one_race
@@ -21,6 +22,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=400)
     parser.add_argument("--races", type=int, default=24)
     parser.add_argument("--disks", type=int, default=48, help="how many sizes of disk")
+    parser.add_argument("--damages", type=int, default=10_000, help="files damaged and read")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first kill")
     options = parser.parse_args()
@@ -32,8 +34,10 @@ def main() -> None:
         one_race(options.seed, race, counts)
     for disk in range(options.disks):
         starve(options.seed, disk, counts)
+    table = damage(options.seed, options.damages)
     for what, count in sorted(counts.items()):
         print(f"{count:5} {what}")
+    print(table)
     print(f"{n_kills} kills, {time.monotonic() - started:.0f} s")
     shutil.rmtree(WORK, ignore_errors=True)
 

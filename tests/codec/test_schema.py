@@ -20,6 +20,7 @@ from miracle_hub.code import (
     Code,
 )
 from miracle_hub.codec.compress import Report
+from miracle_hub.codec.guard import GUARD, GUARD_ALONE
 from miracle_hub.codec.network import read_network
 from miracle_hub.codec.repository import open_repository
 from miracle_hub.format import network, payload
@@ -120,12 +121,33 @@ def test_networks_files_obey_the_schema(path: Path) -> None:
         {"seed": -1},
         {"seed": 2**64},
         {"bits_per_weight": "2"},
+        {"guard": "0" * 64},
+        {"guard": {}},
+        {"guard": {"tensors": []}},
+        {"guard": {"tensors": ["0" * 32]}},
+        {"guard": {"tensors": ["0" * 64], "config": None}},
     ],
     ids=str,
 )
 def test_a_wrong_quantization_config_does_not_obey_it(change: dict[str, Any]) -> None:
     assert is_valid(RIGHT, "quantization_config")
     assert not is_valid(RIGHT | change, "quantization_config")
+
+
+@pytest.mark.parametrize(
+    ("kind", "right", "wrong"),
+    [
+        ("quantization_config", RIGHT | {"guard": {"tensors": ["0" * 64], "config": "f" * 64}}, 5),
+        ("quantization_config", RIGHT | {"guard": {"tensors": ["0" * 64] * 9}}, RIGHT | {"guard": None}),
+        ("file_header", {"__metadata__": {GUARD: "0" * 32}}, {"__metadata__": {GUARD: "0" * 64}}),
+        ("file_header", {"__metadata__": {GUARD_ALONE: "0" * 32}}, {"__metadata__": {GUARD_ALONE: "A" * 32}}),
+        ("index", {"metadata": {GUARD: "0" * 64}, "weight_map": {"a": "b"}}, {"weight_map": {"a": "../b"}}),
+        ("index", {"weight_map": {}}, {"metadata": {GUARD: "0" * 32}, "weight_map": {}}),
+        ("network_config", {"width": 5, GUARD: "0" * 64}, {GUARD: 5}),
+    ],
+)
+def test_guards_obey_it(kind: str, right: object, wrong: object) -> None:
+    assert is_valid(right, kind) and not is_valid(wrong, kind)
 
 
 def test_its_limits_are_those_of_the_readers() -> None:

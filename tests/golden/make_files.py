@@ -23,6 +23,9 @@ from miracle_hub.format.network import NetworkHeader, SharedSpec
 from miracle_hub.options import CompressOptions
 
 GOLDEN = Path(__file__).parent
+# Those that are not called guarded are of before there were guards.
+NAMES_OF_FILES = ("repository_1", "repository_2", "repository_2_guarded")
+NAMES_OF_FILES += ("network_1.safetensors", "network_1_guarded.safetensors")
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 NAMES |= {torch.int64: "I64", torch.uint8: "U8"}
 
@@ -60,7 +63,7 @@ def content(tensors: dict[str, Tensor]) -> dict[str, str]:
 
 def make_repository(path: Path) -> dict[str, str]:
     """As many stages as its version has at least."""
-    stages = int(path.name.removeprefix("repository_"))
+    stages = int(path.name.split("_")[1])
     with tempfile.TemporaryDirectory() as temporary:
         dense = Path(temporary) / "dense"
         dense_model(dense)
@@ -99,7 +102,7 @@ def make_network(path: Path) -> dict[str, str]:
 if __name__ == "__main__":
     listed = GOLDEN / "files.json"
     files = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else {}
-    for name in ("repository_1", "repository_2", "network_1.safetensors"):
+    for name in NAMES_OF_FILES:
         if name not in files:
             files[name] = (make_repository if name.startswith("repository") else make_network)(GOLDEN / name)
     listed.write_text(json.dumps(files, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import miracle_hub
 from miracle_hub import CodingOptions, MiracleHubMixin, code_model, make_variational, verify
-from miracle_hub.errors import FormatError, MissingWeightsError, OptionError, SourceError
+from miracle_hub.codec.guard import with_own_guard
+from miracle_hub.errors import ChecksumError, FormatError, MissingWeightsError, OptionError, SourceError
 
 from .client import Client
 from .here import UPLOADS_WARN, use_here
@@ -54,7 +55,7 @@ def test_a_network_goes_through_a_folder_with_its_arguments_and_buffers(streams:
     model.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"README.md", "config.json", "model.safetensors"}
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config == {"width": 10, "classes": 4, "names": ["a", "ß"]}
+    assert config == with_own_guard({"width": 10, "classes": 4, "names": ["a", "ß"]})
     loaded = load(tmp_path)
     assert type(loaded) is Digits and not loaded.training and loaded.names == ["a", "ß"]
     assert torch.equal(loaded(X), model(X))
@@ -75,6 +76,39 @@ def test_arguments_of_the_call_come_before_those_of_the_file(tmp_path: Path) -> 
         FormatError, match="the module's coded tensors have other names, dtypes or shapes than"
     ):
         load(tmp_path, width=11)
+
+
+def test_other_arguments_than_those_that_were_saved_are_refused(tmp_path: Path) -> None:
+    coded(width=10, names=["a"]).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"names": ["b"]}))
+    with pytest.raises(
+        ChecksumError, match=r"config\.json: expected what guard .* remove miracle_guard from"
+    ):
+        load(tmp_path)
+    del config["miracle_guard"]  # on purpose, or by an older version
+    (tmp_path / "config.json").write_text(json.dumps(config | {"names": ["b"]}))
+    assert load(tmp_path).names == ["b"]
+
+
+class Open(Digits):
+    """Takes all that config.json holds, in both ways that huggingface_hub knows."""
+
+    def __init__(self, config: dict[str, Any] | None = None, **more: Any) -> None:
+        super().__init__()
+        self.seen = {**(config or {}), **more}
+
+
+def test_the_guard_is_no_argument_of_the_network(tmp_path: Path) -> None:
+    coded().save_pretrained(tmp_path, config={"size": 5})
+    loaded: Any = Open.from_pretrained(tmp_path)
+    assert loaded.seen == {"size": 5}
+
+
+def test_a_configuration_given_to_save_is_guarded_too(tmp_path: Path) -> None:
+    coded().save_pretrained(tmp_path, config={"classes": 4})
+    assert json.loads((tmp_path / "config.json").read_text()) == with_own_guard({"classes": 4})
+    assert torch.equal(load(tmp_path)(X), load(tmp_path, classes=4)(X))
 
 
 def test_only_a_coded_network_is_saved(tmp_path: Path) -> None:
