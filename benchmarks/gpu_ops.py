@@ -19,8 +19,8 @@ from miracle_kernels.checks import message_bytes
 from miracle_kernels.codebook import codebook_torch, codebook_triton
 from miracle_kernels.decode import decode_torch, decode_triton
 from miracle_kernels.decode_linear import decode_linear_torch, decode_linear_triton
+from miracle_kernels.draws import noise_torch
 from miracle_kernels.reparameterize import (
-    noise_torch,
     reparameterize,
     reparameterize_backward_triton,
     reparameterize_triton,

@@ -1,41 +1,86 @@
-"""Writes the README's measured section from benchmarks/results/*.json: `python benchmarks/report.py`."""
+"""Writes docs/results.md, its figures and README's table from benchmarks/results/*.json.
 
-import json
+python benchmarks/report.py        (`make docs` calls it)
+"""
+
 import re
-from typing import Any
 
-from record import RESULTS, ROOT
+from figures import PEERS, load, write_figures
+from record import ROOT
 
-# Whole-file peers on the same task and test split: NNCodec 2.1.3 with its trellis.
-_NNCODEC = {1.1: "64.3 at 1.04", 1.6: "77.9 at 1.74", 2.1: "80.65 at 2.20", 3.05: "81.95 at 3.05"}
+RESULTS_PAGE = ROOT / "docs" / "results.md"
+README = ROOT / "README.md"
+_DENSE_BYTES = {"minilm": 90_868_376, "lenet": 1_724_320}
+_HEAD = """# Results
 
-
-def load(name: str) -> dict[str, Any]:
-    """The results of one benchmark."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
+`make docs` writes this page and its figures from `benchmarks/results/`, whose files have the machine, the
+versions and the commit of every run. `make bench` and `make bench-fit` repeat the measurements."""
 
 
 def minilm() -> str:
     """The table of MiniLM's rates."""
     results = load("minilm")["results"]
     lines = [
-        f"all-MiniLM-L6-v2 (22.7 M weights), default options, STS-B test Spearman; dense: 90,868,376 bytes, "
-        f"{results['dense']['spearman']['test']:.2f}.",
+        "## A hub model",
         "",
-        "| bits per weight, whole file | bytes | Spearman | compress seconds | NNCodec 2.1.3 |",
-        "|---|---|---|---|---|",
+        "![Spearman over bits per weight](figures/rate_quality.svg)",
+        "",
+        f"all-MiniLM-L6-v2 (22.7 M weights), default options, STS-B test Spearman × 100; dense: "
+        f"{_DENSE_BYTES['minilm']:,} bytes, {results['dense']['spearman']['test']:.2f}.",
+        "",
+        "| bits per weight, whole file | bytes | Spearman | compress seconds |",
+        "|---|---|---|---|",
     ]
     for row in results["compressed"]:
-        peer = _NNCODEC.get(row["asked"], "")
-        score = f"{row['spearman']['test']:.2f}"
-        lines.append(
-            f"| {row['asked']} | {row['bytes']:,} | {score} | {row['compress_seconds']:.0f} | {peer} |"
-        )
+        score, seconds = f"{row['spearman']['test']:.2f}", f"{row['compress_seconds']:.0f}"
+        lines.append(f"| {row['asked']} | {row['bytes']:,} | {score} | {seconds} |")
+    return "\n".join([*lines, "", peers()])
+
+
+def stories() -> str:
+    """The table of a causal language model."""
+    results = load("stories")["results"]
+    lines = [
+        "## A causal language model",
+        "",
+        "stories260K (a Llama of 260,032 weights), default options, perplexity on 15,330 tokens of "
+        f"TinyStories; dense: {results['dense']['perplexity']:.2f}. There is no calibration.",
+        "",
+        "| bits per weight, whole file | bytes | perplexity |",
+        "|---|---|---|",
+    ]
+    for row in results["compressed"]:
+        lines.append(f"| {row['asked']} | {row['bytes']:,} | {row['perplexity']:.2f} |")
+    return "\n".join(lines)
+
+
+def peers() -> str:
+    """The table of other methods on the same model and test split."""
+    lines = [
+        "Other methods on the same model and test split (`benchmarks/peers.py`). All matrices are coded, "
+        "word embeddings included, also where a library leaves those dense by itself; vectors count 16 bits "
+        "a weight (NNCodec codes them itself); headers count nothing. No method sees data.",
+        "",
+        "| method | setting | bits per weight | bytes | Spearman |",
+        "|---|---|---|---|---|",
+    ]
+    for name in PEERS:
+        found = load(f"peers/{name}")["results"]
+        method = name if found["written_by"] == "this script" else f"{name} ({found['written_by']})"
+        for row in found["rows"]:
+            setting = f"qp {row['setting']}" if name == "nncodec" else f"{row['setting']} bits"
+            lines.append(
+                f"| {method} | {setting} | {row['bits_per_weight']:.2f} | {row['bytes']:,} | "
+                f"{row['spearman']['test']:.2f} |"
+            )
+    hqq, nf4 = load("peers/loading")["results"]
+    loads = "saves and loads it" if hqq["loads"] else f"refuses: {hqq['error']!r}"
     lines += [
         "",
-        "The NNCodec column (trellis on) is Spearman at bits per weight from an earlier measurement on the",
+        f"As transformers {nf4['transformers']} itself writes NF4, this model has {nf4['bytes']:,} bytes, "
+        f"{nf4['bits_per_weight']:.1f} bits per weight: embeddings and vectors stay dense. With HQQ it "
+        f"{loads}.",
     ]
-    lines += ["same test split; `make bench` does not repeat it."]
     return "\n".join(lines)
 
 
@@ -45,6 +90,10 @@ def rate_distortion() -> str:
     sliding = [r for r in rows if r["step_bits"] < r["window_bits"]]
     rates = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0)
     lines = [
+        "## The code",
+        "",
+        "![Decibels above Shannon's bound over the rate](figures/rate_distortion.svg)",
+        "",
         "Unit Gaussian source, mean squared error (Shannon's bound is 4^-rate):",
         "",
         "| bits per weight | bound | L = 8 | L = 12 | L = 14 | L = 16 |",
@@ -76,7 +125,9 @@ def speed() -> str:
     machine = load("throughput")["machine"]
     return "\n".join(
         [
-            f"Speed on {machine['cores']} cores ({machine['cpu']}):",
+            "## Speed and memory",
+            "",
+            f"On {machine['cores']} cores ({machine['cpu']}):",
             "",
             f"- encode at 2 bits: {encode[12, 2, 1]:.1f} M weights/s with L = 12, {encode[14, 2, 1]:.2f} M "
             f"with L = 14 (default), {encode[16, 2, 1]:.2f} M with L = 16;",
@@ -105,6 +156,10 @@ def lenet() -> str:
     """The table of LeNet-5, and what is left of it without its smallest weights."""
     rows = sorted(load("lenet")["results"]["coded"], key=lambda row: (row["parametrization"], row["bits"]))
     lines = [
+        "## A kilobyte network",
+        "",
+        "![Test error over bytes of the file](figures/lenet.svg)",
+        "",
         "LeNet-5 (Caffe, 431,080 weights) on MNIST; one core does it all. Published: Havasi et al. 2019; "
         "at 8,008 bits what is claimed for a public file of 1,140 bytes.",
         "",
@@ -148,7 +203,7 @@ def fits() -> str:
 
 
 def fine_tuning() -> str:
-    """The tables of networks fitted within a budget."""
+    """A hub model fitted within a budget."""
     found, step = load("sst2")["results"], load("variational_step")["results"]
     dense, coded = found["dense"], found["variational"]
     options = coded["options"][0]  # runs before the option had its name called it bits_per_weight
@@ -159,18 +214,29 @@ def fine_tuning() -> str:
     )
     return "\n".join(
         [
-            lenet(),
+            "## Fine-tuned within a budget",
             "",
-            f"all-MiniLM-L6-v2 with a head on SST-2, {steps} steps each: dense {dense['test']:.1f} %, at "
-            f"{rate} bit per coded weight {coded['test']:.1f} % ({coded['bits_per_weight_whole_file']:.2f} "
-            f"bits per weight over the whole file of {coded['file_bytes']:,.0f} bytes). Per seed: dense "
-            f"{each(dense['tests'])}, coded {each(coded['tests'])}.",
+            f"all-MiniLM-L6-v2 with a head on SST-2, {steps} steps each: dense {dense['test']:.1f} %, at a "
+            f"rate of {rate} bit per coded weight {coded['test']:.1f} % "
+            f"({coded['bits_per_weight_whole_file']:.2f} bits per weight over the whole file of "
+            f"{coded['file_bytes']:,.0f} bytes). Per seed: dense {each(dense['tests'])}, coded "
+            f"{each(coded['tests'])}.",
             "",
             "A step of training (batch 32 × 64 tokens) takes so many times the time and memory of a plain "
             f"one: {times}.",
-            "",
-            "`make bench-fit` repeats these figures.",
         ]
+    )
+
+
+def gpu() -> str:
+    """What is known of a GPU as long as nothing is measured."""
+    found = load("gpu-floors")["results"]
+    problems = found["problems"]
+    targets = [p["predicted_met_at_best"] for p in problems if p["target"] is not None]
+    return (
+        f"## On a GPU\n\nNothing is measured yet. `benchmarks/results/gpu-floors.json` predicts the times of "
+        f"{len(problems)} calls of the kernels ({found['chip']['name']}). Of {len(targets)} with a target, "
+        f"{sum(targets)} meet it if all units of the GPU overlap perfectly."
     )
 
 
@@ -179,18 +245,60 @@ def each(percents: list[float]) -> str:
     return ", ".join(f"{percent:.2f}" for percent in percents)
 
 
-def written(text: str, marker: str, body: str) -> str:
-    """A text with a body between two markers."""
-    pattern = rf"<!-- {marker} -->.*<!-- /{marker} -->"
-    return re.sub(pattern, lambda _: f"<!-- {marker} -->\n{body}\n<!-- /{marker} -->", text, flags=re.DOTALL)
+def share(n_bytes: float, dense: str) -> str:
+    """Of the dense model's bytes, in percent."""
+    return f"{100 * n_bytes / _DENSE_BYTES[dense]:.2g} %"
+
+
+def summary() -> str:
+    """README's table."""
+    results, fitted = load("minilm")["results"], load("sst2")["results"]
+    dense = results["dense"]["spearman"]["test"]
+    lines = [
+        "| model | bytes | of dense | bits per weight | quality | dense |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in results["compressed"]:
+        if row["asked"] in (1.0, 2.0, 3.0):
+            lines.append(
+                f"| all-MiniLM-L6-v2, compressed | {row['bytes']:,} | {share(row['bytes'], 'minilm')} | "
+                f"{row['asked']} | STS-B {row['spearman']['test']:.2f} | {dense:.2f} |"
+            )
+    coded = fitted["variational"]
+    lines.append(
+        f"| the same, fitted to SST-2 | {coded['file_bytes']:,.0f} | "
+        f"{share(coded['file_bytes'], 'minilm')} | {coded['bits_per_weight_whole_file']:.1f} | "
+        f"accuracy {coded['test']:.1f} % | {fitted['dense']['test']:.1f} % |"
+    )
+    n_weights = _DENSE_BYTES["lenet"] // 4
+    for row in sorted(load("lenet")["results"]["coded"], key=lambda row: -row["file_bytes"]):
+        if row["parametrization"] == "mean-kl":
+            n_bytes = row["file_bytes"]
+            lines.append(
+                f"| LeNet-5 on MNIST, fitted | {n_bytes:,} | {share(n_bytes, 'lenet')} | "
+                f"{8 * n_bytes / n_weights:.3f} | error {row['test_error']:.2f} % | |"
+            )
+    return "\n".join(lines)
+
+
+def results_page() -> str:
+    """docs/results.md."""
+    parts = (_HEAD, minilm(), stories(), fine_tuning(), lenet(), rate_distortion(), speed(), gpu())
+    return "\n\n".join(parts) + "\n"
+
+
+def readme() -> str:
+    """README.md with its table between markers written anew."""
+    pattern, table = r"<!-- results -->.*<!-- /results -->", summary()
+    text = README.read_text(encoding="utf-8")
+    return re.sub(pattern, lambda _: f"<!-- results -->\n{table}\n<!-- /results -->", text, flags=re.DOTALL)
 
 
 def main() -> None:
-    """Write the tables between the markers of README.md."""
-    path = ROOT / "README.md"
-    text = written(path.read_text(encoding="utf-8"), "fitted", fine_tuning())
-    body = "\n\n".join((minilm(), rate_distortion(), speed()))
-    path.write_text(written(text, "measured", body))
+    """Write the page, its figures, and README's table."""
+    write_figures()
+    RESULTS_PAGE.write_text(results_page(), encoding="utf-8")
+    README.write_text(readme(), encoding="utf-8")
 
 
 if __name__ == "__main__":

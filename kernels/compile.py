@@ -1,13 +1,16 @@
 """Compiles every Triton kernel ahead of time and counts what it uses; needs no GPU.
 
     python kernels/compile.py                    # writes kernels/resources.json
+    python kernels/compile.py --if-changed       # the same, where that is of other sources; then it fails
     python kernels/compile.py --only codebook    # prints what the variants of one op use
 
-Registers, spills and shared memory chose the default tile sizes of miracle_kernels/tuning.py, and
-tests/kernels/test_compilation.py fails when a change makes a kernel spill or outgrow a GPU.
+Registers, spills and shared memory chose the default tile sizes of miracle_kernels/tuning.py. It fails when a
+kernel does not compile, spills or outgrows a GPU. The report names the sources it is of, so that nobody has
+to compile what has not changed: tests/kernels/test_compilation.py reads it and compiles a few kernels anew.
 """
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
@@ -28,7 +31,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from fits import misfits
 from miracle_kernels import _triton
+from sources import kept, source_digest
 from variants import TARGETS, VARIANTS, Variant
 
 OUTPUT = Path(__file__).parent / "resources.json"
@@ -137,24 +142,34 @@ def usage(variant: Variant, target: GPUTarget) -> dict[str, Any]:
     return found
 
 
-def attempt(task: tuple[int, str]) -> tuple[dict[str, Any], float]:
-    """The usage of one variant on one target, or why there is none, and the seconds that took."""
-    index, target = task
-    start = time.perf_counter()
-    try:
-        found = usage(VARIANTS[index], GPUTarget(*TARGETS[target]))
-    except Exception as error:  # Triton raises whatever its passes do; the report says which
-        found = {"error": f"{type(error).__name__}: {error}"}
+def attempt(task: tuple[int, str, Path | None]) -> tuple[dict[str, Any], float]:
+    """The usage of one variant on one target, or why there is none, and the seconds that took.
+
+    Args:
+        task: a place in VARIANTS, a target, and the folder that keeps results, if one does.
+    """
+    index, target, folder = task
+    variant, start = VARIANTS[index], time.perf_counter()
+
+    def compiled() -> dict[str, Any]:
+        try:
+            return usage(variant, GPUTarget(*TARGETS[target]))
+        except Exception as error:  # Triton raises whatever its passes do; the report says which
+            return {"error": f"{type(error).__name__}: {error}"}
+
+    found = kept(folder, f"{variant.name} {target}", compiled) if folder else compiled()
     return found, time.perf_counter() - start
 
 
-def compile_all(indices: list[int]) -> dict[str, dict[str, Any]]:
+def compile_all(
+    indices: list[int], targets: list[str], folder: Path | None = None
+) -> dict[str, dict[str, Any]]:
     """Variant name → target → kernel → usage."""
     report: dict[str, dict[str, Any]] = {VARIANTS[index].name: {} for index in indices}
-    tasks = [(index, target) for index in indices for target in TARGETS]
+    tasks = [(index, target, folder) for index in indices for target in targets]
     # Spawned, not forked: torch and LLVM have threads.
     with multiprocessing.get_context("spawn").Pool(len(os.sched_getaffinity(0)), single_threaded) as pool:
-        for (index, target), (found, seconds) in zip(tasks, pool.imap(attempt, tasks), strict=True):
+        for (index, target, _), (found, seconds) in zip(tasks, pool.imap(attempt, tasks), strict=True):
             name = VARIANTS[index].name
             report[name][target] = found
             print(f"{name} {target}: {found.get('error', 'ok')} ({seconds:.2f} s)", flush=True)
@@ -176,11 +191,25 @@ def versions() -> dict[str, str]:
     }
 
 
+def identity() -> dict[str, Any]:
+    """What a report is of: the sources' digest and the compilers."""
+    return {"sources": source_digest(), "versions": versions()}
+
+
+def results_folder(folder: Path) -> Path:
+    """Where results of these sources, compilers and targets are kept."""
+    whole = json.dumps([identity(), TARGETS])
+    return folder / hashlib.sha256(whole.encode()).hexdigest()[:32]
+
+
 def arguments() -> argparse.Namespace:
     """The command line; ends the program where kernels are interpreted."""
     parser = argparse.ArgumentParser(description="Compile every kernel ahead of time.")
-    parser.add_argument("--output", type=Path, default=OUTPUT)
-    parser.add_argument("--only", default="", help="print the variants whose name starts so; write nothing")
+    parser.add_argument("--output", type=Path, help="the report; resources.json if everything is compiled")
+    parser.add_argument("--if-changed", action="store_true", help="only if the report is of other sources")
+    parser.add_argument("--only", nargs="+", default=[""], help="variants whose name starts so")
+    parser.add_argument("--target", choices=TARGETS, help="this one alone")
+    parser.add_argument("--kept", type=Path, help="a folder of results that need not be compiled again")
     if knobs.runtime.interpret:
         parser.error(
             "expected compiled kernels, found TRITON_INTERPRET in the environment, which interprets them; "
@@ -189,23 +218,55 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> int:
-    """Compile, write the report, and fail when a kernel does not compile for an NVIDIA target."""
-    chosen = arguments()
-    indices = [i for i, variant in enumerate(VARIANTS) if variant.name.startswith(chosen.only)]
+def write(path: Path, report: dict[str, Any]) -> None:
+    """The report, whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(report, indent=2) + "\n")
+    partial.replace(path)
+    print(f"wrote {path}")
+
+
+def compile_chosen(chosen: argparse.Namespace) -> dict[str, Any]:
+    """The report of the variants and targets that the command line names."""
+    indices = [i for i, variant in enumerate(VARIANTS) if variant.name.startswith(tuple(chosen.only))]
+    targets = [chosen.target] if chosen.target else list(TARGETS)
+    folder = results_folder(chosen.kept) if chosen.kept else None
     with tempfile.TemporaryDirectory() as cache:  # an empty cache: every kernel is compiled now
         os.environ["TRITON_CACHE_DIR"] = cache
-        report = compile_all(indices)
-    content = json.dumps({"versions": versions(), "variants": report}, indent=2) + "\n"
-    if chosen.only:
-        print(content)
-    else:
-        partial = chosen.output.with_suffix(".partial")
-        partial.write_text(content)
-        partial.replace(chosen.output)
-        print(f"wrote {chosen.output}")
-    failed = [target for found in report.values() for target in found if "error" in found[target]]
-    return int(any(target != "gfx942" for target in failed))
+        return identity() | {"variants": compile_all(indices, targets, folder)}
+
+
+def main() -> int:
+    """Compile, write the report, and fail where a kernel does not fit or the report was of other sources."""
+    chosen = arguments()
+    whole = chosen.only == [""] and not chosen.target
+    before = json.loads(OUTPUT.read_text()) if chosen.if_changed and OUTPUT.exists() else {}
+    now = identity()
+    if now.items() <= before.items():
+        print(f"{OUTPUT} is of these sources and compilers: nothing to compile")
+        return 0
+    report = compile_chosen(chosen)
+    output = chosen.output or (OUTPUT if whole and before.get("sources") != now["sources"] else None)
+    if output:
+        write(output, report)
+    elif not chosen.if_changed:
+        print(json.dumps(report, indent=2))
+    wrong = wrong_in(report["variants"])
+    if chosen.if_changed and before.get("sources") != now["sources"]:
+        wrong.append(f"{OUTPUT}: expected the report of these sources, found another's; commit the new one")
+    print("\n".join(wrong))
+    return int(bool(wrong))
+
+
+def wrong_in(report: dict[str, dict[str, Any]]) -> list[str]:
+    """Every kernel of a report that does not fit, in words."""
+    matrix = {variant.name: variant.matrix for variant in VARIANTS}
+    return [
+        f"{name}: {text}"
+        for name, targets in report.items()
+        for target, kernels in targets.items()
+        for text in misfits(target, kernels, matrix[name])
+    ]
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from miracle_hub.hub.push import PushReport as PushReport
     from miracle_hub.hub.push import push as push
     from miracle_hub.options import CompressOptions as CompressOptions
+    from miracle_hub.options import DecompressOptions as DecompressOptions
     from miracle_hub.options import FitOptions as FitOptions
     from miracle_hub.options import LoadOptions as LoadOptions
     from miracle_hub.plugin.config import MiracleConfig as MiracleConfig
@@ -52,6 +53,7 @@ __all__ = [
     "CodingOptions",
     "Comparison",
     "CompressOptions",
+    "DecompressOptions",
     "FitOptions",
     "FitReport",
     "Inspection",
@@ -95,6 +97,7 @@ _HOMES = {
     "CodingOptions": "miracle_hub.training.coder",
     "Comparison": "miracle_hub.evaluate.compare",
     "CompressOptions": "miracle_hub.options",
+    "DecompressOptions": "miracle_hub.options",
     "FitOptions": "miracle_hub.options",
     "FitReport": "miracle_hub.finetune.fit",
     "Inspection": "miracle_hub.codec.inspection",

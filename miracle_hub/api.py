@@ -13,7 +13,14 @@ from miracle_hub.code import DEFAULT_WIDTH
 from miracle_hub.codec.decompress import decompress_folder
 from miracle_hub.codec.decompress import load_state_dict as load_folder
 from miracle_hub.hub.resolve import local_folder
-from miracle_hub.options import DEFAULT_SHARD_SIZE, DEFAULT_WINDOW_BITS, CompressOptions, chosen
+from miracle_hub.options import (
+    DEFAULT_SHARD_SIZE,
+    DEFAULT_WINDOW_BITS,
+    CompressOptions,
+    DecompressOptions,
+    LoadOptions,
+    chosen,
+)
 
 if TYPE_CHECKING:
     from miracle_hub.codec.compress import Report
@@ -94,24 +101,35 @@ def decompress(
     revision: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
+    options: DecompressOptions | None = None,
 ) -> int:
     """Write `out`, an ordinary transformers checkpoint, from a compressed one; returns its bytes.
 
     Args:
-        stages: how many to decode; None means all.
+        source: a compressed folder, or a Hub id.
+        out: the folder to write; it appears whole or not at all.
+        max_shard_size: of one output file.
+        stages: read so many stages only; by default all.
+        backend: "auto" (a GPU where there is one), "cpu" (numba) or "triton" (a GPU).
+        revision: branch, tag or commit of a Hub id.
+        overwrite: replace the output if it exists.
+        progress: show a progress bar.
+        options: all of these from `max_shard_size` on, instead of the keywords.
 
     Raises:
         FormatError: and its subclasses: a file is not sound; the message names the tensor.
+        OptionError: an option is out of range.
         OutputExistsError: `out` exists. OutputWriteError: it cannot be written.
     """
+    options = chosen(DecompressOptions, options, locals())
     return decompress_folder(
-        local_folder(source, revision, stages),
+        local_folder(source, options.revision, options.stages),
         Path(out),
-        max_shard_size=max_shard_size,
-        stages=stages,
-        backend=backend,
-        overwrite=overwrite,
-        progress=progress,
+        max_shard_size=options.max_shard_size,
+        stages=options.stages,
+        backend=options.backend,
+        overwrite=options.overwrite,
+        progress=options.progress,
     )
 
 
@@ -126,13 +144,19 @@ def load_state_dict(
     """All tensors of a compressed folder, file or Hub repository, dense; imports no transformers.
 
     Args:
-        stages: how many to download and decode; None means all.
+        source: a compressed folder or file, or a Hub id.
+        revision: branch, tag or commit of a Hub id.
+        stages: read so many stages only; by default all.
+        verify: compare the digests in the file with those of what was decoded.
+        backend: who decodes: "cpu", "triton", or "auto" for a GPU where there is one.
 
     Raises:
         FormatError: and its subclasses: a file is not sound; the message names the tensor.
+        OptionError: an option is out of range.
     """
-    folder = local_folder(source, revision, stages)
-    return load_folder(folder, verify=verify, backend=backend, stages=stages)
+    options = LoadOptions(stages=stages, verify=verify, backend=backend)
+    folder = local_folder(source, revision, options.stages)
+    return load_folder(folder, verify=options.verify, backend=options.backend, stages=options.stages)
 
 
 def inspect(

@@ -16,7 +16,7 @@ from rich.table import Table
 import miracle_hub
 from miracle_hub.codec.inspection import Inspection, TensorReport
 from miracle_hub.errors import MiracleError
-from miracle_hub.options import DEFAULT_SHARD_SIZE, CompressOptions, FitOptions, Options, helps
+from miracle_hub.options import CompressOptions, DecompressOptions, FitOptions, Options, helps
 
 app = typer.Typer(
     add_completion=False,
@@ -28,8 +28,6 @@ app = typer.Typer(
 Source = Annotated[str, typer.Argument(help="Folder or Hub id.")]
 Out = Annotated[Path, typer.Argument(help="Folder to write.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
-ShardSize = Annotated[str, typer.Option(help="Largest output file.")]
 Progress = Annotated[bool, typer.Option(help="Show a progress bar.")]
 Backend = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu or triton.")]
 Dense = Annotated[str | None, typer.Option(help="The folder that was compressed, to compare with.")]
@@ -92,28 +90,10 @@ def compress(source: Source, out: Out, options: CompressOptions) -> None:
     )
 
 
-@app.command()
-def decompress(
-    source: Source,
-    out: Out,
-    max_shard_size: ShardSize = DEFAULT_SHARD_SIZE,
-    stages: Stages = None,
-    backend: Backend = "auto",
-    revision: Revision = None,
-    overwrite: Overwrite = False,
-    progress: Progress = True,
-) -> None:
+@_command(DecompressOptions)
+def decompress(source: Source, out: Out, options: DecompressOptions) -> None:
     """Write OUT, an ordinary transformers checkpoint, from a compressed repository."""
-    n_bytes = miracle_hub.decompress(
-        source,
-        out,
-        max_shard_size=max_shard_size,
-        stages=stages,
-        backend=backend,
-        revision=revision,
-        overwrite=overwrite,
-        progress=progress,
-    )
+    n_bytes = miracle_hub.decompress(source, out, options=options)
     typer.echo(f"{out}: {n_bytes:,} bytes")
 
 

@@ -16,13 +16,15 @@ from miracle_hub.code import BACKENDS, DEFAULT_WIDTH, MAX_STAGES, MAX_WIDTH_LOG2
 from miracle_hub.errors import BudgetError, OptionError
 from miracle_hub.names import check_names
 
-# Windows of 14 bits: on two cores 1.3 M weights/s at 2 bits and 3.5 % more squared error than windows
-# of 16 bits, which take at least four times as long (benchmarks/throughput.py, rate_distortion.py).
+# On two cores 1.3 M weights/s at 2 bits and 3.5 % more squared error than windows of 16 bits, which take four
+# times as long or more (benchmarks/throughput.py, rate_distortion.py).
 DEFAULT_WINDOW_BITS = 14
 WINDOW_BITS = (8, 16)
 DEFAULT_SHARD_SIZE = "5GB"
 TASKS = ("text-classification", "causal-lm")
 _MAX_BITS_PER_WEIGHT = 64
+_WINDOW_HINT = f"longer windows are slower and lose a little less, {DEFAULT_WINDOW_BITS} suits most models"
+_ALL = "leave it out for all"
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 BitsPerWeight = Annotated[
@@ -107,9 +109,29 @@ class CompressOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DecompressOptions:
+    """How `decompress` writes an ordinary checkpoint.
+
+    Raises:
+        OptionError: an option is out of range.
+    """
+
+    max_shard_size: ShardSize = DEFAULT_SHARD_SIZE
+    stages: Stages = None
+    backend: Backend = "auto"
+    revision: Revision = None
+    overwrite: Overwrite = False
+    progress: Progress = True
+
+    def __post_init__(self) -> None:
+        parse_size(self.max_shard_size, "max_shard_size")
+        check_integer("stages", 1 if self.stages is None else self.stages, 1, MAX_STAGES, hint=_ALL)
+        _check_choice("backend", self.backend, BACKENDS)
+
+
+@dataclass(frozen=True, kw_only=True)
 class FitOptions:
-    """How `fit` fine-tunes and codes a model; exactly one of `bits_per_weight`, `size` and `rate` is its
-    budget.
+    """How `fit` fine-tunes and codes a model; one of `bits_per_weight`, `size` and `rate` is its budget.
 
     Raises:
         OptionError, BudgetError: an option is out of range, or there is not exactly one budget.
@@ -183,8 +205,7 @@ class LoadOptions:
     ] = None
 
     def __post_init__(self) -> None:
-        if self.stages is not None:
-            check_integer("stages", self.stages, 1, MAX_STAGES, hint="leave it out for all")
+        check_integer("stages", 1 if self.stages is None else self.stages, 1, MAX_STAGES, hint=_ALL)
         for name in ("verify", "keep_compressed"):
             if not isinstance(value := getattr(self, name), bool):
                 raise OptionError(f"{name}: expected True or False, found {value!r}; leave it out")
@@ -322,9 +343,6 @@ def parse_size(size: str | int, what: str = "size") -> int:
             f"{what}: expected a positive number of bytes such as 5.5MB, 800kB or 1GiB, found {size!r}"
         )
     return n_bytes
-
-
-_WINDOW_HINT = f"longer windows are slower and lose a little less, {DEFAULT_WINDOW_BITS} suits most models"
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

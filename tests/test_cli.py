@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import miracle_hub
 from miracle_hub import cli
+from tests.limits import HANG_SECONDS
 
 VERBS = ("compress", "decompress", "fit", "inspect", "verify", "push", "compare", "certify")
 Run = Callable[..., tuple[int, str, str]]
@@ -170,6 +171,6 @@ def test_progress_is_shown_on_standard_error_only(run: Run, model: Path, tmp_pat
 
 def test_the_installed_script_runs_and_fails_the_same_way(tmp_path: Path) -> None:
     script = Path(sys.executable).parent / "miracle"
-    done = subprocess.run([script, "inspect", tmp_path], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([script, "inspect", tmp_path], capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr
     assert done.stderr.startswith(f"miracle: {tmp_path}: expected model.safetensors")

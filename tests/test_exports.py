@@ -11,6 +11,7 @@ import pytest
 
 import miracle_hub
 from miracle_hub import _HOMES
+from tests.limits import HANG_SECONDS
 
 ROOT = Path(__file__).parents[1]
 
@@ -106,7 +107,9 @@ miracle_hub.load_state_dict({str(golden / "repository_2")!r})
 assert not {{"transformers", "matplotlib", "triton", "typer", "peft"}} & sys.modules.keys()
 print(*sorted(name for name in sys.modules if name.split(".")[0] == "miracle_hub"))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=HANG_SECONDS
+    )
     assert done.returncode == 0, done.stderr
     allowed = {"miracle_hub", *(f"miracle_hub.{name}" for name in READING)}
     assert set(done.stdout.split()) <= allowed, sorted(set(done.stdout.split()) - allowed)

@@ -12,13 +12,14 @@ import pytest
 from typer.testing import CliRunner
 
 import miracle_hub
-from miracle_hub import CompressOptions, FitOptions, LoadOptions, MiracleConfig, cli
+from miracle_hub import CompressOptions, DecompressOptions, FitOptions, LoadOptions, MiracleConfig, cli
 from miracle_hub.errors import BudgetError, MiracleError, OptionError
 from miracle_hub.options import chosen, helps
 from miracle_hub.training.config import VariationalConfig
 
 VERBS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "compress": (CompressOptions, ("source", "out")),
+    "decompress": (DecompressOptions, ("source", "out")),
     "fit": (FitOptions, ("source", "out", "data")),
 }
 # Who has `bits_per_weight` or `size` as a parameter or field, all of them of whole files.
@@ -71,7 +72,12 @@ def test_the_command_line_says_of_every_option_what_its_field_says(verb: str) ->
 
 @pytest.mark.parametrize(
     ("kind", "given"),
-    [(CompressOptions, {"size": 1}), (FitOptions, {"rate": 1.0}), (LoadOptions, {})],
+    [
+        (CompressOptions, {"size": 1}),
+        (DecompressOptions, {}),
+        (FitOptions, {"rate": 1.0}),
+        (LoadOptions, {}),
+    ],
 )
 def test_options_are_values(kind: Any, given: dict[str, Any]) -> None:
     options = kind(**given)
@@ -93,6 +99,17 @@ def test_a_verb_takes_its_options_together_or_as_keywords_and_not_both(tmp_path:
         "options: expected either options or keywords, found options and window_bits; give all of them in "
         "CompressOptions, or none"
     )
+
+
+def test_reading_a_state_dict_has_the_options_of_all_readers() -> None:
+    found = inspect.signature(miracle_hub.load_state_dict).parameters
+    documented = one_line(miracle_hub.load_state_dict.__doc__)
+    for name in ("stages", "verify", "backend"):
+        assert found[name].default == getattr(LoadOptions, name)
+        assert f" {name}: {one_line(helps(LoadOptions)[name])}" in documented
+    ours = inspect.signature(MiracleConfig).parameters
+    for name in ("backend", "keep_compressed", "modules_to_not_convert"):
+        assert ours[name].default == getattr(LoadOptions, name)
 
 
 def parameters(path: Path) -> Iterator[tuple[str, str]]:
@@ -190,6 +207,8 @@ def test_bits_per_weight_and_size_are_of_whole_files_and_nothing_is_called_bits(
             OptionError,
             "stages: expected 1 to 9, found True; 1 suits who loads all at once",
         ),
+        (DecompressOptions, {"stages": 10}, OptionError, "stages: expected 1 to 9, found 10; leave it out"),
+        (DecompressOptions, {"max_shard_size": "x"}, OptionError, "max_shard_size: expected a positive "),
         (LoadOptions, {"stages": 0}, OptionError, "stages: expected 1 to 9, found 0; leave it out for all"),
         (
             LoadOptions,

@@ -12,7 +12,7 @@ from numba import njit
 from torch import Tensor
 
 from miracle_hub.coding.cpu import in_threads
-from miracle_hub.coding.draw_cpu import _exp
+from miracle_hub.coding.draw_cpu import exp
 
 _CHUNK = 1 << 18  # weights: 1 MiB of each temporary, which stays in the second-level cache
 
@@ -121,7 +121,7 @@ def _excess(u):
     taylor = _f4(1 / 6) + near * (_f4(1 / 24) + near * (_f4(1 / 120) + near * taylor))
     taylor = near * near * (_f4(0.5) + near * taylor)
     share = _f4(near == u)
-    return share * taylor + (_f4(1.0) - share) * (_exp(u) - _f4(1.0) - u)
+    return share * taylor + (_f4(1.0) - share) * (exp(u) - _f4(1.0) - u)
 
 
 @_jit
@@ -131,7 +131,7 @@ def _forward(mean, log_std, log_scales, start, stop, block_weights, out):
     each = np.empty(stop - start, np.float32)
     for i in range(start, stop):
         scale = log_scales[0 if is_one else i]
-        m = mean[i] * _exp(-scale)
+        m = mean[i] * exp(-scale)
         each[i - start] = _f4(0.5) * (m * m + _excess(_f4(2.0) * (log_std[i] - scale)))
     for first in range(start, stop, block_weights):
         total = _f4(0.0)
@@ -148,7 +148,7 @@ def _backward(grad, mean, log_std, log_scales, start, stop, block_weights, by_me
         g, part = grad[first // block_weights], _f4(0.0)
         for i in range(first, min(first + block_weights, stop)):
             scale = log_scales[0 if is_one else i]
-            inverse = _exp(-scale)
+            inverse = exp(-scale)
             m, u = mean[i] * inverse, _f4(2.0) * (log_std[i] - scale)
             by_mean[i] = g * m * inverse
             by_std[i] = g * (u + _excess(u))

@@ -3,7 +3,7 @@
     x_i    = i · 0x9E3779B97F4A7C15 + bits(w_i)          bits: the float32 word as an unsigned number
     digest = Σ_i splitmix64_finalizer(x_i)               everything modulo 2^64
 
-It finds damage and wrong decoders, not forgers: whoever can write the file can write the digest.
+FORMAT.md, "Digest", is normative and says what a digest finds.
 """
 
 import torch

@@ -29,7 +29,7 @@ def keys(seed: int, stream_id: int) -> tuple[np.uint64, np.uint64, np.uint64]:
 
 
 @_jit
-def _exp(x):
+def exp(x):
     """e^x to 3e-7, relatively, by a polynomial that vectorizes; 0 and infinity are out of its range."""
     x = min(max(x, _f4(-87.0)), _f4(88.0))
     n = np.floor(x * _f4(1.44269504) + _f4(0.5))
@@ -78,7 +78,7 @@ def _solve(s):
     d = _f4(0.5) * s * s
     near = _f4(-6.3742830e-4) + s * (_f4(-9.5693243e-5) + s * _f4(1.0634382e-4))
     near = _f4(0.49999912) + s * (_f4(-0.041654812) + s * (_f4(-6.9984765e-3) + s * near))
-    root = _exp(_f4(-0.5) - _f4(0.5) * d)
+    root = exp(_f4(-0.5) - _f4(0.5) * d)
     power = root * root
     far = _f4(0.62172505) + power * (_f4(1.1171751) + power * (_f4(0.66336864) + power * _f4(10.437796)))
     far = root * (_f4(0.99999992) + power * (_f4(0.50004003) + power * far))
@@ -90,7 +90,7 @@ def _solve(s):
 
 @_jit
 def _tanh_sech(tau):
-    decay = _exp(-abs(tau))
+    decay = exp(-abs(tau))
     square, decay2 = tau * tau, decay * decay
     inverse = _f4(1.0) / (_f4(1.0) + decay2)
     far = (_f4(1.0) - decay2) * inverse * (_f4(1.0) - _f4(2.0) * _f4(tau < _f4(0.0)))
@@ -111,7 +111,7 @@ def _shares(alpha, rate, block_weights, share):
         for i in range(a, b):
             share[i] = rate * (alpha[i] - top)
     for i in range(alpha.shape[0]):
-        share[i] = _exp(share[i])
+        share[i] = exp(share[i])
     for a in range(0, alpha.shape[0], block_weights):
         b = min(a + block_weights, alpha.shape[0])
         total = _f4(0.0)
@@ -229,7 +229,7 @@ def mean_var(mean, log_std, table, key, first, stop, w):
     for a in range(first, stop, _CHUNK):
         fill_noise(a // 8, table, key, words, eps)
         for i in range(a, min(a + _CHUNK, stop)):
-            w[i] = mean[i] + _exp(log_std[i]) * eps[i - a]
+            w[i] = mean[i] + exp(log_std[i]) * eps[i - a]
 
 
 @_jit
@@ -239,7 +239,7 @@ def mean_var_backward(grad_w, log_std, table, key, first, stop, grad_log_std):
     for a in range(first, stop, _CHUNK):
         fill_noise(a // 8, table, key, words, eps)
         for i in range(a, min(a + _CHUNK, stop)):
-            grad_log_std[i] = grad_w[i] * _exp(log_std[i]) * eps[i - a]
+            grad_log_std[i] = grad_w[i] * exp(log_std[i]) * eps[i - a]
 
 
 def table() -> np.ndarray:

@@ -1,4 +1,7 @@
-"""The order in which a matrix is read into a stream: bands of columns, then an optional permutation."""
+"""The order in which a matrix is read into a stream: bands of columns, then an optional permutation.
+
+FORMAT.md, "Order", is normative.
+"""
 
 import torch
 from jaxtyping import Int64

@@ -1,7 +1,8 @@
 """The quantile table Q: 65,536 float16 values that turn 16 uniform bits into a normal draw.
 
 Q[u] = float16(Φ⁻¹((u + ½) / 65536)). Shipped as bytes because no library promises the last bit
-of an inverse normal distribution function; the SHA-256 is part of the format.
+of an inverse normal distribution function; the SHA-256 is part of the format
+(FORMAT.md, "Stream").
 """
 
 import hashlib

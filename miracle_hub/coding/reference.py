@@ -3,7 +3,8 @@
     state_t    = message[k·t : k·t + L]                 most significant bit first
     z[t·V + v] = Q[ half v % 8 of Philox(key = seed, counter = (state_t, v // 8, stream_id, 0)) ]
 
-Everything faster in this project must equal this file bit for bit.
+Everything faster in this project must equal this file bit for bit. FORMAT.md, "Stream", says the same for
+readers of files.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """The Hadamard rotation: groups of 2^r neighboring columns, a fixed order of float32 sums.
 
 Rotated weights are close to Gaussian whatever they were before (Tseng et al. 2024, QuIP#,
-section 3), which is the source that the candidates suit. The factor 1/√width is not applied
-here: the decoder finds it inside the scale, the encoder divides by it.
+section 3), which is the source that the candidates suit. FORMAT.md, "Weights", has the sums. The factor
+1/√width is not applied here: the decoder finds it inside the scale, the encoder divides by it.
 """
 
 import torch

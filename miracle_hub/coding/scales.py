@@ -7,7 +7,7 @@ from torch import Tensor
 
 from miracle_hub.code import Code
 
-# Within these bounds scale · z is exact in float32 and never subnormal (README, "Exactness").
+# Within these bounds scale · z is exact in float32 and never subnormal (FORMAT.md, "Exactness").
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-64, 2.0**64
 
 

@@ -1,10 +1,7 @@
 """Weights that share values: the hashing trick as a seeded hash with signs, and plain tiling.
 
-    hash   weight i is ±value p[i] mod n: p is the permutation of `order.permutation`, the sign is minus where
-           bit 0 of the third word of the same Philox counter is 1. Every value has its fair share of weights.
-    tile   weight i is value i mod n
-
-The stream_id of the hash is the tensor's number in its network, so that tensors are hashed differently.
+FORMAT.md, "Network", says which weight takes which value. With the hash every value has its fair share of
+weights, and every tensor is hashed differently.
 """
 
 from dataclasses import dataclass

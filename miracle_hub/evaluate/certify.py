@@ -25,7 +25,7 @@ from miracle_hub.evaluate.batches import equal_lengths, read_tokenizer, tokenize
 from miracle_hub.evaluate.data import read_examples
 from miracle_hub.hub.resolve import local_folder
 
-_BATCH = 64
+_BATCH = 64  # rows of one length at a time: a choice that bounds memory
 
 
 def certify(

@@ -38,6 +38,7 @@ _TASKS = {
     _IMAGES: "class of an image",
     _EMBEDDING: "embedding",
 }
+# Rows of a batch, and distributions that are in float64 at a time: choices that bound memory.
 _BATCH = 16
 _DISTRIBUTIONS_AT_ONCE = 256
 

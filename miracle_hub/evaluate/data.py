@@ -15,7 +15,7 @@ _FORMATS = {
     ".parquet": ("parquet", {}),
     ".txt": ("text", {}),
 }
-_EVALUATION_SHARE = 0.05
+_EVALUATION_SHARE = 0.05  # of data without a split for it: a choice, told in `read_split`
 _EVALUATION_NAMES = ("validation", "dev", "test")
 
 

@@ -8,13 +8,15 @@ file may be smaller than its budget, also by up to a step of the rates, and its 
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from miracle_hub.code import Code
 from miracle_hub.codec.dtypes import DTYPE_NAMES
 from miracle_hub.codec.guard import GUARD, placeholder
 from miracle_hub.codec.modules import module_tensors
@@ -45,15 +47,18 @@ def within_budget(model: nn.Module, config: VariationalConfig) -> VariationalCon
     targets = find_targets(model, config)
     n_weights = sum(parameter.numel() for parameter in model.parameters())
     budget = budget_bytes(config.bits_per_weight, config.size, n_weights)
-    file = _network_file(model, targets, config) if config.streams == "network" else _files(model, targets)
+    if config.streams == "network":
+        file: _File = _network_file(model, targets, config)
+    else:
+        file = _files(model, targets, config.scales)
     sizes = []
-    for candidate in _candidates(file, config):
+    for candidate, code_for in _candidates(file, config):
         try:
-            sizes.append(file.n_bytes(candidate))
+            sizes.append(file.n_bytes(code_for))
+            if sizes[-1] <= budget <= sizes[0] and file.n_bytes(candidate.code_for) <= budget:
+                return candidate
         except BudgetError:  # a rate at which some stream has no code
             continue
-        if sizes[-1] <= budget <= sizes[0]:
-            return candidate
     raise _impossible(budget, sizes, n_weights)
 
 
@@ -73,6 +78,9 @@ def _impossible(budget: int, sizes: list[int], n_weights: int) -> BudgetError:
     )
 
 
+CodeFor = Callable[[int, str], Code]  # as VariationalConfig.code_for
+
+
 class _File(Protocol):
     """The file or files that a model will become."""
 
@@ -81,8 +89,8 @@ class _File(Protocol):
         """Values that are coded."""
         ...
 
-    def n_bytes(self, config: VariationalConfig) -> int:
-        """The size with a rate or a number of message bits; it may turn out smaller, and never larger.
+    def n_bytes(self, code_for: CodeFor) -> int:
+        """The size with the codes of streams; it may turn out smaller, and never larger.
 
         Raises:
             BudgetError: no code suits a stream.
@@ -90,14 +98,19 @@ class _File(Protocol):
         ...
 
 
-def _candidates(file: _File, config: VariationalConfig) -> Iterator[VariationalConfig]:
-    """The options at every rate, from the highest on."""
+def _candidates(file: _File, config: VariationalConfig) -> Iterator[tuple[VariationalConfig, CodeFor]]:
+    """The options at every rate, from the highest on, with the codes that streams then get.
+
+    A sliding code is the same for all of them; that the options look for it anew costs time.
+    """
     own = replace(config, bits_per_weight=None, size=None, rate=1.0)
     for code in config.codes():
         if config.streams == "network":
-            yield replace(own, rate=None, message_bits=code.message_bits(file.n_values))
+            candidate = replace(own, rate=None, message_bits=code.message_bits(file.n_values))
         else:
-            yield replace(own, rate=code.rate)
+            candidate = replace(own, rate=code.rate)
+        is_block = config.code == "block"
+        yield candidate, candidate.code_for if is_block else lambda n_values, where, code=code: code
 
 
 @dataclass(frozen=True)
@@ -112,13 +125,13 @@ class _NetworkFile:
         """Values that are coded."""
         return sum(spec.n_values for spec in self.specs)
 
-    def n_bytes(self, config: VariationalConfig) -> int:
+    def n_bytes(self, code_for: CodeFor) -> int:
         """Exact.
 
         Raises:
             BudgetError: no code suits the stream.
         """
-        code = config.code_for(self.n_values, f"{len(self.specs)} tensors")
+        code = code_for(self.n_values, f"{len(self.specs)} tensors")
         stream = len(encode_network(NetworkHeader(code, self.specs), b"", b""))
         stream += _SCALE_BYTES * len(self.specs) + code.message_bytes(self.n_values)
         return network_file("", network_entries(self.plain, {STREAM: stream})).n_bytes
@@ -139,17 +152,19 @@ class _Files:
     Attributes:
         coded: shape and dtype of the coded tensors, by name.
         plain: the entries of all others, as they are now.
+        scales: of the options.
     """
 
     coded: dict[str, tuple[tuple[int, ...], torch.dtype]]
     plain: list[TensorSpec]
+    scales: str
 
     @property
     def n_values(self) -> int:
         """Values that are coded."""
         return sum(math.prod(shape) for shape, _ in self.coded.values())
 
-    def n_bytes(self, config: VariationalConfig) -> int:
+    def n_bytes(self, code_for: CodeFor) -> int:
         """An upper bound.
 
         Raises:
@@ -157,13 +172,14 @@ class _Files:
         """
         entries = list(self.plain)
         for name, (shape, dtype) in self.coded.items():
-            n_bytes = _payload_bytes(name, shape, dtype, config)
+            code = code_for(math.prod(shape), name)
+            n_bytes = _payload_bytes(shape, DTYPE_NAMES[dtype], code, self.scales == "row")
             entries.append(bytes_entry(name, n_bytes))
         files = sharded(entries, parse_size(DEFAULT_SHARD_SIZE))
         return sum(file.n_bytes for file in files) + _room(entries, len(files))
 
 
-def _files(model: nn.Module, targets: Sequence[Target]) -> _Files:
+def _files(model: nn.Module, targets: Sequence[Target], scales: str) -> _Files:
     coded = {t.name: (tuple(t.parameter.shape), t.parameter.dtype) for t in targets}
     own = {id(target.parameter) for target in targets}
     aliases: dict[int, str] = {}
@@ -171,14 +187,15 @@ def _files(model: nn.Module, targets: Sequence[Target]) -> _Files:
     for name, tensor in tensors.items():  # of a tied tensor's names the longest may be written
         aliases[id(tensor)] = max(name, aliases.get(id(tensor), ""), key=len)
     plain = {aliases[id(tensor)]: tensor for tensor in tensors.values() if id(tensor) not in own}
-    return _Files(coded, network_entries(plain, {}))
+    return _Files(coded, network_entries(plain, {}), scales)
 
 
-def _payload_bytes(name: str, shape: tuple[int, ...], dtype: torch.dtype, config: VariationalConfig) -> int:
-    columns, n_values = matrix_columns(shape), math.prod(shape)
-    has_row_scales = config.scales == "row" and scale_columns(shape) > 0
-    segment = Segment(n_values // columns, config.code_for(n_values, name), has_row_scales)
-    return Header(DTYPE_NAMES[dtype], shape, columns, 1, (segment,)).payload_bytes
+@lru_cache(maxsize=1 << 14)
+def _payload_bytes(shape: tuple[int, ...], dtype: str, code: Code, has_row_scales: bool) -> int:
+    """Of one tensor; many of a model are alike."""
+    columns = matrix_columns(shape)
+    segment = Segment(math.prod(shape) // columns, code, has_row_scales and scale_columns(shape) > 0)
+    return Header(dtype, shape, columns, 1, (segment,)).payload_bytes
 
 
 def _room(entries: list[TensorSpec], n_files: int) -> int:

@@ -186,7 +186,11 @@ class MiracleTrainer(Trainer):
 
     @property
     def variational(self) -> Variational:
-        """The model's streams and their posteriors."""
+        """The variational part of the model.
+
+        Raises:
+            OptionError: the model has none.
+        """
         return variational_of(self._plain_model())
 
     def _plain_model(self) -> Any:

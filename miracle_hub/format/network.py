@@ -1,21 +1,7 @@
 """A whole network's stream as a string of bytes: one message for all its tensors.
 
-    offset  bytes  field
-    0       4      magic "MRCN"
-    4       1      format version, 1
-    5       4      CRC-32 (zlib's) of everything after this field, little-endian
-    9       …      varints (LEB128, unsigned, shortest form): L, k, V, seed, number of tensors, then per
-                   tensor: kind of sharing (0 none, 1 hash, 2 tile) and, unless it is none, the number of
-                   values
-            4      CRC-32 of the lines "name dtype dimension×dimension…" of the tensors, little-endian
-            8      digest of the decoded float32 weights, tensor after tensor, little-endian
-            2·T    scales of the tensors, bfloat16, little-endian
-            …      the message, padded with zero bits to a byte
-
-Names and shapes are those of the module that the file is loaded into: the second CRC-32 says whether it is
-the right one. Stream and candidates are those of payload.py, with stream_id 0. The values of all tensors, one
-tensor after the other, are permuted: stream element i is value p[i], p as in payload.py, over all of them.
-Weight j of a tensor is its scale times the value, with the sign, that coding/sharing.py says.
+FORMAT.md, "Network", has its fields and limits. Names and shapes are those of the module that the file is
+loaded into: a CRC-32 of them says whether it is the right one.
 """
 
 import struct

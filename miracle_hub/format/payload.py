@@ -1,37 +1,6 @@
 """The payload: one compressed tensor as a string of bytes that decodes alone.
 
-    offset  bytes  field
-    0       4      magic "MRCL"
-    4       1      format version, 1
-    5       4      CRC-32 (zlib's) of everything after this field, little-endian
-    9       …      varints (LEB128, unsigned, shortest form): dtype (0 F32, 1 BF16, 2 F16, 3 F64),
-                   number of dimensions, dimensions…, columns, band columns, permuted (0, 1),
-                   log2(rotation width), seed, stream_id, number of segments,
-                   then per segment: rows, L, k, V, scales per row (1) or one (0)
-            4      relative squared error measured by the encoder, float32 little-endian
-            8      digest of the decoded float32 tensor, little-endian
-    header  2·S    scales, bfloat16 little-endian, segment after segment
-            …      messages, segment after segment, each padded to a byte with zero bits
-
-The tensor is a row-major matrix of `columns` columns; segments are consecutive rows from the top,
-and each is one stream of N = rows · columns numbers z, decoded like this:
-
-    message   (L - k) + k·⌈N/V⌉ bits, most significant bit of a byte first
-    window    s_t = the L bits from bit k·t on, most significant first
-    stream    z[t·V + v] = Q[half v % 8 of Philox(counter = (s_t, v // 8, stream_id, 0))]
-    Philox    Philox4x32-10, key (seed mod 2^32, seed // 2^32); its four words are eight 16-bit
-              halves, low half of each word first
-    Q         65,536 float16 numbers: coding/quantiles.f16, little-endian
-    order     stream element i belongs to place order[i] of the segment's rows, counted row-major:
-              bands of `band columns` columns (0: one band; the last may be narrower) from the left,
-              inside a band row by row, inside a row column by column. If permuted, to
-              order[p[i]]: p sorts i = 0, 1, … by (second word, first word) of
-              Philox(counter = (i, 0, stream_id, 1)), equal keys by i
-    scale     times the scale of the row, or the segment's: exact in float32
-    rotation  in every group of `width` columns, for s = 1, 2, 4, … < width: columns j and j + s,
-              where j // s is even, hold (a, b) and then (a + b, a - b), in float32
-    digest    Σ_i f(i · 0x9E3779B97F4A7C15 + bits(w_i)) mod 2^64 over the float32 words in row-major
-              order, f the finalizer of splitmix64 (coding/digest.py); then the cast to dtype
+FORMAT.md, "Payload", has its fields and limits; this module reads and writes its header.
 """
 
 import math

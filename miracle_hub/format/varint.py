@@ -1,4 +1,4 @@
-"""Varints: unsigned LEB128 in shortest form."""
+"""Varints: unsigned LEB128 in shortest form (FORMAT.md, "Conventions")."""
 
 from miracle_hub.errors import FormatError
 

@@ -1,1 +1,1 @@
-"""Hub ids, the transformers plug-in, model cards. The only part that sees transformers."""
+"""Hub ids, pushes, model cards and plots. Imports no transformers."""

@@ -155,6 +155,7 @@ class CompressedLinear(CompressedLayer, nn.Linear):  # pyright: ignore[reportInc
         self.in_features, self.out_features = original.in_features, original.out_features
 
     def forward(self, input: Tensor) -> Tensor:
+        """x·Wᵀ + b: `[..., in_features]` → `[..., out_features]`."""
         return self._with_bias(self._product(input))
 
     @_uncompiled
@@ -165,6 +166,7 @@ class CompressedLinear(CompressedLayer, nn.Linear):  # pyright: ignore[reportInc
         return nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
 
     def extra_repr(self) -> str:
+        """The layer's sizes, its dtype, and the bytes that it holds."""
         return f"{nn.Linear.extra_repr(self)}, dtype={self.dtype}, payload_bytes={self.payload.numel()}"
 
 
@@ -176,6 +178,7 @@ class CompressedConv1D(CompressedLayer, Conv1D):
         self.nf, self.nx = original.nf, original.nx
 
     def forward(self, x: Tensor) -> Tensor:
+        """x·W + b: `[..., nx]` → `[..., nf]`."""
         return self._with_bias(self._product(x))
 
     @_uncompiled
@@ -187,6 +190,7 @@ class CompressedConv1D(CompressedLayer, Conv1D):
             return Conv1D(self.nf, self.nx)
 
     def extra_repr(self) -> str:
+        """The layer's sizes, its dtype, and the bytes that it holds."""
         return f"nf={self.nf}, nx={self.nx}, dtype={self.dtype}, payload_bytes={self.payload.numel()}"
 
 

@@ -121,8 +121,10 @@ class MiracleConfig(QuantizationConfigMixin):
         return options
 
     def to_dict(self) -> dict[str, Any]:
-        """As config.json has it."""
+        """As config.json has it: a regular expression is its reader's choice, and no other reader runs it."""
         values = super().to_dict()
+        if isinstance(self.modules_to_not_convert, str):
+            values["modules_to_not_convert"] = None
         return {name: value for name, value in values.items() if name not in _LOADING_OPTIONS}
 
 

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import WeightTransform, revert_weight_conversion
 
-from miracle_hub.codec.config import digests_of
-from miracle_hub.codec.naming import index_name, stage_of
+from miracle_hub.codec.config import digests_of, read_config
+from miracle_hub.codec.guarded import check_config, check_folder
+from miracle_hub.codec.naming import CONFIG, SINGLE, index_name, stage_of
 from miracle_hub.codec.payloads import is_payload
 from miracle_hub.codec.repository import check_digest, check_stages
+from miracle_hub.codec.source import indexed_files
 from miracle_hub.codec.stored import StoredTensor, stored_in
 from miracle_hub.coding.backend import choose
 from miracle_hub.errors import OptionError
@@ -45,7 +47,11 @@ class Loading:
 
         Raises:
             OptionError: there are not so many stages, or layers cannot stay compressed.
+            ChecksumError: config.json is not as it was written.
         """
+        path = Path(str(getattr(config, "_name_or_path", ""))) / CONFIG
+        if path.is_file():  # of a Hub id the folder is known with the files
+            check_config(path, read_config(path.parent))
         if not isinstance(self._facts.get("stage_digests"), list):
             return
         n_stages = len(self._digests)
@@ -71,13 +77,22 @@ class Loading:
         """
         if self.config.backend == "triton":
             choose("triton")
-        self._stored = stored_in(Path(file) for file in files)
-        if files:
-            check_digest(self._stored, self._digests[self._stages - 1], str(Path(files[0]).parent))
+        paths = [Path(file) for file in files]
+        if paths:
+            check_folder(paths[0].parent, paths, self._stages, self._index(paths))
+        self._stored = stored_in(paths)
+        if paths:
+            check_digest(self._stored, self._digests[self._stages - 1], str(paths[0].parent))
         self._decoder.take_refinements(self._stored)
         files[:] = [file for file in files if stage_of(Path(file)) == 1]
         self._model = model
         self._decoder.expected = expected_tensors(model, self.dtype)
+
+    def _index(self, files: list[Path]) -> Path | None:
+        """That names these files, if one does: those of a variant have another."""
+        index = files[0].parent / index_name(self._stages, len(self._digests))
+        names_them = index.is_file() and set(indexed_files(index.parent, index)) == set(files)
+        return index if names_them and files[0].name != SINGLE else None
 
     def convert(self, conversions: list[WeightTransform]) -> list[WeightTransform]:
         """The model's own converters with decoding in front, and one for all other names.
@@ -123,4 +138,5 @@ class Loading:
         # where they differ the repository does without a digest of all payloads.
         plain = revert_weight_conversion(model, dict(payloads)).keys() == payloads.keys()
         self._facts["digest"] = saved_digest(payloads) if plain else None
+        self._facts.pop("guard", None)  # transformers writes the files, without guards
         return state

@@ -39,6 +39,7 @@ class MiracleQuantizer(HfQuantizer):
     requires_calibration = True  # never compresses on the fly inside from_pretrained
 
     def __init__(self, quantization_config: MiracleConfig, **kwargs: Any) -> None:
+        """As transformers calls it, once for every load."""
         super().__init__(quantization_config, **kwargs)
         from miracle_hub.plugin.loading import Loading
 

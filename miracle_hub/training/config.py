@@ -10,6 +10,7 @@ from miracle_hub.coding.sharing import KINDS
 from miracle_hub.errors import BudgetError, OptionError
 from miracle_hub.names import check_names
 from miracle_hub.options import check_budget, check_one_budget, check_rate
+from miracle_hub.training.blocks import MAX_BLOCK_WEIGHTS
 
 PARAMETRIZATIONS = ("mean-kl", "mean-var", "test-channel")
 STREAMS = ("tensor", "network")
@@ -21,7 +22,6 @@ CODES = ("sliding", "block")
 SELECTIONS = ("best", "sample")
 # Rates are fractions k/V with k of this at most, because windows of L bits remember L/k steps.
 _MAX_STEP_BITS = 4
-_MAX_BLOCK_WEIGHTS = 1024  # of the draws' kernels
 # What options were called before.
 _OLD_NAMES = {"bits": "message_bits"}
 
@@ -98,9 +98,9 @@ class VariationalConfig:
         self._check_budget()
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             check_names(getattr(self, name), name)
-        if not isinstance(self.kl_block_weights, int) or not 1 <= self.kl_block_weights <= _MAX_BLOCK_WEIGHTS:
+        if not isinstance(self.kl_block_weights, int) or not 1 <= self.kl_block_weights <= MAX_BLOCK_WEIGHTS:
             raise OptionError(
-                f"kl_block_weights: expected an integer from 1 to {_MAX_BLOCK_WEIGHTS}, found "
+                f"kl_block_weights: expected an integer from 1 to {MAX_BLOCK_WEIGHTS}, found "
                 f"{self.kl_block_weights!r}; 64 to 256 are good values"
             )
         self._check_sharing()
@@ -208,12 +208,10 @@ def _sliding_code(
 ) -> Code | None:
     """The highest rate k/V within the budget; of equal rates, the smallest step."""
     for step in _sliding_rates(window_bits):
+        if rate is not None and float(step) > rate:
+            continue
         code = Code(window_bits, step.numerator, step.denominator, seed)
-        if message_bits is not None:
-            fits = code.message_bits(n_values) <= message_bits
-        else:
-            fits = code.rate <= (rate or 0)
-        if fits:
+        if message_bits is None or code.message_bits(n_values) <= message_bits:
             return code
     return None
 

@@ -52,15 +52,9 @@ def make_variational(model: nn.Module, config: VariationalConfig) -> nn.Module:
         OptionError: nothing matches, a parameter cannot be converted, or the model is variational already.
         BudgetError: the budget is below what the code can use.
 
-    Source: Havasi et al. 2019, section 3.3, with the parametrizations of `posterior`.
+    Source: Havasi et al. 2019, section 3.3, with the kinds of `posteriors`.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, Variational):
-            where = name.partition("parametrizations.")[0].rstrip(".") or type(model).__name__
-            raise OptionError(
-                f"model: expected one without posteriors, found those of {where}; call "
-                "remove_variational(model) first"
-            )
+    _refuse_variational(model)
     targets = find_targets(model, config)
     factors = sharing_factors(targets, config)
     groups = [targets] if config.streams == "network" else [[target] for target in targets]
@@ -79,6 +73,20 @@ def make_variational(model: nn.Module, config: VariationalConfig) -> nn.Module:
     setattr(model, ATTRIBUTE, (variational.train(model.training),))
     model.register_forward_pre_hook(_begin_pass)
     return model
+
+
+def _refuse_variational(model: nn.Module) -> None:
+    """
+    Raises:
+        OptionError: the model, or a module of it, is variational already.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, Variational):
+            where = name.partition("parametrizations.")[0].rstrip(".") or type(model).__name__
+            raise OptionError(
+                f"model: expected one without posteriors, found those of {where}; call "
+                "remove_variational(model) first"
+            )
 
 
 def remove_variational(model: nn.Module) -> nn.Module:

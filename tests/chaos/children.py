@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable
 
 from miracle_hub.errors import MiracleError
+from tests.limits import HANG_SECONDS
 
 KILLED = "killed"
 # What changes a file system, as Python's audit events name it; each is told before it is done.
@@ -58,8 +59,10 @@ class Child:
         Raises:
             AssertionError: it ended in any other way.
         """
-        if not select.select([self._reading], [], [], kill_after)[0]:
+        patience = HANG_SECONDS if kill_after is None else kill_after
+        if not select.select([self._reading], [], [], patience)[0]:
             self.kill()
+            assert kill_after is not None, f"a process did not end within {HANG_SECONDS} seconds"
         with os.fdopen(self._reading) as pipe:
             said = pipe.read()
         status = os.waitstatus_to_exitcode(os.waitpid(self._id, 0)[1])

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.limits import HANG_SECONDS
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -12,7 +14,11 @@ def test_a_few_kills_races_and_small_disks_find_every_output_whole_or_absent() -
     # Some hundreds of damaged files are read by tests/codec/test_flips.py.
     options = ["--kills", "10", "--races", "2", "--disks", "3", "--damages", "0"]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.chaos", *options], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "tests.chaos", *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = re.search(r"^(\d+) kills", done.stdout, re.MULTILINE)

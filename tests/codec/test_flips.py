@@ -42,7 +42,6 @@ NAMES = [
     "mixin, streams=tensor",
 ]
 CASES, PLUGIN_CASES = 60, 40  # per repository; `make chaos` has ten thousand
-unguarded = pytest.mark.xfail(reason="the plug-in does not look at guards yet", strict=True)
 
 
 @pytest.fixture(scope="session")
@@ -56,14 +55,14 @@ def test_every_kind_of_repository_is_damaged(made: dict[str, Subject]) -> None:
     assert list(made) == NAMES
 
 
-PLUGIN = pytest.param(True, marks=unguarded, id="plug-in")
+PLUGIN = pytest.param(True, id="plug-in")
 
 
 @pytest.mark.parametrize(
     ("name", "by_plugin"),
     [
         *((name, False) for name in NAMES),
-        *(pytest.param(name, True, marks=unguarded, id=f"{name}, by the plug-in") for name in NAMES[:5]),
+        *(pytest.param(name, True, id=f"{name}, by the plug-in") for name in NAMES[:5]),
     ],
 )
 def test_no_damage_is_silent_and_no_error_unnamed(

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.limits import HANG_SECONDS
+
 # VmHWM is this process's own peak; getrusage would hand down the peak of the process that started it.
 SCRIPT = """
 import sys
@@ -36,6 +38,6 @@ def test_a_model_of_128_mb_needs_hardly_more_memory_than_one_of_48_mb(
         source = save_anywhere(tmp_path / f"model{n_tensors}", tensors, shards=5)
         out = [str(tmp_path / f"{name}{n_tensors}") for name in ("small", "dense")]
         command = [sys.executable, "-c", SCRIPT, str(source), *out]
-        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=HANG_SECONDS)
         peaks[n_tensors] = int(done.stdout) * 1024
     assert peaks[64] - peaks[24] < 40 * MEGABYTE  # the models differ by 80 MB

@@ -24,6 +24,7 @@ from miracle_hub.codec.compress import Report
 from miracle_hub.codec.decompress import decompress_folder, load_state_dict
 from miracle_hub.errors import OutputExistsError, OutputWriteError
 from miracle_hub.files.whole import output_folder
+from tests.limits import HANG_SECONDS
 
 Compress = Callable[..., Report]
 
@@ -205,7 +206,7 @@ def test_a_killed_process_leaves_no_output_and_the_next_one_clears_up(
     model: Path, compress: Compress, tmp_path: Path
 ) -> None:
     process = start(tmp_path, 1, "die")
-    process.communicate(timeout=120)
+    process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == -signal.SIGKILL
     left = names(tmp_path)
     assert "out" not in left and [name for name in left if name.startswith(".out.")]
@@ -298,7 +299,10 @@ def test_overwriting_never_leaves_the_name_without_a_folder(
 def test_of_two_processes_on_one_output_exactly_one_wins_and_its_result_is_whole(
     model: Path, compress: Compress, tmp_path: Path
 ) -> None:
-    said = [process.communicate(timeout=120)[0] for process in [start(tmp_path, 2, "live") for _ in range(2)]]
+    said = [
+        process.communicate(timeout=HANG_SECONDS)[0]
+        for process in [start(tmp_path, 2, "live") for _ in range(2)]
+    ]
     assert sorted(text.split(" ")[0] for text in said) == ["", "OutputExistsError"]
     assert f"{tmp_path / 'out'}: " in "".join(said)
     compress(model, tmp_path / "alone")

@@ -27,6 +27,7 @@ from miracle_hub.coding import cpu, numba_backend
 from miracle_hub.coding.numba_backend import NumbaBackend
 from miracle_hub.coding.triton_backend import TritonBackend
 from miracle_hub.errors import ChecksumError, OptionError, TruncatedPayloadError
+from tests.limits import HANG_SECONDS
 
 # Name → shape, segments, options of the encoder.
 CASES: dict[str, tuple[tuple[int, int], list[SegmentPlan], dict[str, Any]]] = {
@@ -269,7 +270,9 @@ print(field("VmHWM") - before)
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
 def test_forward_and_backward_of_a_64_mb_layer_stay_below_four_bands_of_eight_tasks() -> None:
-    done = subprocess.run([sys.executable, "-c", _MEMORY], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", _MEMORY], capture_output=True, text=True, check=True, timeout=HANG_SECONDS
+    )
     peak = int(done.stdout)
     assert peak < 4 * 4 * 8 * 2**17, f"{peak:,} bytes"
 

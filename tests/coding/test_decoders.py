@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from miracle_hub.code import Code
 from miracle_hub.coding import cpu, reference
+from tests.limits import HANG_SECONDS
 
 SETTINGS = settings(max_examples=120, deadline=None, derandomize=True, database=None)
 
@@ -152,7 +153,7 @@ def test_candidate_range_starts_at_any_state() -> None:
 
 def test_in_threads_runs_as_many_tasks_at_once_as_there_are_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "n_threads", lambda: 3)
-    meeting = threading.Barrier(3, timeout=30)
+    meeting = threading.Barrier(3, timeout=HANG_SECONDS)
     met: list[int] = []
 
     def work(number: int) -> None:

@@ -23,7 +23,8 @@ from miracle_hub.coding.draw import (
 )
 from miracle_hub.coding.quantiles import quantiles
 from miracle_kernels import reparameterize_mean_kl_torch, reparameterize_torch
-from miracle_kernels.reparameterize import noise_torch, reparameterize_backward_torch
+from miracle_kernels.draws import noise_torch
+from miracle_kernels.reparameterize import reparameterize_backward_torch
 from miracle_kernels.reparameterize_mean_kl import reparameterize_mean_kl_backward_torch
 
 SEED, STREAM_ID = 2**40 + 5, 9

@@ -17,6 +17,7 @@ from miracle_hub.errors import (
     UnsupportedVersionError,
 )
 from miracle_hub.format.network import NetworkHeader, SharedSpec, decode_network, encode_network
+from tests.limits import AT_ONCE_SECONDS
 
 TENSORS = (
     SharedSpec("fc.weight", "BF16", (6, 50), 1, 10),
@@ -271,22 +272,22 @@ def test_more_values_than_weights_are_refused() -> None:
 @pytest.mark.parametrize("n_weights", [0, 2**32 + 1, 2**80])
 def test_no_values_and_more_than_a_stream_can_hold_are_refused_at_once(n_weights: int) -> None:
     tensors = (SharedSpec("w", "F32", (n_weights,), 0, n_weights),)
-    started = time.monotonic()
+    started = time.process_time()
     crc = zlib.crc32(f"w F32 {n_weights}\n".encode())
     assert defect(made_up([1, 1, 256, 0, 1, 0], crc), tensors) == (
         f"net: expected 1 to 4294967296 values in all tensors, found {n_weights}; a stream cannot "
         "hold this module"
     )
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < AT_ONCE_SECONDS
 
 
 def test_a_huge_tensor_in_a_small_file_is_refused_at_once() -> None:
     """The most values per byte: V = 256 and one bit per step."""
     tensors = (SharedSpec("w", "F32", (2**32,), 0, 2**32),)
-    started = time.monotonic()
+    started = time.process_time()
     data = made_up([1, 1, 256, 0, 1, 0], zlib.crc32(f"w F32 {2**32}\n".encode()))
     assert "the header announces 2097182 bytes, found 39" in defect(data, tensors, TruncatedPayloadError)
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < AT_ONCE_SECONDS
 
 
 @given(st.binary(max_size=200))

@@ -25,6 +25,7 @@ from miracle_hub.format.payload import (
     encode_header,
     encode_payload,
 )
+from tests.limits import AT_ONCE_SECONDS
 
 HEADER = Header("F32", (6, 48), 48, 16, (Segment(6, Code(8, 2, 1), True),), 0, False, 0.5, 7)
 # dtype, dimensions, columns, band columns, permuted, log2(width), seed, stream_id, segments;
@@ -257,10 +258,10 @@ def test_a_scalar_header_may_announce_one_weight_only() -> None:
     ],
 )
 def test_a_huge_shape_in_a_small_file_is_refused_at_once(numbers: list[int]) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(TruncatedPayloadError, match="the header announces a payload of"):
         decode_header(made_up(numbers, rest=bytes(1000)), "w")
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < AT_ONCE_SECONDS
 
 
 def test_more_weights_than_the_format_allows_are_refused() -> None:

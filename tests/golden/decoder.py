@@ -1,4 +1,4 @@
-"""Decodes one message of the code, written in numpy from section 2 of the design page alone."""
+"""Decodes one message of the code in numpy, by FORMAT.md, "Stream", alone."""
 
 import hashlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Decodes a network's stream, written in numpy from the docstring of format/network.py and what it names."""
+"""Decodes a network's stream in numpy, by FORMAT.md, "Network", and the sections it names."""
 
 import zlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Decodes whole payloads, written in numpy from the docstring of miracle_hub/format/payload.py alone."""
+"""Decodes whole payloads in numpy, by FORMAT.md, "Payload", and the sections it names."""
 
 import zlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Reads whole repositories, written in numpy from README's section "The format" alone."""
+"""Reads whole repositories in numpy, by FORMAT.md, "Repository", and the sections it names."""
 
 import hashlib
 import json

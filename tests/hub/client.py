@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.limits import HANG_SECONDS
+
 from .loopback import LoopbackHub
 
 
@@ -23,7 +25,7 @@ class Client:
         ours = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(self.home), "HF_HUB_DISABLE_XET": "1"}
         ours |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"}
         environment = kept | ours | environment
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS)
 
     def python(self, code: str, *arguments: str | Path, **environment: str) -> Any:
         """Run code in a fresh interpreter; its last line of output is JSON."""

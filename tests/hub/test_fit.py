@@ -22,9 +22,10 @@ from transformers import (
 )
 
 import miracle_hub
-from miracle_hub.errors import DataError, OptionError, OutputExistsError
+from miracle_hub.errors import BudgetError, DataError, OptionError, OutputExistsError
 from miracle_hub.files.whole import alone_in
 from miracle_hub.finetune.trainer import MiracleTrainer
+from tests.limits import HANG_SECONDS
 
 pytest.importorskip("datasets", reason="fit needs the package datasets: pip install '.[fit]'")
 WORDS = ["good", "bad", "film", "a", "the", "very", "movie", "is", "awful", "nice"]
@@ -120,11 +121,11 @@ def test_a_fit_that_is_killed_while_coding_goes_on_to_the_same_file(
     while not checkpoint.exists() and killed.poll() is None:
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
-    _, complaint = killed.communicate()
+    _, complaint = killed.communicate(timeout=HANG_SECONDS)
     assert checkpoint.exists() and not stopped.exists(), complaint
-    digest, complaint = reference.communicate()
+    digest, complaint = reference.communicate(timeout=HANG_SECONDS)
     assert reference.returncode == 0, complaint
-    again, complaint = start(source, stopped, tsv, True).communicate()
+    again, complaint = start(source, stopped, tsv, True).communicate(timeout=HANG_SECONDS)
     assert again.splitlines()[-1] == digest.splitlines()[-1], complaint
     assert (stopped / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
@@ -205,3 +206,28 @@ def test_an_unknown_task_and_an_existing_output_are_refused_before_any_work(
     (tmp_path / "out").mkdir()
     with pytest.raises(OutputExistsError):
         miracle_hub.fit(source, tmp_path / "out", data="none", rate=1.0)
+
+
+@pytest.mark.parametrize("budget", [{"size": "11kB"}, {"bits_per_weight": 9.0}], ids=str)
+def test_a_fit_never_exceeds_the_budget_of_its_files(
+    budget: dict[str, Any], source: Path, tsv: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = dict(steps=2, groups=2, refit_steps=1, progress=False)
+    found = miracle_hub.fit(source, tmp_path / "out", data=tsv, **budget, **options).report
+    n_bytes = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert found.compressed_bytes == n_bytes
+    assert n_bytes <= 11_000 if "size" in budget else found.bits_per_weight <= 9
+
+
+def test_a_fit_needs_exactly_one_budget_and_names_all_three(source: Path, tmp_path: Path) -> None:
+    for given in ({}, {"size": "1MB", "rate": 1.0}):
+        with pytest.raises(BudgetError, match="^fit: expected exactly one of bits_per_weight, size and rate"):
+            miracle_hub.fit(source, tmp_path / "out", data="none.csv", **given)
+
+
+def test_a_budget_that_no_fit_meets_is_refused_before_training(
+    source: Path, tsv: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(BudgetError, match="^size: 500 bytes were asked for, but the file of "):
+        miracle_hub.fit(source, tmp_path / "out", data=tsv, size=500, progress=False)
+    assert not (tmp_path / "out").exists()

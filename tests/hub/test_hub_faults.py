@@ -22,6 +22,9 @@ from .client import Client, stopped_url
 from .loopback import Answer, Blob, Fault, LoopbackHub
 from .proxy import LoopbackProxy
 
+# The client's patience with one answer: many times what an answer takes on a loaded machine.
+PATIENCE_SECONDS = 10
+
 
 def broken_off(answer: Answer) -> Answer:
     return replace(answer, sent=len(answer.body) // 2)
@@ -47,7 +50,7 @@ def slow(answer: Answer) -> Answer:
 
 
 def hanging(answer: Answer) -> Answer:
-    time.sleep(3)  # the client of these tests waits for two seconds
+    time.sleep(PATIENCE_SECONDS + 1)
     return replace(answer, sent=0)
 
 
@@ -135,7 +138,7 @@ class Tried:
 @pytest.fixture(scope="module")
 def tried(hub: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Tried:
     client, out = Client(hub.url, tmp_path_factory.mktemp("home")), tmp_path_factory.mktemp("out")
-    patience = {"HF_HUB_DOWNLOAD_TIMEOUT": "2", "HF_HUB_ETAG_TIMEOUT": "2"}
+    patience = dict.fromkeys(("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"), str(PATIENCE_SECONDS))
     return Tried(client, out, client.python(TRY, out, json.dumps(list(FAULTS)), **patience))
 
 

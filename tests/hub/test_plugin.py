@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import pytest
 from transformers import AutoModel
 
+from tests.limits import HANG_SECONDS
+
 if TYPE_CHECKING:
     from tests.hub.conftest import Repository
 
@@ -65,7 +67,7 @@ def run(
         env={**kept, "HF_HUB_OFFLINE": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
     )
 
 

@@ -21,7 +21,8 @@ from miracle_hub.code import Code
 from miracle_hub.coding.digest import digest
 from miracle_hub.coding.quantiles import quantiles
 from miracle_kernels import KernelInputError, decode
-from miracle_kernels.decode import decode_torch, decode_triton, group_steps
+from miracle_kernels.decode import decode_torch, decode_triton
+from miracle_kernels.windows import group_steps
 
 Triple = tuple[int, int, int]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

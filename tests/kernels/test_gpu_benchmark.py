@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.limits import HANG_SECONDS
+
 pytest.importorskip("triton")
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -32,7 +34,7 @@ def gpu() -> ModuleType:
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS)
 
 
 def test_every_op_passes_its_checks(gpu: ModuleType, device: torch.device) -> None:

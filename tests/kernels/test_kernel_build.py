@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.limits import HANG_SECONDS
+
 KERNELS = Path(__file__).parents[2] / "kernels"
 PACKAGE = KERNELS / "torch-ext" / "miracle_kernels"
 BACKENDS = ("cpu", "cuda", "rocm")
@@ -36,12 +38,19 @@ sys.meta_path.insert(0, Blocker())
 
 
 def build(output: Path, script: Path = KERNELS / "build.py") -> Path:
-    subprocess.run([sys.executable, str(script), "--output", str(output)], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, str(script), "--output", str(output)],
+        check=True,
+        capture_output=True,
+        timeout=HANG_SECONDS,
+    )
     return output
 
 
 def run(code: str) -> str:
-    finished = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    finished = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=HANG_SECONDS
+    )
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
 

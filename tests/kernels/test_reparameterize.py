@@ -22,9 +22,9 @@ from miracle_kernels import (
     reparameterize_torch,
 )
 from miracle_kernels._triton import tl, triton
-from miracle_kernels.reparameterize import noise as kernel_noise
+from miracle_kernels.draws import noise as kernel_noise
+from miracle_kernels.draws import noise_torch
 from miracle_kernels.reparameterize import (
-    noise_torch,
     reparameterize_backward,
     reparameterize_backward_torch,
     reparameterize_backward_triton,

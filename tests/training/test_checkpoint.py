@@ -19,6 +19,7 @@ from miracle_hub.training import checkpoint, sealed
 from miracle_hub.training.checkpoint import Checkpoint, RunState
 from miracle_hub.training.coder import CodingOptions, code_model
 from miracle_hub.training.journal import Journal
+from tests.limits import HANG_SECONDS
 
 from .networks import IMAGES, assert_same_state, loss_of, posterior_of, streams_of, variational_net
 
@@ -76,7 +77,10 @@ print(json.dumps([kills, sorted(path.name for path in folder.iterdir())]))
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_file(tmp_path: Path) -> None:
     root = str(Path(__file__).parents[2])
     done = subprocess.run(
-        [sys.executable, "-c", WORKER, root, str(tmp_path)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", WORKER, root, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     kills, files = json.loads(done.stdout.splitlines()[-1])

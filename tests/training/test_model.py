@@ -22,6 +22,7 @@ from miracle_hub.training.layout import Joint
 from miracle_hub.training.message import Message
 from miracle_hub.training.model import anneal, kl_penalty
 from miracle_hub.training.posteriors.mean_kl import MeanKL
+from tests.limits import HANG_SECONDS
 
 from .networks import IMAGES, SMALL, conv_net, loss_of, part_of, posterior_of, streams_of, variational_net
 
@@ -228,7 +229,7 @@ def test_distributed_processes_draw_different_noise_and_share_gradients(tmp_path
     root = str(Path(__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-c", WORKER, root, str(tmp_path / "meeting")],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=HANG_SECONDS,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     errors, spread = json.loads(done.stdout.splitlines()[-1])

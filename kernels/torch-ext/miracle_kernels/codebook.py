@@ -1,12 +1,14 @@
 """codebook: states → candidates, the table that every other op reads."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ._triton import check_launch, on_its_device, tl, triton
 from .candidates import philox_halves, philox_halves_torch
 from .checks import MAX_STEP_WEIGHTS, N_QUANTILES, check_range, check_size, check_stream, check_tensor
-from .registration import register
+from .registration import register, takes
 from .tuning import tiles
 
 
@@ -35,10 +37,33 @@ def _codebook_kernel(
     tl.store(out_ptr + rows[:, None] * STEP_WEIGHTS + weights[None, :], z, mask=mask, cache_modifier=".cs")
 
 
+class _Arguments(NamedTuple):
+    """Of `codebook`, in the order of its schema."""
+
+    states: Tensor
+    quantiles: Tensor
+    step_weights: int
+    seed: int
+    stream_id: int
+
+
+def _check(given: _Arguments) -> None:
+    op, states, quantiles = "codebook", given.states, given.quantiles
+    check_tensor(op, "states", states, (torch.int32, torch.int64), states)
+    check_tensor(op, "quantiles", quantiles, (torch.float16,), states)
+    check_size(op, "states", states.ndim, 1, "dimension")
+    check_size(op, "quantiles", quantiles.numel(), N_QUANTILES, "entries")
+    check_range(op, "step_weights", given.step_weights, 1, MAX_STEP_WEIGHTS)
+    check_stream(op, given.seed, given.stream_id)
+
+
+def _allocate(given: _Arguments) -> Tensor:
+    return given.states.new_empty((given.states.shape[0], given.step_weights), dtype=torch.float16)
+
+
 @on_its_device
-def codebook_triton(
-    states: Tensor, quantiles: Tensor, step_weights: int, seed: int, stream_id: int
-) -> Tensor:
+@takes(_Arguments, _check)
+def codebook_triton(given: _Arguments) -> Tensor:
     """The candidates of states, float16 `[n, step_weights]`: standard normal draws.
 
     Args:
@@ -52,9 +77,9 @@ def codebook_triton(
 
     Source: design of the code, after Havasi et al. 2019 (arXiv:1810.00440), section 3.2.
     """
-    _check(states, quantiles, step_weights, seed, stream_id)
+    states, quantiles, step_weights, seed, stream_id = given
     check_launch("codebook", states)
-    out = _allocate(states, quantiles, step_weights, seed, stream_id)
+    out = _allocate(given)
     tile = tiles("codebook", states.device, step_weights=step_weights)
     groups = -(-step_weights // 8)
     tile_groups = min(triton.next_power_of_2(groups), tile["TILE_GROUPS"])
@@ -68,25 +93,13 @@ def codebook_triton(
     return out
 
 
-def codebook_torch(states: Tensor, quantiles: Tensor, step_weights: int, seed: int, stream_id: int) -> Tensor:
+@takes(_Arguments, _check)
+def codebook_torch(given: _Arguments) -> Tensor:
     """The reference of `codebook`."""
-    _check(states, quantiles, step_weights, seed, stream_id)
+    states, quantiles, step_weights, seed, stream_id = given
     groups = range(-(-step_weights // 8))
     halves = [philox_halves_torch((states, group, stream_id, 0), seed) for group in groups]
     return quantiles[torch.cat(halves, dim=1)[:, :step_weights]]
 
 
-def _allocate(states: Tensor, quantiles: Tensor, step_weights: int, seed: int, stream_id: int) -> Tensor:
-    return states.new_empty((states.shape[0], step_weights), dtype=torch.float16)
-
-
-def _check(states: Tensor, quantiles: Tensor, step_weights: int, seed: int, stream_id: int) -> None:
-    check_tensor("codebook", "states", states, (torch.int32, torch.int64), states)
-    check_tensor("codebook", "quantiles", quantiles, (torch.float16,), states)
-    check_size("codebook", "states", states.ndim, 1, "dimension")
-    check_size("codebook", "quantiles", quantiles.numel(), N_QUANTILES, "entries")
-    check_range("codebook", "step_weights", step_weights, 1, MAX_STEP_WEIGHTS)
-    check_stream("codebook", seed, stream_id)
-
-
-codebook = register("codebook", triton=codebook_triton, reference=codebook_torch, fake=_allocate)
+codebook = register("codebook", _Arguments, triton=codebook_triton, reference=codebook_torch, fake=_allocate)

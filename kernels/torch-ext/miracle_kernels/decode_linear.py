@@ -7,6 +7,8 @@ instead of the weights, and each row's scale is applied once, to the sum.
 # What Triton's language means by these operators is not what its stubs say.
 # pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -23,10 +25,11 @@ from .checks import (
     check_tensor,
     check_width,
 )
-from .decode import as_entries, coded_candidates, decode_torch, fits_shared_memory, path_steps, tile_columns
-from .registration import register
+from .decode import decode_torch
+from .registration import register, takes
 from .rotation import rotate
 from .tuning import resident_programs, tiles
+from .windows import as_entries, coded_candidates, fits_shared_memory, path_steps, tile_columns
 
 MAX_BATCH = 64
 # Rows that the reference decodes at a time.
@@ -144,21 +147,45 @@ def _matrix_kernel(
         tl.store(y_ptr + at, rounded(y, y_ptr.dtype.element_ty), mask=mask)
 
 
+class _Arguments(NamedTuple):
+    """Of `decode_linear`, in the order of its schema."""
+
+    x: Tensor
+    message: Tensor
+    table: Tensor
+    scales: Tensor
+    rows: int
+    window_bits: int
+    step_bits: int
+    step_weights: int
+    seed: int
+    stream_id: int
+    rotation: int
+    band_columns: int
+
+
+def _check(given: _Arguments) -> None:
+    op, x, scales, rows = "decode_linear", given.x, given.scales, given.rows
+    code = (given.window_bits, given.step_bits, given.step_weights)
+    check_code(op, *code)
+    check_stream(op, given.seed, given.stream_id)
+    check_tensor(op, "x", x, (torch.float32, torch.bfloat16, torch.float16), x)
+    check_size(op, "x", x.ndim, 2, "dimensions")
+    check_range(op, "batch (rows of x)", x.shape[0], 1, MAX_BATCH)
+    check_range(op, "columns of x", x.shape[1], 1, MAX_COLUMNS)
+    check_range(op, "rows", rows, 0, 2**31 - 1)
+    check_range(op, "band_columns", given.band_columns, 0, 2**31 - 1)
+    check_width(op, given.rotation, x.shape[1])
+    check_tensor(op, "message", given.message, (torch.uint8,), x)
+    check_message(op, given.message, rows * x.shape[1], *code)
+    check_table(op, given.table, given.window_bits, given.step_weights, x)
+    check_tensor(op, "scales", scales, (torch.bfloat16,), x)
+    check_size(op, "scales", scales.numel(), 1 if scales.numel() == 1 else rows, "entries, or 1")
+
+
 @on_its_device
-def decode_linear_triton(
-    x: Tensor,
-    message: Tensor,
-    table: Tensor,
-    scales: Tensor,
-    rows: int,
-    window_bits: int,
-    step_bits: int,
-    step_weights: int,
-    seed: int,
-    stream_id: int,
-    rotation: int,
-    band_columns: int,
-) -> Tensor:
+@takes(_Arguments, _check)
+def decode_linear_triton(given: _Arguments) -> Tensor:
     """x·Wᵀ of a coded matrix W, `[batch, rows]` in the dtype of x.
 
     Args:
@@ -172,14 +199,13 @@ def decode_linear_triton(
         KernelInputError: a tensor or a number is not as said.
         KernelUnavailableError: there is no Triton, or no GPU.
     """
-    code = (window_bits, step_bits, step_weights)
-    _check(x, message, table, scales, rows, *code, seed, stream_id, rotation, band_columns)
-    check_launch("decode_linear", x)
+    check_launch("decode_linear", given.x)
+    x, message, table, scales, rows, window_bits, step_bits, step_weights = given[:8]
     batch, columns = x.shape
     y = x.new_empty((batch, rows))
     if rows == 0:
         return y
-    steps = path_steps(table, window_bits, step_bits, step_weights, columns, band_columns)
+    steps = path_steps(table, window_bits, step_bits, step_weights, columns, given.band_columns)
     options = {"L": window_bits, "K": step_bits, "V": step_weights, "STEPS": steps}
     options |= {
         "FROM_TABLE": table.ndim == 2,
@@ -187,9 +213,9 @@ def decode_linear_triton(
         "enable_fp_fusion": True,
     }
     coded = (message, as_entries(table) if steps else table, scales)
-    sizes = (rows, columns, band_columns, seed, stream_id)
+    sizes = (rows, columns, given.band_columns, given.seed, given.stream_id)
     launch = _vector if batch == 1 else _matrix
-    launch(y, x, coded, sizes, rotation, options)
+    launch(y, x, coded, sizes, given.rotation, options)
     return y
 
 
@@ -241,23 +267,10 @@ def _matrix(
     )  # fmt: skip
 
 
-def decode_linear_torch(
-    x: Tensor,
-    message: Tensor,
-    table: Tensor,
-    scales: Tensor,
-    rows: int,
-    window_bits: int,
-    step_bits: int,
-    step_weights: int,
-    seed: int,
-    stream_id: int,
-    rotation: int,
-    band_columns: int,
-) -> Tensor:
+@takes(_Arguments, _check)
+def decode_linear_torch(given: _Arguments) -> Tensor:
     """The reference of `decode_linear`: decodes rows to float32, some at a time, and multiplies."""
-    code = (window_bits, step_bits, step_weights, seed, stream_id, rotation, band_columns)
-    _check(x, message, table, scales, rows, *code)
+    x, message, table, scales, rows, *code = given
     y = x.new_empty((x.shape[0], rows))
     for first in range(0, rows, _REFERENCE_ROWS):
         stop = min(first + _REFERENCE_ROWS, rows)
@@ -267,31 +280,10 @@ def decode_linear_torch(
     return y
 
 
-def _fake(x: Tensor, message: Tensor, table: Tensor, scales: Tensor, rows: int, *rest: object) -> Tensor:
-    return x.new_empty((x.shape[0], rows))
-
-
-def _check(
-    x: Tensor, message: Tensor, table: Tensor, scales: Tensor, rows: int, window_bits: int, step_bits: int,
-    step_weights: int, seed: int, stream_id: int, rotation: int, band_columns: int,
-) -> None:  # fmt: skip
-    op = "decode_linear"
-    check_code(op, window_bits, step_bits, step_weights)
-    check_stream(op, seed, stream_id)
-    check_tensor(op, "x", x, (torch.float32, torch.bfloat16, torch.float16), x)
-    check_size(op, "x", x.ndim, 2, "dimensions")
-    check_range(op, "batch (rows of x)", x.shape[0], 1, MAX_BATCH)
-    check_range(op, "columns of x", x.shape[1], 1, MAX_COLUMNS)
-    check_range(op, "rows", rows, 0, 2**31 - 1)
-    check_range(op, "band_columns", band_columns, 0, 2**31 - 1)
-    check_width(op, rotation, x.shape[1])
-    check_tensor(op, "message", message, (torch.uint8,), x)
-    check_message(op, message, rows * x.shape[1], window_bits, step_bits, step_weights)
-    check_table(op, table, window_bits, step_weights, x)
-    check_tensor(op, "scales", scales, (torch.bfloat16,), x)
-    check_size(op, "scales", scales.numel(), 1 if scales.numel() == 1 else rows, "entries, or 1")
+def _fake(given: _Arguments) -> Tensor:
+    return given.x.new_empty((given.x.shape[0], given.rows))
 
 
 decode_linear = register(
-    "decode_linear", triton=decode_linear_triton, reference=decode_linear_torch, fake=_fake
+    "decode_linear", _Arguments, triton=decode_linear_triton, reference=decode_linear_torch, fake=_fake
 )

@@ -2,8 +2,8 @@
 
 from ._triton import tl, triton
 
-# The fourth word of the counter says whose noise it is; candidates have 0 and permutations 1 (README,
-# "The format"), the noise of variational weights 2.
+# The fourth word of the counter says whose noise it is; candidates have 0 and permutations 1 (FORMAT.md of
+# miracle-hub), the noise of variational weights 2.
 SLIDE = tl.constexpr(3)
 SELECT_TILE = tl.constexpr(4)
 SELECT_SPLIT = tl.constexpr(5)

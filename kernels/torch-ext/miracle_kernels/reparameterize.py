@@ -1,44 +1,23 @@
 """reparameterize: weights drawn from their posterior, the noise regenerated in the backward pass.
 
-    w = mean + std·eps
-    eps[e] = quantiles[half e % 8 of Philox(key = seed, counter = (e // 8, stream_id, 2))]
+    w = mean + std·eps, eps as in draws.py
 
-e // 8 fills two words. Nothing of the tensor's size is kept between the passes but the parameters, which
-exist anyway. Bytes per weight in float32 without a prior mean: forward 12 (two parameters read, w written),
-backward 20 (two parameters and grad_w read, two gradients written). A prior mean adds its own bytes to each
-pass (under Mean-KL to the forward pass only); a 16-bit w takes 2 off each.
+Nothing of the tensor's size is kept between the passes but the parameters, which exist anyway. Bytes per
+weight in float32 without a prior mean: forward 12 (two parameters read, w written), backward 20 (two
+parameters and grad_w read, two gradients written). A prior mean adds its own bytes to each pass (under
+Mean-KL to the forward pass only); a 16-bit w takes 2 off each.
 """
 
-from collections.abc import Iterator
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
 from ._triton import check_launch, on_its_device, tl, triton
-from .candidates import philox_halves, philox_halves_torch
 from .casting import rounded
-from .checks import N_QUANTILES, check_size, check_stream, check_tensor
-from .errors import KernelInputError
-from .registration import register
+from .draws import check_number, check_parameters, chunks, noise, noise_torch, save, total
+from .registration import register, takes
 from .tuning import tiles
-
-CHUNK = 1 << 19  # weights that a reference holds in float64 at a time
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# The counter's last word; candidates have 0, permutations 1, the encoders' noise the next (noise.py).
-_DOMAIN = tl.constexpr(2)
-
-
-@triton.jit
-def noise(first_group, quantiles_ptr, seed, stream_id, TILE: tl.constexpr):
-    """float32 `[TILE]`: the noise from element 8·first_group (int64) on."""
-    groups = first_group + tl.arange(0, TILE // 8)
-    zero = tl.zeros([TILE // 8], tl.uint32)
-    low, high = groups.to(tl.uint32), (groups >> 32).to(tl.uint32)
-    halves = philox_halves(low, high, stream_id.to(tl.uint32) + zero, zero + _DOMAIN, seed)
-    # The table is all that is read twice: streams pass it by (.cg, .cs), it stays in the first-level cache.
-    return tl.load(quantiles_ptr + tl.reshape(halves, [TILE]), eviction_policy="evict_last").to(tl.float32)
 
 
 @triton.jit
@@ -119,92 +98,49 @@ def _reparameterize_backward_kernel(
     tl.store(grad_log_scale_ptr + tile, -grad_kl * tl.sum(tl.where(mask, m * m + u + excess, 0.0)))
 
 
-def noise_torch(at: slice, quantiles: Tensor, seed: int, stream_id: int) -> Tensor:
-    """float16 `[stop - start]`, the reference of `noise`; `at.start` is a multiple of eight."""
-    groups = torch.arange(at.start // 8, -(-at.stop // 8), device=quantiles.device)
-    counter = (groups & 0xFFFFFFFF, groups >> 32, stream_id, 2)
-    return quantiles[philox_halves_torch(counter, seed).flatten()[: at.stop - at.start]]
+class _Forward(NamedTuple):
+    """Arguments of `reparameterize`, in the order of its schema."""
+
+    mean: Tensor
+    log_std: Tensor
+    quantiles: Tensor
+    prior_log_scale: Tensor
+    prior_mean: Optional[Tensor]
+    seed: int
+    stream_id: int
+    dtype: torch.dtype = torch.float32
 
 
-def chunks(n: int, size: int = CHUNK) -> Iterator[slice]:
-    """[0, n) in slices of `size`."""
-    return (slice(first, min(first + size, n)) for first in range(0, n, size))
+class _Backward(NamedTuple):
+    """Arguments of `reparameterize_backward`, in the order of its schema."""
+
+    grad_w: Tensor
+    grad_kl_nats: Tensor
+    mean: Tensor
+    log_std: Tensor
+    quantiles: Tensor
+    prior_log_scale: Tensor
+    prior_mean: Optional[Tensor]
+    seed: int
+    stream_id: int
 
 
-def total(parts: Tensor) -> Tensor:
-    """The float32 sum of a kernel's partial sums, in float64: no atomics, the same on every run."""
-    return parts.sum(dtype=torch.float64).float()
+def _check(given: _Forward) -> None:
+    mean, log_std, quantiles, prior_log_scale, prior_mean, seed, stream_id, dtype = given
+    parameters = dict(mean=mean, log_std=log_std, prior_mean=prior_mean)
+    check_parameters("reparameterize", parameters, quantiles, prior_log_scale, seed, stream_id, dtype)
 
 
-def check_parameters(
-    op: str,
-    parameters: dict[str, Optional[Tensor]],
-    quantiles: Tensor,
-    prior_log_scale: Tensor,
-    seed: int,
-    stream_id: int,
-    dtype: torch.dtype = torch.float32,
-) -> None:
-    """Raise unless the parameters are tensors of one shape, the first of them float32, and the rest as said.
-
-    Raises:
-        KernelInputError: they are not.
-    """
-    first, like = next((name, tensor) for name, tensor in parameters.items() if tensor is not None)
-    for name, tensor in parameters.items():
-        if tensor is not None:
-            dtypes = _FLOATS if name in ("prior_mean", "grad_w") else (torch.float32,)
-            check_tensor(op, name, tensor, dtypes, like)
-            if tensor.shape != like.shape:
-                raise KernelInputError(
-                    f"{op}: {name}: expected shape {tuple(like.shape)} like {first}, found "
-                    f"{tuple(tensor.shape)}; it belongs to another layer"
-                )
-    check_tensor(op, "quantiles", quantiles, (torch.float16,), like)
-    check_size(op, "quantiles", quantiles.numel(), N_QUANTILES, "entries")
-    check_number(op, "prior_log_scale", prior_log_scale, like)
-    check_stream(op, seed, stream_id)
-    if dtype not in _FLOATS:
-        raise KernelInputError(
-            f"{op}: dtype: expected float32, bfloat16 or float16, found {dtype}; choose one of them"
-        )
-
-
-def check_number(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
-    """Raise unless `tensor` is a float32 number without dimensions.
-
-    Raises:
-        KernelInputError: it is not.
-    """
-    check_tensor(op, name, tensor, (torch.float32,), like)
-    check_size(op, name, tensor.ndim, 0, "dimensions")
-
-
-def save(ctx: Any, op: str, tensors: tuple, seed: int, stream_id: int, is_learned: bool) -> None:
-    """Keep for the backward pass what the caller holds anyway.
-
-    Raises:
-        KernelInputError: the prior mean, a constant, requires a gradient.
-    """
-    if is_learned:
-        raise KernelInputError(
-            f"{op}: prior_mean: expected a constant, found a tensor that requires a gradient; detach() it"
-        )
-    ctx.save_for_backward(*tensors)
-    ctx.seed, ctx.stream_id = seed, stream_id
+def _check_backward(given: _Backward) -> None:
+    grad_w, grad_kl_nats, mean, log_std, quantiles, prior_log_scale, prior_mean, seed, stream_id = given
+    op, parameters = "reparameterize_backward", dict(mean=mean, log_std=log_std, prior_mean=prior_mean)
+    check_parameters(op, dict(parameters, grad_w=grad_w), quantiles, prior_log_scale, seed, stream_id)
+    check_number(op, "grad_kl_nats", grad_kl_nats, mean)
 
 
 @on_its_device
-def reparameterize_triton(
-    mean: Tensor,
-    log_std: Tensor,
-    quantiles: Tensor,
-    prior_log_scale: Tensor,
-    prior_mean: Optional[Tensor],
-    seed: int,
-    stream_id: int,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor]:
+@takes(_Forward, _check)
+def reparameterize_triton(given: _Forward) -> tuple[Tensor, Tensor]:
     """Mean-Var: w = mean + e^log_std·eps of the shape of `mean`, and Σ KL(q‖p), a float32 number in nats.
 
     KL = (m² + v - 1 - log v)/2 with m = (mean - prior_mean)/ρ, v = (e^log_std/ρ)², ρ = e^prior_log_scale.
@@ -224,8 +160,8 @@ def reparameterize_triton(
 
     Source: Havasi et al. 2019 (arXiv:1810.00440), section 3.3.
     """
-    op, parameters = "reparameterize", dict(mean=mean, log_std=log_std, prior_mean=prior_mean)
-    check_parameters(op, parameters, quantiles, prior_log_scale, seed, stream_id, dtype)
+    mean, log_std, quantiles, prior_log_scale, prior_mean, seed, stream_id, dtype = given
+    op = "reparameterize"
     check_launch(op, mean)
     tile, w = tiles(op, mean.device), torch.empty_like(mean, dtype=dtype)
     kl_nats = mean.new_empty(triton.cdiv(mean.numel(), tile["TILE"]))
@@ -237,19 +173,10 @@ def reparameterize_triton(
     return w, total(kl_nats)
 
 
-def reparameterize_torch(
-    mean: Tensor,
-    log_std: Tensor,
-    quantiles: Tensor,
-    prior_log_scale: Tensor,
-    prior_mean: Optional[Tensor],
-    seed: int,
-    stream_id: int,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor]:
+@takes(_Forward, _check)
+def reparameterize_torch(given: _Forward) -> tuple[Tensor, Tensor]:
     """The reference of `reparameterize`, float64 inside."""
-    parameters = dict(mean=mean, log_std=log_std, prior_mean=prior_mean)
-    check_parameters("reparameterize", parameters, quantiles, prior_log_scale, seed, stream_id, dtype)
+    mean, log_std, quantiles, prior_log_scale, prior_mean, seed, stream_id, dtype = given
     w, kl_nats = torch.empty_like(mean, dtype=dtype), [torch.zeros_like(prior_log_scale).double()]
     for at in chunks(mean.numel()):
         m, u, center, std = _mean_var_torch(mean, log_std, prior_log_scale, prior_mean, at)
@@ -259,21 +186,11 @@ def reparameterize_torch(
 
 
 @on_its_device
-def reparameterize_backward_triton(
-    grad_w: Tensor,
-    grad_kl_nats: Tensor,
-    mean: Tensor,
-    log_std: Tensor,
-    quantiles: Tensor,
-    prior_log_scale: Tensor,
-    prior_mean: Optional[Tensor],
-    seed: int,
-    stream_id: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+@takes(_Backward, _check_backward)
+def reparameterize_backward_triton(given: _Backward) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of mean, log_std and prior_log_scale from those of w and of kl_nats."""
-    op, parameters = "reparameterize_backward", dict(mean=mean, log_std=log_std, prior_mean=prior_mean)
-    check_parameters(op, dict(parameters, grad_w=grad_w), quantiles, prior_log_scale, seed, stream_id)
-    check_number(op, "grad_kl_nats", grad_kl_nats, mean)
+    grad_w, grad_kl_nats, mean, log_std, quantiles, prior_log_scale, prior_mean, seed, stream_id = given
+    op = "reparameterize_backward"
     check_launch(op, mean)
     tile, grad_mean, grad_log_std = tiles(op, mean.device), torch.empty_like(mean), torch.empty_like(mean)
     grad_log_scale = mean.new_empty(triton.cdiv(mean.numel(), tile["TILE"]))
@@ -286,21 +203,10 @@ def reparameterize_backward_triton(
     return grad_mean, grad_log_std, total(grad_log_scale)
 
 
-def reparameterize_backward_torch(
-    grad_w: Tensor,
-    grad_kl_nats: Tensor,
-    mean: Tensor,
-    log_std: Tensor,
-    quantiles: Tensor,
-    prior_log_scale: Tensor,
-    prior_mean: Optional[Tensor],
-    seed: int,
-    stream_id: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+@takes(_Backward, _check_backward)
+def reparameterize_backward_torch(given: _Backward) -> tuple[Tensor, Tensor, Tensor]:
     """The reference of `reparameterize_backward`, float64 inside."""
-    op, parameters = "reparameterize_backward", dict(mean=mean, log_std=log_std, prior_mean=prior_mean)
-    check_parameters(op, dict(parameters, grad_w=grad_w), quantiles, prior_log_scale, seed, stream_id)
-    check_number(op, "grad_kl_nats", grad_kl_nats, mean)
+    grad_w, grad_kl_nats, mean, log_std, quantiles, prior_log_scale, prior_mean, seed, stream_id = given
     grad_mean, grad_log_std, grad_log_scale = torch.empty_like(mean), torch.empty_like(mean), []
     grad_kl = grad_kl_nats.double()
     for at in chunks(mean.numel()):
@@ -322,16 +228,12 @@ def _mean_var_torch(
     return delta / log_scale.exp(), 2 * log_ratio, center, (log_ratio + log_scale).exp()
 
 
-def _allocate(
-    mean, log_std, quantiles, prior_log_scale, prior_mean, seed, stream_id, dtype=torch.float32
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(mean, dtype=dtype), mean.new_empty(())
+def _allocate(given: _Forward) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(given.mean, dtype=given.dtype), given.mean.new_empty(())
 
 
-def _allocate_backward(
-    grad_w, grad_kl_nats, mean, log_std, quantiles, prior_log_scale, prior_mean, seed, stream_id
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(mean), torch.empty_like(mean), mean.new_empty(())
+def _allocate_backward(given: _Backward) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(given.mean), torch.empty_like(given.mean), given.mean.new_empty(())
 
 
 def _save(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -347,10 +249,11 @@ def _backward(ctx: Any, grad_w: Tensor, grad_kl_nats: Tensor) -> tuple[Optional[
 
 
 reparameterize = register(
-    "reparameterize", triton=reparameterize_triton, reference=reparameterize_torch, fake=_allocate
+    "reparameterize", _Forward, triton=reparameterize_triton, reference=reparameterize_torch, fake=_allocate
 )
 reparameterize_backward = register(
     "reparameterize_backward",
+    _Backward,
     triton=reparameterize_backward_triton,
     reference=reparameterize_backward_torch,
     fake=_allocate_backward,

@@ -11,7 +11,7 @@ bits. The noise of weight j of block b is that of element b·P + j, P being V ro
 
 import math
 from collections.abc import Iterator
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -19,54 +19,13 @@ from torch import Tensor
 from ._triton import check_launch, on_its_device, tl, triton
 from .casting import rounded
 from .checks import check_range
+from .draws import CHUNK, check_parameters, chunks, noise, noise_torch, save, total
 from .errors import KernelInputError
-from .registration import register
-from .reparameterize import CHUNK, check_parameters, chunks, noise, noise_torch, save, total
+from .mean_kl import mean_kl, mean_kl_torch
+from .registration import register, takes
 from .tuning import tiles
 
 MAX_BLOCK_WEIGHTS = 1024
-
-
-@triton.jit
-def _solve(s):
-    """√v and h = d/(v - 1), where v ≤ 1 solves v - log v = 1 + d with d = s²/2.
-
-    Two polynomials fitted to the solution in 40 digits, with relative errors in √v of 2e-8 (d < 1) and 8e-8.
-    Newton's method on log v takes three steps to the same, each dearer than this.
-    """
-    d = 0.5 * s * s
-    near = -6.9984765e-3 + s * (-6.3742830e-4 + s * (-9.5693243e-5 + s * 1.0634382e-4))
-    near = 0.49999912 + s * (-0.041654812 + s * near)  # (1 - √v)/s
-    root = tl.exp(-0.5 - 0.5 * d)
-    power = root * root  # v = -W(-power), a series in it
-    far = 0.62172505 + power * (1.1171751 + power * (0.66336864 + power * 10.437796))
-    far = root * (0.99999992 + power * (0.50004003 + power * far))
-    is_near = d < 1.0
-    std = tl.where(is_near, 1.0 - s * near, far)
-    h = tl.where(is_near, 0.5 * s, d) / tl.where(is_near, near * (s * near - 2.0), far * far - 1.0)
-    return std, h
-
-
-@triton.jit
-def _mean_kl(tau, alpha, block_kl_nats):
-    """What a tile of whole blocks `[blocks, weights]` says, alpha = -inf where there is no weight.
-
-    Returns share of the block's KL, reach = √(2κ), tanh τ, sech τ, σ/ρ, and h = ∂log v/∂log κ.
-    """
-    top = tl.maximum(tl.max(alpha, 1), -3e38)  # finite where a whole row is missing
-    power = tl.exp(alpha - top[:, None])
-    per_power = 1.0 / tl.maximum(tl.sum(power, 1), 1.0)  # a real row has a 1 in its sum
-    reach = tl.sqrt(power * (2.0 * block_kl_nats * per_power)[:, None])
-    decay = tl.exp(-tl.abs(tau))
-    square, decay2 = tau * tau, decay * decay
-    inverse = 1.0 / (1.0 + decay2)
-    # Near 0 by Taylor: 1 - decay2 has lost the digits of a mean that a large κ makes worth keeping.
-    near = tau + tau * square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
-    far = (1.0 - decay2) * inverse
-    tanh = tl.where(square < 0.0625, near, tl.where(tau < 0.0, -far, far))
-    sech = 2.0 * decay * inverse
-    std, h = _solve(1.4142135 * reach * sech)
-    return power * per_power[:, None], reach, tanh, sech, std, h
 
 
 @triton.jit(do_not_specialize=["seed", "stream_id"])
@@ -93,7 +52,7 @@ def _reparameterize_mean_kl_kernel(
     tau = tl.load(tau_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
     alpha = tl.load(alpha_ptr + at, mask=mask, other=float("-inf"), cache_modifier=".cg")
     eps = noise(first * WIDTH // 8, quantiles_ptr, seed, stream_id, TILE_BLOCKS * WIDTH)
-    _, reach, tanh, _, std, _ = _mean_kl(tau, alpha, block_kl_nats)
+    _, reach, tanh, _, std, _ = mean_kl(tau, alpha, block_kl_nats)
     w = tl.exp(tl.load(log_scale_ptr)) * (reach * tanh + std * tl.reshape(eps, [TILE_BLOCKS, WIDTH]))
     if HAS_PRIOR:
         w += tl.load(prior_ptr + at, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
@@ -127,7 +86,7 @@ def _reparameterize_mean_kl_backward_kernel(
     grad_w = tl.load(grad_w_ptr + at, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
     grad_w *= tl.exp(tl.load(log_scale_ptr))
     eps = noise(first * WIDTH // 8, quantiles_ptr, seed, stream_id, TILE_BLOCKS * WIDTH)
-    share, reach, tanh, sech, std, h = _mean_kl(tau, alpha, block_kl_nats)
+    share, reach, tanh, sech, std, h = mean_kl(tau, alpha, block_kl_nats)
     m, drawn = reach * tanh, std * tl.reshape(eps, [TILE_BLOCKS, WIDTH])
     # v - log v - 1 = 2κ·sech² τ: both chains pass through h, which is smooth where dv/dc has its pole, v = 1.
     grad_tau = grad_w * (reach * sech * sech - drawn * h * tanh)
@@ -139,19 +98,62 @@ def _reparameterize_mean_kl_backward_kernel(
     tl.store(grad_log_scale_ptr + tl.program_id(0), tl.sum(grad_w * (m + drawn)))
 
 
+class _Forward(NamedTuple):
+    """Arguments of `reparameterize_mean_kl`, in the order of its schema."""
+
+    tau: Tensor
+    alpha: Tensor
+    quantiles: Tensor
+    prior_log_scale: Tensor
+    prior_mean: Optional[Tensor]
+    block_kl_nats: float
+    block_weights: int
+    seed: int
+    stream_id: int
+    dtype: torch.dtype = torch.float32
+
+
+class _Backward(NamedTuple):
+    """Arguments of `reparameterize_mean_kl_backward`, in the order of its schema."""
+
+    grad_w: Tensor
+    tau: Tensor
+    alpha: Tensor
+    quantiles: Tensor
+    prior_log_scale: Tensor
+    block_kl_nats: float
+    block_weights: int
+    seed: int
+    stream_id: int
+
+
+def _check(given: _Forward) -> None:
+    op, tau, alpha, prior_mean = "reparameterize_mean_kl", given.tau, given.alpha, given.prior_mean
+    parameters = dict(tau=tau, alpha=alpha, prior_mean=prior_mean)
+    noise_of = (given.quantiles, given.prior_log_scale, given.seed, given.stream_id)
+    check_parameters(op, parameters, *noise_of, given.dtype)
+    _check_blocks(op, given.block_kl_nats, given.block_weights)
+
+
+def _check_backward(given: _Backward) -> None:
+    op, parameters = "reparameterize_mean_kl_backward", dict(tau=given.tau, alpha=given.alpha)
+    noise_of = (given.quantiles, given.prior_log_scale, given.seed, given.stream_id)
+    check_parameters(op, dict(parameters, grad_w=given.grad_w), *noise_of)
+    _check_blocks(op, given.block_kl_nats, given.block_weights)
+
+
+def _check_blocks(op: str, block_kl_nats: float, block_weights: int) -> None:
+    check_range(op, "block_weights", block_weights, 1, MAX_BLOCK_WEIGHTS)
+    if not 0 < block_kl_nats < math.inf:
+        raise KernelInputError(
+            f"{op}: block_kl_nats: expected a finite number of nats above 0, found {block_kl_nats}; pass the "
+            "bits of a block's message times ln 2"
+        )
+
+
 @on_its_device
-def reparameterize_mean_kl_triton(
-    tau: Tensor,
-    alpha: Tensor,
-    quantiles: Tensor,
-    prior_log_scale: Tensor,
-    prior_mean: Optional[Tensor],
-    block_kl_nats: float,
-    block_weights: int,
-    seed: int,
-    stream_id: int,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
+@takes(_Forward, _check)
+def reparameterize_mean_kl_triton(given: _Forward) -> Tensor:
     """Mean-KL: w of the shape of `tau`. Gradients reach tau, alpha and prior_log_scale.
 
     Args:
@@ -170,10 +172,9 @@ def reparameterize_mean_kl_triton(
 
     Source: the idea is Lin et al. 2023 (arXiv:2307.07816); the formulas are derived here.
     """
+    tau, alpha, quantiles, prior_log_scale, prior_mean, block_kl_nats, block_weights = given[:7]
+    seed, stream_id, dtype = given[7:]
     op = "reparameterize_mean_kl"
-    parameters = dict(tau=tau, alpha=alpha, prior_mean=prior_mean)
-    check_parameters(op, parameters, quantiles, prior_log_scale, seed, stream_id, dtype)
-    _check_blocks(op, block_kl_nats, block_weights)
     check_launch(op, tau)
     grid, tile = _launch(op, tau, block_weights)
     w = torch.empty_like(tau, dtype=dtype)
@@ -185,27 +186,15 @@ def reparameterize_mean_kl_triton(
     return w
 
 
-def reparameterize_mean_kl_torch(
-    tau: Tensor,
-    alpha: Tensor,
-    quantiles: Tensor,
-    prior_log_scale: Tensor,
-    prior_mean: Optional[Tensor],
-    block_kl_nats: float,
-    block_weights: int,
-    seed: int,
-    stream_id: int,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
+@takes(_Forward, _check)
+def reparameterize_mean_kl_torch(given: _Forward) -> Tensor:
     """The reference of `reparameterize_mean_kl`, float64 inside."""
-    op = "reparameterize_mean_kl"
-    parameters = dict(tau=tau, alpha=alpha, prior_mean=prior_mean)
-    check_parameters(op, parameters, quantiles, prior_log_scale, seed, stream_id, dtype)
-    _check_blocks(op, block_kl_nats, block_weights)
+    tau, alpha, quantiles, prior_log_scale, prior_mean, block_kl_nats, block_weights = given[:7]
+    seed, stream_id, dtype = given[7:]
     w, scale = torch.empty_like(tau, dtype=dtype), prior_log_scale.double().exp()
     for at, blocks in _chunks(tau.numel(), block_weights):
         rows = (_rows(tau, at, block_weights, 0.0), _rows(alpha, at, block_weights, -math.inf))
-        _, reach, tanh, _, std, _ = _mean_kl_torch(*rows, block_kl_nats)
+        _, reach, tanh, _, std, _ = mean_kl_torch(*rows, block_kl_nats)
         eps = _noise_rows(blocks, block_weights, quantiles, seed, stream_id)
         drawn = scale * (reach * tanh + std * eps).flatten()[: at.stop - at.start]
         w.view(-1)[at] = (drawn if prior_mean is None else drawn + prior_mean.view(-1)[at]).to(dtype)
@@ -213,23 +202,11 @@ def reparameterize_mean_kl_torch(
 
 
 @on_its_device
-def reparameterize_mean_kl_backward_triton(
-    grad_w: Tensor,
-    tau: Tensor,
-    alpha: Tensor,
-    quantiles: Tensor,
-    prior_log_scale: Tensor,
-    block_kl_nats: float,
-    block_weights: int,
-    seed: int,
-    stream_id: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+@takes(_Backward, _check_backward)
+def reparameterize_mean_kl_backward_triton(given: _Backward) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of tau, alpha and prior_log_scale from that of w."""
+    grad_w, tau, alpha, quantiles, prior_log_scale, block_kl_nats, block_weights, seed, stream_id = given
     op = "reparameterize_mean_kl_backward"
-    check_parameters(
-        op, dict(tau=tau, alpha=alpha, grad_w=grad_w), quantiles, prior_log_scale, seed, stream_id
-    )
-    _check_blocks(op, block_kl_nats, block_weights)
     check_launch(op, tau)
     grid, tile = _launch(op, tau, block_weights)
     grad_tau, grad_alpha, grad_log_scale = torch.empty_like(tau), torch.empty_like(tau), tau.new_empty(grid)
@@ -241,28 +218,15 @@ def reparameterize_mean_kl_backward_triton(
     return grad_tau, grad_alpha, total(grad_log_scale)
 
 
-def reparameterize_mean_kl_backward_torch(
-    grad_w: Tensor,
-    tau: Tensor,
-    alpha: Tensor,
-    quantiles: Tensor,
-    prior_log_scale: Tensor,
-    block_kl_nats: float,
-    block_weights: int,
-    seed: int,
-    stream_id: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+@takes(_Backward, _check_backward)
+def reparameterize_mean_kl_backward_torch(given: _Backward) -> tuple[Tensor, Tensor, Tensor]:
     """The reference of `reparameterize_mean_kl_backward`, float64 inside."""
-    op = "reparameterize_mean_kl_backward"
-    check_parameters(
-        op, dict(tau=tau, alpha=alpha, grad_w=grad_w), quantiles, prior_log_scale, seed, stream_id
-    )
-    _check_blocks(op, block_kl_nats, block_weights)
+    grad_w, tau, alpha, quantiles, prior_log_scale, block_kl_nats, block_weights, seed, stream_id = given
     grad_tau, grad_alpha, scale = torch.empty_like(tau), torch.empty_like(tau), prior_log_scale.double().exp()
     grad_log_scale = [scale * 0]
     for at, blocks in _chunks(tau.numel(), block_weights):
         rows = (_rows(tau, at, block_weights, 0.0), _rows(alpha, at, block_weights, -math.inf))
-        share, reach, tanh, sech, std, h = _mean_kl_torch(*rows, block_kl_nats)
+        share, reach, tanh, sech, std, h = mean_kl_torch(*rows, block_kl_nats)
         drawn = std * _noise_rows(blocks, block_weights, quantiles, seed, stream_id)
         grad, size = scale * _rows(grad_w, at, block_weights, 0.0), at.stop - at.start
         grad_tau.view(-1)[at] = (grad * (reach * sech**2 - drawn * h * tanh)).float().flatten()[:size]
@@ -271,17 +235,6 @@ def reparameterize_mean_kl_backward_torch(
         grad_alpha.view(-1)[at] = by_alpha.float().flatten()[:size]
         grad_log_scale.append((grad * (reach * tanh + drawn)).sum())
     return grad_tau, grad_alpha, total(torch.stack(grad_log_scale))
-
-
-def _mean_kl_torch(tau: Tensor, alpha: Tensor, block_kl_nats: float) -> tuple[Tensor, ...]:
-    """The reference of `_mean_kl`, by Newton's method on u = log v: e^u - u = c."""
-    share = alpha.softmax(1)
-    reach, tanh, sech = (2 * block_kl_nats * share).sqrt(), tau.tanh(), 1 / tau.cosh()
-    excess = (reach * sech).square().clamp(min=1e-30)  # c - 1; below, v is 1 and Newton's step 0/0
-    u = torch.where(excess < 1, -(2 * excess).sqrt(), -1 - excess)
-    for _ in range(6):
-        u = u - (torch.expm1(u) - u - excess) / torch.expm1(u)
-    return share, reach, tanh, sech, (0.5 * u).exp(), excess / torch.expm1(u)
 
 
 def _rows(tensor: Tensor, at: slice, block_weights: int, fill: float) -> Tensor:
@@ -316,26 +269,12 @@ def _launch(op: str, tau: Tensor, block_weights: int) -> tuple[int, dict[str, in
     return triton.cdiv(blocks, tile_blocks), sizes
 
 
-def _check_blocks(op: str, block_kl_nats: float, block_weights: int) -> None:
-    check_range(op, "block_weights", block_weights, 1, MAX_BLOCK_WEIGHTS)
-    if not 0 < block_kl_nats < math.inf:
-        raise KernelInputError(
-            f"{op}: block_kl_nats: expected a finite number of nats above 0, found {block_kl_nats}; pass the "
-            "bits of a block's message times ln 2"
-        )
+def _allocate(given: _Forward) -> Tensor:
+    return torch.empty_like(given.tau, dtype=given.dtype)
 
 
-def _allocate(
-    tau, alpha, quantiles, prior_log_scale, prior_mean, block_kl_nats, block_weights, seed, stream_id,
-    dtype=torch.float32,
-) -> Tensor:  # fmt: skip
-    return torch.empty_like(tau, dtype=dtype)
-
-
-def _allocate_backward(
-    grad_w, tau, alpha, quantiles, prior_log_scale, block_kl_nats, block_weights, seed, stream_id
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(tau), torch.empty_like(tau), tau.new_empty(())
+def _allocate_backward(given: _Backward) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(given.tau), torch.empty_like(given.tau), given.tau.new_empty(())
 
 
 def _save(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -352,12 +291,14 @@ def _backward(ctx: Any, grad_w: Tensor) -> tuple[Optional[Tensor], ...]:
 
 reparameterize_mean_kl = register(
     "reparameterize_mean_kl",
+    _Forward,
     triton=reparameterize_mean_kl_triton,
     reference=reparameterize_mean_kl_torch,
     fake=_allocate,
 )
 reparameterize_mean_kl_backward = register(
     "reparameterize_mean_kl_backward",
+    _Backward,
     triton=reparameterize_mean_kl_backward_triton,
     reference=reparameterize_mean_kl_backward_torch,
     fake=_allocate_backward,

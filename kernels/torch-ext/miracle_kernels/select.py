@@ -8,6 +8,8 @@ a second kernel scores that one tile again in float32 and chooses within it.
 # What Triton's language means by these operators is not what its stubs say.
 # pyright: reportOperatorIssue=false
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ from .checks import (
 )
 from .codebook import codebook_torch
 from .noise import SELECT_CANDIDATE, SELECT_SPLIT, SELECT_TILE, gumbel, uniform
-from .registration import register
+from .registration import register, takes
 from .tuning import resident_programs, tiles
 
 MAX_WINDOW_BITS = 24
@@ -135,17 +137,43 @@ def _choose_kernel(
     tl.store(log_weight_ptr + block, tl.sum(tl.where(candidate == best, score, 0.0), axis=0))
 
 
+class _Arguments(NamedTuple):
+    """Of `select`, in the order of its schema."""
+
+    quadratic: Tensor
+    linear: Tensor
+    quantiles: Tensor
+    window_bits: int
+    seed: int
+    stream_id: int
+    selection: str
+    noise_seed: int
+
+
+def _check(given: _Arguments) -> None:
+    op, quadratic, linear, quantiles = "select", given.quadratic, given.linear, given.quantiles
+    check_range(op, "window_bits", given.window_bits, 1, MAX_WINDOW_BITS)
+    check_stream(op, given.seed, given.stream_id)
+    check_range(op, "noise_seed", given.noise_seed, -(2**63), 2**63 - 1)
+    check_choice(op, "selection", given.selection, SELECTIONS)
+    check_tensor(op, "linear", linear, (torch.float32,), linear)
+    check_size(op, "linear", linear.ndim, 2, "dimensions")
+    check_range(op, "step_weights (columns of linear)", linear.shape[1], 1, MAX_STEP_WEIGHTS)
+    check_tensor(op, "quadratic", quadratic, (torch.float32,), linear)
+    check_shape(op, "quadratic", quadratic, tuple(linear.shape))
+    check_tensor(op, "quantiles", quantiles, (torch.float16,), linear)
+    check_size(op, "quantiles", quantiles.numel(), N_QUANTILES, "entries")
+
+
+def _allocate(given: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    linear, n_blocks = given.linear, given.linear.shape[0]
+    index = linear.new_empty(n_blocks, dtype=torch.int64)
+    return index, linear.new_empty(n_blocks), linear.new_empty(n_blocks)
+
+
 @on_its_device
-def select_triton(
-    quadratic: Tensor,
-    linear: Tensor,
-    quantiles: Tensor,
-    window_bits: int,
-    seed: int,
-    stream_id: int,
-    selection: str,
-    noise_seed: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+@takes(_Arguments, _check)
+def select_triton(given: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
     """The chosen candidate of every block, its log importance weight, and the log-sum-exp over all.
 
     The log importance weight of a candidate z is Σ_v -½·z_v·(quadratic_v · z_v - linear_v), in nats, up
@@ -162,9 +190,8 @@ def select_triton(
     Returns:
         int64 `[n_blocks]`; float32 `[n_blocks]` of the choice, exact to float32 rounding; float32
         `[n_blocks]`, within 2⁻⁹ · max over candidates of Σ_v (|½·quadratic·z²| + |½·linear·z|) and float32
-        rounding of the logarithm: candidates
-        are compared in float16 products, so among nearly equal ones the choice may differ from exact
-        arithmetic by that much.
+        rounding of the logarithm: candidates are compared in float16 products, so among nearly equal ones
+        the choice may differ from exact arithmetic by that much.
 
     Raises:
         KernelInputError: a tensor or a number is not as said.
@@ -173,9 +200,9 @@ def select_triton(
     Source: Havasi et al. 2019 (arXiv:1810.00440), algorithm 1; the online sum is that of Milakov and
     Gimelshein 2018 (arXiv:1805.02867). Deviation: "best" takes the largest weight instead of drawing one.
     """
-    _check(quadratic, linear, quantiles, window_bits, seed, stream_id, selection, noise_seed)
+    quadratic, linear, quantiles, window_bits, seed, stream_id, selection, noise_seed = given
     check_launch("select", linear)
-    index, log_weights, log_sums = _allocate(linear)
+    index, log_weights, log_sums = _allocate(given)
     n_blocks, step_weights = linear.shape
     if n_blocks == 0:
         return index, log_weights, log_sums
@@ -212,20 +239,12 @@ def _scaled_coefficients(quadratic: Tensor, linear: Tensor, width: int) -> tuple
     return torch.nn.functional.pad(scaled, (0, width - linear.shape[1])), unit
 
 
-def select_torch(
-    quadratic: Tensor,
-    linear: Tensor,
-    quantiles: Tensor,
-    window_bits: int,
-    seed: int,
-    stream_id: int,
-    selection: str,
-    noise_seed: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+@takes(_Arguments, _check)
+def select_torch(given: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
     """The reference of `select`, in float32. Draws come from torch's generator, so they differ."""
-    _check(quadratic, linear, quantiles, window_bits, seed, stream_id, selection, noise_seed)
+    quadratic, linear, quantiles, window_bits, seed, stream_id, selection, noise_seed = given
     generator = torch.Generator(linear.device).manual_seed(noise_seed % 2**63)
-    index, log_weights, log_sums = _allocate(linear)
+    index, log_weights, log_sums = _allocate(given)
     best = torch.full_like(log_weights, -torch.inf)
     log_sums.fill_(-torch.inf)
     for first in range(0, 1 << window_bits, _REFERENCE_TILE):
@@ -244,32 +263,4 @@ def select_torch(
     return index, log_weights, log_sums
 
 
-def _allocate(linear: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
-    n_blocks = linear.shape[0]
-    index = linear.new_empty(n_blocks, dtype=torch.int64)
-    return index, linear.new_empty(n_blocks), linear.new_empty(n_blocks)
-
-
-def _fake(quadratic: Tensor, linear: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
-    return _allocate(linear)
-
-
-def _check(
-    quadratic: Tensor, linear: Tensor, quantiles: Tensor, window_bits: int, seed: int, stream_id: int,
-    selection: str, noise_seed: int,
-) -> None:  # fmt: skip
-    op = "select"
-    check_range(op, "window_bits", window_bits, 1, MAX_WINDOW_BITS)
-    check_stream(op, seed, stream_id)
-    check_range(op, "noise_seed", noise_seed, -(2**63), 2**63 - 1)
-    check_choice(op, "selection", selection, SELECTIONS)
-    check_tensor(op, "linear", linear, (torch.float32,), linear)
-    check_size(op, "linear", linear.ndim, 2, "dimensions")
-    check_range(op, "step_weights (columns of linear)", linear.shape[1], 1, MAX_STEP_WEIGHTS)
-    check_tensor(op, "quadratic", quadratic, (torch.float32,), linear)
-    check_shape(op, "quadratic", quadratic, tuple(linear.shape))
-    check_tensor(op, "quantiles", quantiles, (torch.float16,), linear)
-    check_size(op, "quantiles", quantiles.numel(), N_QUANTILES, "entries")
-
-
-select = register("select", triton=select_triton, reference=select_torch, fake=_fake)
+select = register("select", _Arguments, triton=select_triton, reference=select_torch, fake=_allocate)
