@@ -462,6 +462,7 @@ def test_saving_writes_the_same_payloads_and_the_folder_loads_again(
         load(repository).save_pretrained(out)
         assert payloads(out) == payloads(repository.compressed)
         before, after = quantization(repository.compressed), quantization(out)
+        del before["guard"]  # transformers writes the files, without guards
         # From transformers 5.12 on vit has other names in memory: which are written cannot be known.
         allowed = [before, before | {"digest": None}] if architecture == "vit" else [before]
         assert after in allowed
@@ -609,9 +610,14 @@ def test_merging_an_adapter_is_refused_and_works_after_dequantizing(model: Any) 
 
 
 def change_config(folder: Path, **values: object) -> None:
+    """On purpose: without its guard, and without any where tensors are others."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    config["quantization_config"] |= values
+    facts = config["quantization_config"]
+    del facts["guard"]["config"]
+    if "digest" in values:
+        del facts["guard"]
+    facts |= values
     path.write_text(json.dumps(config))
 
 
