@@ -142,10 +142,11 @@ def write_config(
     Raises:
         OutputWriteError: it cannot be written.
     """
-    config = read_config(source)
-    if not config:
+    if not (source / CONFIG).exists():
         return
-    if config.get("dtype", config.get("torch_dtype")) is None:
+    config = read_config(source)
+    has_dtype = config.get("dtype", config.get("torch_dtype")) is not None
+    if not has_dtype and any(tensor.dtype in DTYPES for tensor in tensors):
         # transformers would otherwise take the dtype of the first plain tensor, which may be narrowed.
         config["dtype"] = main_dtype(tensors)
     version = 1 if len(digests) == 1 else FORMAT_VERSION

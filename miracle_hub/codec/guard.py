@@ -193,7 +193,8 @@ def config_guard(config: Mapping[str, Any]) -> str:
 def with_guard(config: Mapping[str, Any], tensors: Sequence[str]) -> dict[str, Any]:
     """A finished config.json with the guards of the first n stages for every n, and its own."""
     guard: dict[str, Any] = {"tensors": list(tensors)}
-    guarded = {**config, "quantization_config": {**config["quantization_config"], "guard": guard}}
+    guarded = {key: value for key, value in config.items() if key != GUARD}
+    guarded["quantization_config"] = {**config["quantization_config"], "guard": guard}
     guard["config"] = config_guard(guarded)
     return guarded
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from miracle_hub.codec.config import digests_of, read_facts
+from miracle_hub.codec.config import digests_of, read_config, read_facts
 from miracle_hub.codec.guard import GUARD, Contents, Sealing, placeholder, read_contents
-from miracle_hub.codec.guarded import check_folder, check_together
-from miracle_hub.codec.naming import INDEX, index_name, shard_names
+from miracle_hub.codec.guarded import check_config, check_together
+from miracle_hub.codec.naming import CONFIG, INDEX, index_name, shard_names
 from miracle_hub.codec.reading import Reading
 from miracle_hub.codec.source import used_index, weight_files
 from miracle_hub.codec.stored import StoredTensor, joined, stored_in
@@ -61,16 +61,18 @@ def open_repository(path: Path, stages: int | None = None) -> Repository:
         MissingWeightsError: there are no weights.
     """
     if path.is_file():
+        tensors = tuple(stored_in([path]))
         read_contents(path).check()
-        return Repository(path, tuple(stored_in([path])), {}, 1, 1)
-    facts = read_facts(path)
+        return Repository(path, tensors, {}, 1, 1)
+    facts = _facts(path)
     digests = digests_of(facts)
     stages = check_stages(stages, len(digests), str(path))
     index = index_name(stages, len(digests))
     files = weight_files(path, index)
-    check_folder(path, files, stages, used_index(path, index))
     tensors = stored_in(files)
     check_digest(tensors, digests[stages - 1], str(path))
+    # Last, as the others name the tensor.
+    check_together(path, [read_contents(file) for file in files], stages, used_index(path, index))
     return Repository(path, tuple(tensors), facts, stages, len(digests))
 
 
@@ -82,17 +84,28 @@ def repository_of(reading: Reading) -> Repository:
         MissingWeightsError: there are no weights.
     """
     path, by_file = reading.path, {file.path: file for file in reading.files}
-    facts = read_facts(path) if path.is_dir() else {}
+    facts = _facts(path) if path.is_dir() else {}
     digests, tensors = digests_of(facts), []
     for stages, digest in enumerate(digests, 1):
         index = index_name(stages, len(digests))
         files = [path] if path.is_file() else weight_files(path, index)
         contents = [by_file[file].sound_contents() for file in files]
-        if path.is_dir():
-            check_together(path, contents, stages, used_index(path, index))
         tensors = joined([tensor for file in files for tensor in by_file[file].tensors])
         check_digest(tensors, digest, str(path))
+        if path.is_dir():
+            check_together(path, contents, stages, used_index(path, index))
     return Repository(path, tuple(tensors), facts, len(digests), len(digests))
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """See `read_facts`; config.json is compared with its guard.
+
+    Raises:
+        FormatError: and its subclasses, and SourceError: it is not sound.
+    """
+    facts = read_facts(folder)
+    check_config(folder / CONFIG, read_config(folder))
+    return facts
 
 
 def check_stages(stages: object, n_stages: int, where: str) -> int:

@@ -154,7 +154,7 @@ class _Check:
             _check_cached(file.path, file.hashes)
             found = self._found(file)
         except MiracleError as error:
-            defect = defect or str(error)
+            defect = str(error)  # that a cached file is damaged says more than what is in it
         return FileReport(file.name, file.hashes.n_bytes, file.hashes.sha256, "" if defect else found, defect)
 
     def _found(self, file: FileReading) -> str:

@@ -200,7 +200,7 @@ def test_a_list_of_narrowed_tensors_leaves_the_others_in_float16(compressed: Pat
     file = compressed / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     save_file(tensors, file, {"narrowed_from_F32": '["norm.weight"]'})
-    decoded = load_state_dict(compressed)
+    decoded = load_state_dict(file)
     assert (decoded["norm.weight"].dtype, decoded["second.bias"].dtype) == (torch.float32, torch.float16)
 
 

@@ -205,12 +205,16 @@ def test_every_truncation_and_every_flipped_byte_of_what_is_coded_is_found(
             miracle_hub.load(path, conv_net())
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
+    header.pop("__metadata__")
     for name, entry in header.items():
         if entry["dtype"] == "U8":
             first, last = (start + at for at in entry["data_offsets"])
             for at in (first, first + 5, first + 12, last - 1):
                 path.write_bytes(data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :])
-                with pytest.raises(FormatError, match=str(path) if streams == "network" else name):
+                is_frame = at < first + 9  # which the file's guard covers, whatever its name
+                with pytest.raises(
+                    FormatError, match=str(path) if streams == "network" or is_frame else name
+                ):
                     miracle_hub.load(path, conv_net())
 
 
