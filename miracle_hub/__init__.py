@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from miracle_hub.api import load_state_dict as load_state_dict
     from miracle_hub.api import verify as verify
     from miracle_hub.codec.certificate import Certificate as Certificate
-    from miracle_hub.codec.compress import Report as Report
     from miracle_hub.codec.inspection import Inspection as Inspection
     from miracle_hub.codec.modules import load as load
+    from miracle_hub.codec.report import Report as Report
     from miracle_hub.codec.verification import Verification as Verification
     from miracle_hub.evaluate.certify import certify as certify
     from miracle_hub.evaluate.certify import certify_network as certify_network
@@ -107,7 +107,7 @@ _HOMES = {
     "MiracleHubMixin": "miracle_hub.finetune.mixin",
     "MiracleTrainer": "miracle_hub.finetune.trainer",
     "PushReport": "miracle_hub.hub.push",
-    "Report": "miracle_hub.codec.compress",
+    "Report": "miracle_hub.codec.report",
     "VariationalConfig": "miracle_hub.training.config",
     "Verification": "miracle_hub.codec.verification",
     "anneal": "miracle_hub.training.model",

@@ -5,13 +5,15 @@ What only writes, or draws, is imported by the verbs that do: whoever loads a fi
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from miracle_hub.code import DEFAULT_WIDTH
 from miracle_hub.codec.decompress import decompress_folder
 from miracle_hub.codec.decompress import load_state_dict as load_folder
+from miracle_hub.codec.inspection import Inspection, inspect_folder
+from miracle_hub.codec.report import Report
+from miracle_hub.codec.verification import Verification
 from miracle_hub.hub.resolve import local_folder
 from miracle_hub.options import (
     DEFAULT_SHARD_SIZE,
@@ -21,11 +23,6 @@ from miracle_hub.options import (
     LoadOptions,
     chosen,
 )
-
-if TYPE_CHECKING:
-    from miracle_hub.codec.compress import Report
-    from miracle_hub.codec.inspection import Inspection
-    from miracle_hub.codec.verification import Verification
 
 
 def compress(
@@ -45,7 +42,7 @@ def compress(
     overwrite: bool = False,
     progress: bool = True,
     options: CompressOptions | None = None,
-) -> "Report":
+) -> Report:
     """Write `out`, a repository that `from_pretrained` loads, of exactly the size asked for.
 
     Args:
@@ -165,7 +162,7 @@ def inspect(
     plots: str | Path | None = None,
     revision: str | None = None,
     stages: int | None = None,
-) -> "Inspection":
+) -> Inspection:
     """What a compressed repository holds: per tensor the code, rate, scale and error, and totals.
 
     Args:
@@ -176,7 +173,6 @@ def inspect(
         FormatError: and its subclasses: a file is not sound; the message names the tensor.
         OutputWriteError: a plot cannot be written.
     """
-    from miracle_hub.codec.inspection import inspect_folder
     from miracle_hub.hub.plots import read_journal, write_plots
 
     folder = local_folder(source, revision, stages)
@@ -192,7 +188,7 @@ def verify(
     dense: str | Path | None = None,
     revision: str | None = None,
     backend: str = "auto",
-) -> "Verification":
+) -> Verification:
     """Read every byte of a compressed folder, file or Hub repository, decode all, and compare all digests.
 
     Args:

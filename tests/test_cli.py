@@ -84,7 +84,7 @@ def test_a_model_goes_through_all_three_verbs(run: Run, model: Path, tmp_path: P
     )
     rows = {line.split()[0]: line for line in out.splitlines() if line.strip()}
     assert "64 × 48" in rows["first.weight"] and re.search(r"8,\d,\d .* 16 ", rows["first.weight"])
-    assert "plain: a vector of fewer than 32768 weights" in rows["norm.weight"] and digest in out
+    assert "plain: stored plainly, narrowed from F32 to F16" in rows["norm.weight"] and digest in out
     status, out, _ = run("decompress", small, dense, "--no-progress")
     assert (status, out) == (0, f"{dense}: {(dense / 'model.safetensors').stat().st_size:,} bytes\n")
     decoded = miracle_hub.load_state_dict(small)

@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from miracle_hub.codec.jobs import Job, refining
 from miracle_hub.codec.naming import CARD, CONFIG, WEIGHTS_ENDING, stem_of
 from miracle_hub.codec.payloads import Request
 from miracle_hub.codec.plan import Coded, Plain, Plan, Why, lay_out, narrowed_if_exact, plan_all
+from miracle_hub.codec.report import Report
 from miracle_hub.codec.repository import OutputFile, total_bytes
 from miracle_hub.codec.source import companion_files, list_tensors, weight_files
 from miracle_hub.codec.stages import refined_files, refinement
@@ -22,28 +23,6 @@ from miracle_hub.coding.backend import Backend, choose
 from miracle_hub.errors import SourceError
 from miracle_hub.files.whole import output_folder, refuse_overlap, writing
 from miracle_hub.options import CompressOptions, budget_bytes, parse_size
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a compression did.
-
-    Attributes:
-        dense_bytes, compressed_bytes: of all safetensors files before and after.
-        bits_per_weight: of whole files.
-        digest: of the payloads.
-        backend: as chosen.
-        plain: tensors that are stored plainly, and why.
-    """
-
-    dense_bytes: int
-    compressed_bytes: int
-    n_weights: int
-    bits_per_weight: float
-    seconds: float
-    digest: str
-    backend: str
-    plain: Mapping[str, str] = field(default_factory=dict)
 
 
 def compress_folder(

@@ -1,9 +1,9 @@
 """What a codec is: how a tensor becomes a payload, and what a payload says of itself. Everybody else asks.
 
-A payload is a string of bytes that decodes alone; in a file it is the 1-D U8 entry of its tensor's own name.
-It begins with the magic of its codec, which nobody but this module looks at. A new codec is one file with a
-class of `Codec` and a line in `CODECS`: compressing, loading, verifying, inspecting and decompressing then
-know it.
+A payload is a string of bytes that decodes alone and begins with a frame (format/frame.py); in a file it is
+the 1-D U8 entry of its tensor's own name. Its frame has the magic of its codec, which nobody but this module
+looks at. A new codec is one file with a class of `Codec` and a line in `CODECS`: compressing, loading,
+verifying, inspecting and decompressing then know it.
 """
 
 from collections.abc import Sequence

@@ -21,7 +21,7 @@ from transformers import (
     set_seed,
 )
 
-from miracle_hub.codec.compress import Report
+from miracle_hub.codec.report import Report
 from miracle_hub.errors import DataError, MiracleError, OutputWriteError
 from miracle_hub.evaluate.data import Split, read_split
 from miracle_hub.files.whole import WRITE_ERRORS, alone_in, refuse_existing, writing

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from miracle_hub.codec.compress import Report, compress_folder
+from miracle_hub.codec.compress import compress_folder
 from miracle_hub.codec.decompress import load_state_dict
 from miracle_hub.codec.modules import module_tensors, read_state
 from miracle_hub.codec.naming import STREAM
@@ -16,6 +16,7 @@ from miracle_hub.codec.network import (
     spec_of,
     write_network,
 )
+from miracle_hub.codec.report import Report
 from miracle_hub.codec.trellis import payload_of_stream
 from miracle_hub.errors import ChecksumError, OptionError
 from miracle_hub.files.whole import temporary_beside, writing

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from miracle_hub.codec.compress import Report
+from miracle_hub.codec.report import Report
 from miracle_hub.errors import OptionError
 from miracle_hub.files.whole import refuse_existing
 from miracle_hub.finetune.distillation import Teacher

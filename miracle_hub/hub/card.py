@@ -9,11 +9,11 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from yaml import YAMLError
 
-from miracle_hub.codec.compress import Report
 from miracle_hub.codec.config import is_miracle, read_config, read_quantization
 from miracle_hub.codec.inspection import inspected
 from miracle_hub.codec.naming import CARD
 from miracle_hub.codec.reading import read_all
+from miracle_hub.codec.report import Report
 from miracle_hub.codec.repository import repository_of
 from miracle_hub.codec.verification import Verification, verify_folder
 from miracle_hub.errors import DataError

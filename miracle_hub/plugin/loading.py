@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers.core_model_loading import WeightTransform, revert_weight_conversion
 
 from miracle_hub.codec.config import digests_of, read_config
-from miracle_hub.codec.guarded import check_config, check_folder
+from miracle_hub.codec.guard import read_contents
+from miracle_hub.codec.guarded import check_config, check_together
 from miracle_hub.codec.naming import CONFIG, SINGLE, index_name, stage_of
 from miracle_hub.codec.payloads import is_payload
 from miracle_hub.codec.repository import check_digest, check_stages
@@ -78,11 +79,15 @@ class Loading:
         if self.config.backend == "triton":
             choose("triton")
         paths = [Path(file) for file in files]
+        folder = paths[0].parent if paths else Path()
         if paths:
-            check_folder(paths[0].parent, paths, self._stages, self._index(paths))
+            check_config(folder / CONFIG, read_config(folder))
         self._stored = stored_in(paths)
         if paths:
-            check_digest(self._stored, self._digests[self._stages - 1], str(paths[0].parent))
+            check_digest(self._stored, self._digests[self._stages - 1], str(folder))
+            # Last, as the others name the tensor.
+            contents = [read_contents(path) for path in paths]
+            check_together(folder, contents, self._stages, self._index(paths))
         self._decoder.take_refinements(self._stored)
         files[:] = [file for file in files if stage_of(Path(file)) == 1]
         self._model = model

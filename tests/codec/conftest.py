@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from miracle_hub.codec.compress import Report, compress_folder
+from miracle_hub.codec.compress import compress_folder
+from miracle_hub.codec.report import Report
 from miracle_hub.errors import BudgetError
 from miracle_hub.options import CompressOptions
 

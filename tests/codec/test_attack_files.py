@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 import miracle_hub
 from miracle_hub.code import Code
-from miracle_hub.codec.compress import Report, compress_folder
+from miracle_hub.codec.compress import compress_folder
 from miracle_hub.codec.decompress import decompress_folder, load_state_dict
 from miracle_hub.codec.inspection import inspect_folder
 from miracle_hub.codec.network import write_network
+from miracle_hub.codec.report import Report
 from miracle_hub.errors import (
     FormatError,
     MiracleError,

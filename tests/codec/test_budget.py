@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from miracle_hub.codec.budget import Budget, meet_budget
-from miracle_hub.codec.compress import Report
 from miracle_hub.codec.inspection import inspect_folder
 from miracle_hub.codec.payloads import Request
 from miracle_hub.codec.plan import Plan, lay_out, plan_all
 from miracle_hub.codec.rates import Curve
+from miracle_hub.codec.report import Report
 from miracle_hub.codec.repository import total_bytes
 from miracle_hub.codec.source import weight_files
 from miracle_hub.codec.survey import survey

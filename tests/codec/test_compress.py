@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from miracle_hub.codec.compress import Report
 from miracle_hub.codec.decompress import decompress_folder, load_state_dict
 from miracle_hub.codec.inspection import inspect_folder
+from miracle_hub.codec.report import Report
 from miracle_hub.errors import OptionError
 from miracle_hub.options import parse_size
 

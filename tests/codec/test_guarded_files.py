@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import miracle_hub
-from miracle_hub.codec.compress import Report, compress_folder
+from miracle_hub.codec.compress import compress_folder
 from miracle_hub.codec.guard import GUARD, GUARD_ALONE, read_contents, with_own_guard
 from miracle_hub.codec.network import network_entries, network_file, write_network
+from miracle_hub.codec.report import Report
 from miracle_hub.codec.repository import OutputFile
 from miracle_hub.errors import ChecksumError, FormatError, SourceError
 from miracle_hub.files import container

@@ -20,8 +20,8 @@ from torch import Tensor
 import miracle_hub.codec.trellis as trellis_module
 import miracle_hub.files.container as container_module
 import miracle_hub.files.whole as folder_module
-from miracle_hub.codec.compress import Report
 from miracle_hub.codec.decompress import decompress_folder, load_state_dict
+from miracle_hub.codec.report import Report
 from miracle_hub.errors import OutputExistsError, OutputWriteError
 from miracle_hub.files.whole import output_folder
 from tests.limits import HANG_SECONDS

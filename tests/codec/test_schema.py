@@ -19,9 +19,9 @@ from miracle_hub.code import (
     QUANT_METHOD,
     Code,
 )
-from miracle_hub.codec.compress import Report
 from miracle_hub.codec.guard import GUARD, GUARD_ALONE
 from miracle_hub.codec.network import read_network
+from miracle_hub.codec.report import Report
 from miracle_hub.codec.repository import open_repository
 from miracle_hub.format import network, payload
 from miracle_hub.plugin.config import MiracleConfig

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from miracle_hub.codec.compress import Report
 from miracle_hub.codec.decompress import decompress_folder, load_state_dict
+from miracle_hub.codec.report import Report
 from miracle_hub.errors import (
     FormatError,
     MissingWeightsError,

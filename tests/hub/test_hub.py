@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 
 import miracle_hub
-from miracle_hub.codec.compress import Report
+from miracle_hub.codec.report import Report
 from miracle_hub.hub.card import write_card
 
 from .client import Client, stopped_url
