@@ -149,8 +149,7 @@ def parameters() -> set[str]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name != "kernels"], ids=name)
 def test_arguments_that_a_page_names_are_arguments(page: Path) -> None:
-    """In the midst of text; those of snippets and commands are tried above, and those of kernels in their card's
-    own test."""
+    """In the midst of text; those of snippets, commands and kernels have tests of their own."""
     others = {"ignore_mismatched_sizes", "train_sampling_strategy"}  # of transformers
     options = {field.name for field in (*fields(VariationalConfig), *fields(LoadOptions))}
     for inline in re.findall(r"`([^`]+)`", prose(page)):
