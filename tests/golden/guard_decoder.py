@@ -1,4 +1,4 @@
-"""Compares the guards of files and repositories, written from README's section "The format" alone."""
+"""Compares the guards of files and repositories, written from FORMAT.md's section "Guard" alone."""
 
 import hashlib
 import json
