@@ -1,6 +1,6 @@
 """Weights per second of the encoders and of the decoder, all threads, in one run.
 
-The issue's floors on two cores: sliding L = 12, k = 2 encodes 250,000 weights/s, decoding without
+Floors on two cores: sliding L = 12, k = 2 encodes 250,000 weights/s, decoding without
 rotation gives 100 M weights/s. `scalar_loop` is the same recursion as a plain numba loop, the
 reason for coding/lanes.py.
 """
