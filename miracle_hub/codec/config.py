@@ -66,7 +66,7 @@ def read_quantization(folder: Path) -> dict[str, Any]:
     found = read_config(folder).get("quantization_config") or {}
     if not isinstance(found, dict):
         raise SourceError(
-            f"{folder / 'config.json'}: quantization_config: expected a JSON object, found "
+            f"{folder / CONFIG}: quantization_config: expected a JSON object, found "
             f"{str(found)[:80]!r}; download it again"
         )
     return found

@@ -18,18 +18,7 @@ from miracle_hub.format.spec import TensorSpec
 NARROWED = "narrowed_from_F32"  # in the metadata of a file
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Other copies of the same weights; a compressed repository carries only one.
-_OTHER_WEIGHTS = (
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".pkl",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".gguf",
-    ".ot",
-)
+_OTHER_WEIGHTS = (*_PICKLES, ".h5", ".msgpack", ".onnx", ".gguf", ".ot")
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ def decode_leftovers(model: nn.Module, decoder: Decoder) -> None:
     """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         wanted = decoder.expected.get(name)
-        if wanted is None or tensor.device.type == "meta" or tensor.dtype in wanted[1:]:
+        if wanted is None or tensor.is_meta or tensor.dtype in (wanted.built_dtype, wanted.loaded_dtype):
             continue
         dense = decoder.dense(tensor, name)
         if dense.shape != wanted.shape:
