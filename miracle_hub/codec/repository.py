@@ -132,7 +132,7 @@ def check_digest(tensors: Iterable[StoredTensor], expected: str | None, where: s
     tensors = list(tensors)
     if expected is None or expected == (found := digest_of(tensors)):
         return
-    names = [t.name for t in tensors if not t.is_coded and t.dtype == "U8" and len(t.shape) == 1]
+    names = [t.name for t in tensors if not t.is_coded and t.is_bytes]
     suspects = f"; not compressed, though they look it: {', '.join(names[:4])}" if names else ""
     raise ChecksumError(
         f"{where}: config.json promises compressed tensors of digest {expected}, found {found}{suspects}; "
