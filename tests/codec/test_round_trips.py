@@ -34,7 +34,7 @@ from miracle_hub.files.container import opened, write_file
 from miracle_hub.format.network import NetworkHeader, SharedSpec
 from miracle_hub.format.payload import DTYPES
 from miracle_hub.format.spec import TensorSpec
-from miracle_hub.options import CompressOptions
+from miracle_hub.options import CompressOptions, DecompressOptions
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PAYLOADS, NETWORKS, REPOSITORIES = (
@@ -184,9 +184,7 @@ def test_a_folder_loads_to_the_same_bits_here_and_apart(data: st.DataObject) -> 
         if (folder / "small" / "config.json").read_text() != "{}":
             apart = REPOSITORIES["read"](folder / "small")
             assert {n: (DTYPE_NAMES[t.dtype], list(t.shape), raw_bytes(t)) for n, t in found.items()} == apart
-        decompress_folder(
-            folder / "small", folder / "again", max_shard_size="5GB", overwrite=False, progress=False
-        )
+        decompress_folder(folder / "small", folder / "again", DecompressOptions(progress=False))
         again = load_state_dict(folder / "again")
         assert again.keys() == found.keys() and all(same(again[name], found[name]) for name in found)
         written = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))

@@ -168,6 +168,13 @@ def test_a_newer_repository_asks_for_an_upgrade(folder: Path, version: object) -
         AutoModel.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("digests", [None, [], "abc"])
+def test_stage_digests_that_are_no_list_are_refused(folder: Path, digests: object) -> None:
+    change_config(folder, stage_digests=digests)
+    with pytest.raises(FormatError, match=r"^config\.json: stage_digests: expected a list of 1 to 9 digests"):
+        AutoModel.from_pretrained(folder)
+
+
 def decoder(expected: dict[str, Expected]) -> Decoder:
     made = Decoder("auto")
     made.expected = expected
