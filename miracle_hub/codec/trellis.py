@@ -20,7 +20,7 @@ from miracle_hub.coding.posterior import squared_error_cost
 from miracle_hub.coding.rotation import check_width, widest_rotation
 from miracle_hub.coding.scales import prior_scale, rounded_scales
 from miracle_hub.errors import ChecksumError, OptionError
-from miracle_hub.format.payload import MAGIC, Header, Segment, encode_payload
+from miracle_hub.format.payload import MAGIC, SCALE_BYTES, Header, Segment, encode_payload
 from miracle_hub.format.spec import TensorSpec
 
 
@@ -98,7 +98,8 @@ class TrellisPayload:
     def facts(self) -> PayloadFacts:
         """What the header says, and the median scale."""
         header = self.header
-        scales = self.data[self.start : self.start + 2 * header.n_scales].clone().cpu().view(torch.bfloat16)
+        end = self.start + SCALE_BYTES * header.n_scales
+        scales = self.data[self.start : end].clone().cpu().view(torch.bfloat16)
         return PayloadFacts(
             codec=TRELLIS.name,
             dtype=header.dtype,

@@ -249,6 +249,6 @@ def _refuse_shards(tensors: dict[str, Any], name: str, model: Any) -> None:
     sharded = hasattr(model.get_parameter_or_buffer(name), "_local_tensor")
     if sharded and any(tensor.dtype == torch.uint8 for part in tensors.values() for tensor in part):
         raise OptionError(
-            f"{name}: a compressed tensor cannot be loaded in slices (tensor parallelism); decompress the "
-            "folder first (miracle decompress) and load that"
+            f"{name}: expected a compressed tensor to be loaded whole, found slices of it (tensor "
+            "parallelism); decompress the folder first (miracle decompress) and load that"
         )
