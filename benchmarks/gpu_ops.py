@@ -39,7 +39,7 @@ BLOCK_KL_NATS, BLOCK_WEIGHTS = 11.0, 8
 # Together, the buffers that a problem rotates among are at least this large: several times an L2 of 60 MB.
 ROTATED_BYTES = 1 << 29
 MAX_COPIES = 16
-# Of a unit Gaussian source under squared error at 2 bits: 1.05·√(1 - 2⁻⁴), as codec/tensor.py chooses it.
+# Of a unit Gaussian source under squared error at 2 bits: 1.05·√(1 - 2⁻⁴), as coding/scales.py chooses it.
 PRIOR_SCALE = 1.05 * math.sqrt(1 - 4.0**-2)
 LARGEST_DISTORTION = 0.0745  # mean squared error at 2 bits, L = 12, after a scale fit
 SELECT_BYTES_PER_BLOCK = 8192  # a row of all scores at L = 20 would take 4 MiB

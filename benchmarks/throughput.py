@@ -16,11 +16,12 @@ from numba import njit
 from record import record
 
 from miracle_hub.code import Code
-from miracle_hub.codec.trellis import SegmentPlan, decode_payload, encode_tensor
+from miracle_hub.codec.trellis import decode_payload, encode_tensor
 from miracle_hub.coding import cpu
 from miracle_hub.coding.encode import encode_stream
 from miracle_hub.coding.posterior import squared_error_cost
 from miracle_hub.coding.scales import prior_scale
+from miracle_hub.format.payload import Segment
 
 _ENCODED = ((8, 2, 1, 4_000_000), (12, 2, 1, 4_000_000), (14, 2, 1, 1_000_000), (16, 2, 1, 400_000))
 _ENCODED += ((12, 1, 1, 2_000_000), (12, 4, 1, 4_000_000), (16, 16, 16, 131_072))
@@ -77,7 +78,7 @@ def payloads() -> list[dict[str, Any]]:
     rows = []
     weights = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(4))
     for rotation in (1, 128):
-        raw = encode_tensor(weights, [SegmentPlan(4096, Code(8, 2, 1), True)], rotation, where="matrix")
+        raw = encode_tensor(weights, [Segment(4096, Code(8, 2, 1), True)], rotation, where="matrix")
         payload = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
         seconds = median_seconds(lambda payload=payload: decode_payload(payload, "matrix"))
         rows.append({"rotation": rotation, "weights_per_second": round(weights.numel() / seconds)})

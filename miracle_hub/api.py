@@ -119,15 +119,7 @@ def decompress(
         OutputExistsError: `out` exists. OutputWriteError: it cannot be written.
     """
     options = chosen(DecompressOptions, options, locals())
-    return decompress_folder(
-        local_folder(source, options.revision, options.stages),
-        Path(out),
-        max_shard_size=options.max_shard_size,
-        stages=options.stages,
-        backend=options.backend,
-        overwrite=options.overwrite,
-        progress=options.progress,
-    )
+    return decompress_folder(local_folder(source, options.revision, options.stages), Path(out), options)
 
 
 def load_state_dict(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from miracle_hub.errors import OptionError
+from miracle_hub.errors import OptionError, UnsupportedVersionError
 
 QUANT_METHOD = "miracle"
 # Of a repository: 1 has one stage, 2 may have more.
@@ -19,6 +19,19 @@ MAX_WIDTH_LOG2 = 15
 DEFAULT_WIDTH = 128
 # Of a repository: files that refine one another.
 MAX_STAGES = 9
+
+
+def check_format_version(found: object, where: str) -> None:
+    """Refuse a repository of a version that this package does not read.
+
+    Raises:
+        UnsupportedVersionError: it is newer, or none.
+    """
+    if found not in range(1, FORMAT_VERSION + 1):
+        raise UnsupportedVersionError(
+            f"{where}: this miracle-hub reads format versions up to {FORMAT_VERSION}, found {found!r}; "
+            "upgrade: pip install -U miracle-hub"
+        )
 
 
 @dataclass(frozen=True)

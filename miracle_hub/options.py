@@ -5,13 +5,13 @@ of types is the first of them; the verbs have the same names and defaults in the
 texts in their docstrings, which a test compares.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Protocol, TypeVar, get_type_hints
 
+from miracle_hub.checks import check_choice, check_integer, check_positive
 from miracle_hub.code import BACKENDS, DEFAULT_WIDTH, MAX_STAGES, MAX_WIDTH_LOG2, MAX_WINDOW_BITS
 from miracle_hub.errors import BudgetError, OptionError
 from miracle_hub.names import check_names
@@ -91,7 +91,7 @@ class CompressOptions:
         check_integer("stages", self.stages, 1, MAX_STAGES, hint="1 suits who loads all at once")
         check_names(self.modules_to_not_convert, "modules_to_not_convert")
         parse_size(self.max_shard_size, "max_shard_size")
-        _check_choice("backend", self.backend, BACKENDS)
+        check_choice("backend", self.backend, BACKENDS)
 
     @property
     def has_budget(self) -> bool:
@@ -126,7 +126,7 @@ class DecompressOptions:
     def __post_init__(self) -> None:
         parse_size(self.max_shard_size, "max_shard_size")
         check_integer("stages", 1 if self.stages is None else self.stages, 1, MAX_STAGES, hint=_ALL)
-        _check_choice("backend", self.backend, BACKENDS)
+        check_choice("backend", self.backend, BACKENDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +172,7 @@ class FitOptions:
         check_one_budget("fit", bits_per_weight=self.bits_per_weight, size=self.size, rate=self.rate)
         check_budget(self.bits_per_weight, self.size)
         check_rate(self.rate)
-        _check_choice("task", self.task, TASKS)
+        check_choice("task", self.task, TASKS)
         check_names(self.target_modules, "target_modules")
         for name in ("batch_size", "max_length", "groups"):
             check_integer(name, getattr(self, name), 1)
@@ -209,7 +209,7 @@ class LoadOptions:
         for name in ("verify", "keep_compressed"):
             if not isinstance(value := getattr(self, name), bool):
                 raise OptionError(f"{name}: expected True or False, found {value!r}; leave it out")
-        _check_choice("backend", self.backend, BACKENDS)
+        check_choice("backend", self.backend, BACKENDS)
         check_names(self.modules_to_not_convert, "modules_to_not_convert")
 
 
@@ -307,29 +307,6 @@ def check_one_budget(where: str, **budgets: object) -> None:
         )
 
 
-def check_integer(
-    name: str, value: object, low: int, high: int | None = None, *, hint: str = "choose another value"
-) -> None:
-    """Refuse what is no whole number in a range.
-
-    Raises:
-        OptionError: it is not.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= (high or value):
-        what = f"{low} or more" if high is None else f"{low} to {high}"
-        raise OptionError(f"{name}: expected {what}, found {value!r}; {hint}")
-
-
-def check_positive(name: str, value: object) -> None:
-    """Refuse what is no positive, finite number.
-
-    Raises:
-        OptionError: it is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise OptionError(f"{name}: expected a positive number, found {value!r}; choose another value")
-
-
 def parse_size(size: str | int, what: str = "size") -> int:
     """Bytes of "5.5MB", "800 kB", "1GiB" or a plain number.
 
@@ -343,8 +320,3 @@ def parse_size(size: str | int, what: str = "size") -> int:
             f"{what}: expected a positive number of bytes such as 5.5MB, 800kB or 1GiB, found {size!r}"
         )
     return n_bytes
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise OptionError(f"{name}: expected one of {choices}, found {value!r}; choose one of them")

@@ -80,7 +80,7 @@ def test_every_error_is_ours_and_of_the_standard_kind_that_callers_expect() -> N
 
 
 READING = """
-__init__ _autoload errors code names options api
+__init__ _autoload errors checks code names options api
 files files.container files.digests files.folders files.whole
 format format.frame format.network format.payload format.spec format.varint
 coding coding.backend coding.cpu coding.digest coding.matrix coding.numba_backend coding.order coding.philox

@@ -1,1 +1,1 @@
-"""State dict ⇄ artifact: joins the code (`coding`) and the files (`format`)."""
+"""State dict ⇄ repository: joins the code (`coding`) and the files (`format`)."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from miracle_hub.coding.matrix import CodedRows
 from miracle_hub.coding.scales import LARGEST_SCALE, SMALLEST_SCALE
 from miracle_hub.errors import FormatError
-from miracle_hub.format.payload import Header, decode_header
+from miracle_hub.format.payload import SCALE_BYTES, Header, decode_header
 
 
 def body_of(parts: list[CodedRows]) -> bytes:
@@ -20,7 +20,7 @@ def body_of(parts: list[CodedRows]) -> bytes:
 
 def coded_rows(header: Header, payload: Tensor, start: int) -> Iterator[CodedRows]:
     """The parts of a payload whose body starts at `start`; messages are views of it, on its device."""
-    at = start + 2 * header.n_scales
+    at = start + SCALE_BYTES * header.n_scales
     scales = payload[start:at].clone().view(torch.bfloat16)
     for segment, n_bytes in zip(header.segments, header.message_bytes, strict=True):
         own, scales = scales[: segment.n_scales], scales[segment.n_scales :]
@@ -53,8 +53,8 @@ def check_scale_words(words: np.ndarray, start: int, where: str) -> None:
     if not good.all():
         at = int(np.argmin(good))
         raise FormatError(
-            f"{where}: scale {at} at byte {start + 2 * at} of the payload: expected 0 or a number from "
-            f"2^-64 to 2^64, found {values[at]:g}; the file is damaged: download it again"
+            f"{where}: scale {at} at byte {start + SCALE_BYTES * at} of the payload: expected 0 or a number "
+            f"from 2^-64 to 2^64, found {values[at]:g}; the file is damaged: download it again"
         )
 
 
@@ -64,7 +64,7 @@ def check_padding(header: Header, body: bytes, start: int, where: str) -> None:
     Raises:
         FormatError: one is not.
     """
-    end = 2 * header.n_scales
+    end = SCALE_BYTES * header.n_scales
     for segment, n_bytes in zip(header.segments, header.message_bytes, strict=True):
         end += n_bytes
         unused = -segment.code.message_bits(segment.rows * header.columns) % 8

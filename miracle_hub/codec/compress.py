@@ -1,6 +1,5 @@
 """A model folder → a repository of payloads, one tensor in memory at a time."""
 
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from miracle_hub.codec.payloads import Request
 from miracle_hub.codec.plan import Coded, Plain, Plan, Why, lay_out, narrowed_if_exact, plan_all
 from miracle_hub.codec.report import Report
 from miracle_hub.codec.repository import OutputFile, total_bytes
-from miracle_hub.codec.source import companion_files, list_tensors, weight_files
+from miracle_hub.codec.source import copy_companions, list_tensors, weight_files
 from miracle_hub.codec.stages import refined_files, refinement
 from miracle_hub.codec.survey import survey
 from miracle_hub.codec.writer import Writer
@@ -44,7 +43,7 @@ def compress_folder(
         options.require_budget()
     backend, weights = choose(options.backend), _source_files(source, out)
     with output_folder(out, options.overwrite) as temporary:
-        copied = _copy_companions(source, temporary, weights)
+        copied = _copy_and_count(source, temporary, weights)
         plans = plan_all(weights, options.modules_to_not_convert or [], coded or {})
         n_weights = sum(plan.source.n_weights for plan in plans.values()) + copied.n_weights
         stages, jobs = _decide(plans, options, copied.n_bytes, n_weights, backend)
@@ -109,14 +108,8 @@ class _Copied:
     n_weights: int
 
 
-def _copy_companions(source: Path, target: Path, weights: list[Path]) -> _Copied:
-    nested = []
-    for relative in companion_files(source, weights):
-        with writing(target / relative):
-            (target / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / relative, target / relative)
-        if relative.suffix == WEIGHTS_ENDING:
-            nested.append(target / relative)
+def _copy_and_count(source: Path, target: Path, weights: list[Path]) -> _Copied:
+    nested = [path for path in copy_companions(source, target, weights) if path.suffix == WEIGHTS_ENDING]
     n_weights = sum(t.n_weights for path in nested for t in list_tensors([path]))
     return _Copied(sum(path.stat().st_size for path in nested), n_weights)
 

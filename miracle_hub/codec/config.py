@@ -2,15 +2,15 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from miracle_hub.code import FORMAT_VERSION, MAX_STAGES, QUANT_METHOD
+from miracle_hub.code import FORMAT_VERSION, MAX_STAGES, QUANT_METHOD, check_format_version
 from miracle_hub.codec.dtypes import TORCH_DTYPES
 from miracle_hub.codec.guard import with_guard
 from miracle_hub.codec.naming import CONFIG
-from miracle_hub.errors import FormatError, SourceError, UnsupportedVersionError
+from miracle_hub.errors import FormatError, SourceError
 from miracle_hub.files.whole import writing
 from miracle_hub.format.payload import DTYPES
 from miracle_hub.format.spec import TensorSpec
@@ -66,7 +66,7 @@ def read_quantization(folder: Path) -> dict[str, Any]:
     found = read_config(folder).get("quantization_config") or {}
     if not isinstance(found, dict):
         raise SourceError(
-            f"{folder / 'config.json'}: quantization_config: expected a JSON object, found "
+            f"{folder / CONFIG}: quantization_config: expected a JSON object, found "
             f"{str(found)[:80]!r}; download it again"
         )
     return found
@@ -87,24 +87,27 @@ def read_facts(folder: Path) -> dict[str, Any]:
     facts = read_quantization(folder)
     if not is_miracle(facts):
         return {}
-    found = facts.get("format_version", FORMAT_VERSION)
-    if found not in range(1, FORMAT_VERSION + 1):
-        raise UnsupportedVersionError(
-            f"{folder / CONFIG}: this miracle-hub reads format versions up to {FORMAT_VERSION}, found "
-            f"{found}; upgrade: pip install -U miracle-hub"
-        )
-    digests = facts.get("stage_digests", [None])
-    if not isinstance(digests, list) or not 1 <= len(digests) <= MAX_STAGES:
-        raise FormatError(
-            f"{folder / CONFIG}: stage_digests: expected a list of 1 to {MAX_STAGES} digests, found "
-            f"{str(digests)[:80]!r}; download it again"
-        )
+    check_format_version(facts.get("format_version", FORMAT_VERSION), str(folder / CONFIG))
+    digests_of(facts, folder / CONFIG)
     return facts
 
 
-def digests_of(facts: dict[str, Any]) -> list[str | None]:
-    """The digest of the payloads of the first n stages, for every n; one None where nobody states it."""
-    return facts.get("stage_digests", [facts.get("digest")])
+def digests_of(facts: Mapping[str, Any], where: Path) -> list[str | None]:
+    """The digest of the payloads of the first n stages, for every n; one None where nobody states it.
+
+    Args:
+        where: config.json, for messages.
+
+    Raises:
+        FormatError: `stage_digests` is no such list.
+    """
+    digests = facts.get("stage_digests", [facts.get("digest")])
+    if not isinstance(digests, list) or not 1 <= len(digests) <= MAX_STAGES:
+        raise FormatError(
+            f"{where}: stage_digests: expected a list of 1 to {MAX_STAGES} digests, found "
+            f"{str(digests)[:80]!r}; download it again"
+        )
+    return digests
 
 
 def excluded_names(facts: dict[str, Any], folder: Path) -> list[str]:

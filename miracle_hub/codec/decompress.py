@@ -1,6 +1,5 @@
 """A compressed folder → a state dict, or an ordinary dense checkpoint, one tensor at a time."""
 
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,13 +10,13 @@ from miracle_hub.codec.config import write_dense_config
 from miracle_hub.codec.dtypes import raw_bytes
 from miracle_hub.codec.naming import WEIGHTS_ENDING
 from miracle_hub.codec.repository import open_repository, sharded, write_indices
-from miracle_hub.codec.source import companion_files, weight_files
+from miracle_hub.codec.source import copy_companions, weight_files
 from miracle_hub.codec.stored import StoredTensor
 from miracle_hub.coding.backend import choose
 from miracle_hub.files.container import files_kept_open
-from miracle_hub.files.whole import output_folder, refuse_overlap, writing
+from miracle_hub.files.whole import output_folder, refuse_overlap
 from miracle_hub.format.spec import TensorSpec, item_bits
-from miracle_hub.options import parse_size
+from miracle_hub.options import DecompressOptions, parse_size
 
 
 @files_kept_open()
@@ -48,41 +47,29 @@ def load_state_dict(
 def decompress_folder(
     source: Path,
     out: Path,
-    *,
-    max_shard_size: str | int,
-    overwrite: bool,
-    progress: bool,
-    backend: str = "auto",
-    stages: int | None = None,
+    options: DecompressOptions,
 ) -> int:
     """Write an ordinary checkpoint; returns its bytes. See `miracle_hub.decompress`."""
     refuse_overlap(source, out)
-    chosen = choose(backend)
-    tensors = {tensor.name: tensor for tensor in open_repository(source, stages).tensors}
-    files = sharded(_dense_entries(tensors.values()), parse_size(max_shard_size, "max_shard_size"), guard="")
+    backend, shard_bytes = choose(options.backend), parse_size(options.max_shard_size, "max_shard_size")
+    tensors = {tensor.name: tensor for tensor in open_repository(source, options.stages).tensors}
+    files = sharded(_dense_entries(tensors.values()), shard_bytes, guard="")
     total = sum(tensor.n_weights for tensor in tensors.values())
-    with output_folder(out, overwrite) as temporary:
-        _copy_companions(source, temporary)
+    with output_folder(out, options.overwrite) as temporary:
+        copy_companions(source, temporary, weight_files(source))
         with tqdm(
-            total=total, unit="weights", unit_scale=True, desc="decompress", disable=not progress
+            total=total, unit="weights", unit_scale=True, desc="decompress", disable=not options.progress
         ) as bar:
 
             def data(entry: TensorSpec) -> bytes:
                 bar.update(entry.n_weights)
-                return raw_bytes(tensors[entry.name].load(backend=chosen).cpu())
+                return raw_bytes(tensors[entry.name].load(backend=backend).cpu())
 
             for file in files:
                 file.write(temporary, data)
         write_indices(temporary, [files])
         write_dense_config(source, temporary)
         return sum(path.stat().st_size for path in temporary.rglob(f"*{WEIGHTS_ENDING}"))
-
-
-def _copy_companions(source: Path, target: Path) -> None:
-    for relative in companion_files(source, weight_files(source)):
-        with writing(target / relative):
-            (target / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / relative, target / relative)
 
 
 def _dense_entries(tensors: Iterable[StoredTensor]) -> list[TensorSpec]:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from miracle_hub.codec.naming import STREAM
-from miracle_hub.codec.payloads import CODECS
+from miracle_hub.codec.payloads import has_magic
 from miracle_hub.errors import ChecksumError
 from miracle_hub.files.container import raw_entries
-from miracle_hub.format import frame, network
+from miracle_hub.format import frame
 from miracle_hub.format.spec import TensorSpec
 
 # Of a file of a repository, whose config.json or index states another; of a file that stands alone.
@@ -27,18 +27,14 @@ _DIGITS = 32  # 128 bits find every damage, and are half the bytes of a whole SH
 
 
 @dataclass(frozen=True)
-class Line:
-    """What a guard covers of one entry.
+class Line(TensorSpec):
+    """What a guard covers of one entry, as the file's header has it.
 
     Attributes:
-        dtype, shape: as the file's header has them.
         content: of a payload or a network's stream its frame, of all others the start of their SHA-256, as
             hexadecimal digits.
     """
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
     content: str
 
     @property
@@ -96,22 +92,17 @@ class Contents:
             )
 
 
-def line_of(name: str, dtype: str, shape: tuple[int, ...], pieces: Iterable[bytes | memoryview]) -> Line:
+def line_of(entry: TensorSpec, pieces: Iterable[bytes | memoryview]) -> Line:
     """The line of an entry from its bytes, which come in pieces; of a payload only the first is taken."""
-    pieces, is_vector = iter(pieces), dtype == "U8" and len(shape) == 1
+    pieces = iter(pieces)
     first = next(pieces, b"")
-    if is_vector and _is_framed(name, first):
-        return Line(name, dtype, shape, bytes(first[: frame.SIZE]).hex())
+    start = bytes(first[: frame.SIZE])
+    if entry.is_bytes and len(start) == frame.SIZE and has_magic(entry.name, start):
+        return Line(entry.name, entry.dtype, entry.shape, start.hex())
     checksum = hashlib.sha256(first)
     for piece in pieces:
         checksum.update(piece)
-    return Line(name, dtype, shape, checksum.hexdigest()[:_DIGITS])
-
-
-def _is_framed(name: str, first: bytes | memoryview) -> bool:
-    magic = bytes(first[: len(network.MAGIC)])
-    is_known = magic in CODECS or (name == STREAM and magic == network.MAGIC)
-    return is_known and len(first) >= frame.SIZE
+    return Line(entry.name, entry.dtype, entry.shape, checksum.hexdigest()[:_DIGITS])
 
 
 def read_contents(path: Path) -> Contents:
@@ -121,7 +112,7 @@ def read_contents(path: Path) -> Contents:
         FormatError: the file is not a sound safetensors file.
     """
     metadata, entries = raw_entries(path)
-    return Contents(path, metadata, tuple(line_of(e.name, e.dtype, e.shape, raw) for e, raw in entries))
+    return Contents(path, metadata, tuple(line_of(entry, raw) for entry, raw in entries))
 
 
 def placeholder(key: str) -> dict[str, str]:
@@ -145,7 +136,7 @@ class Sealing:
 
         def noted(entry: TensorSpec) -> bytes:
             raw = data(entry)
-            self._lines.append(line_of(entry.name, entry.dtype, entry.shape, [raw]))
+            self._lines.append(line_of(entry, [raw]))
             return raw
 
         return noted

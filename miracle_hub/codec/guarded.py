@@ -11,7 +11,7 @@ from typing import Any
 
 from miracle_hub.code import QUANT_METHOD
 from miracle_hub.codec.config import read_config
-from miracle_hub.codec.guard import GUARD, Contents, config_guard, read_contents, repository_guard
+from miracle_hub.codec.guard import GUARD, Contents, config_guard, repository_guard
 from miracle_hub.codec.naming import CONFIG
 from miracle_hub.errors import ChecksumError, FormatError
 
@@ -68,29 +68,19 @@ def _check_config(path: Path, config: Mapping[str, Any], stated: object, remove:
         )
 
 
-def check_folder(folder: Path, files: Sequence[Path], stages: int = 1, index: Path | None = None) -> None:
-    """Compare all that is read of a repository with the guards of config.json, of each file, of all files
-    together and of their index, before anything of it is handed out. Plain tensors are read for it.
+def check_together(
+    folder: Path, files: Sequence[Contents], stages: int = 1, index: Path | None = None
+) -> None:
+    """Compare files of a repository with their guards, all together with that of config.json, and with that
+    of their index, before anything of them is handed out.
 
     Args:
         files: that are read: those of the first `stages`.
         index: that named them, if one did.
 
     Raises:
-        ChecksumError: something is damaged, missing or from elsewhere. FormatError: a file is not sound, or
-            a guard is lost. SourceError: config.json is no JSON object.
-    """
-    check_config(folder / CONFIG, read_config(folder))
-    check_together(folder, [read_contents(file) for file in files], stages, index)
-
-
-def check_together(
-    folder: Path, files: Sequence[Contents], stages: int = 1, index: Path | None = None
-) -> None:
-    """The same for files that were read already, but for the guard of config.json itself.
-
-    Raises:
-        ChecksumError, FormatError, SourceError: as `check_folder`.
+        ChecksumError: something is damaged, missing or from elsewhere. FormatError: a guard is lost.
+        SourceError: config.json is no JSON object.
     """
     path = folder / CONFIG
     check_files(files, path, read_config(folder) if path.exists() else None, stages)

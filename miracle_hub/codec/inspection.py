@@ -5,14 +5,14 @@ from pathlib import Path
 
 from miracle_hub.code import Code
 from miracle_hub.codec.config import excluded_names
-from miracle_hub.codec.plan import Why
+from miracle_hub.codec.plan import Why, why_plain
 from miracle_hub.codec.repository import Repository, open_repository
 from miracle_hub.codec.source import SourceTensor, companion_files, list_tensors, weight_files
 from miracle_hub.codec.stored import StoredTensor
 from miracle_hub.files.container import files_kept_open
-from miracle_hub.format.payload import DTYPES
-from miracle_hub.format.spec import TensorSpec
-from miracle_hub.names import matches
+
+# The others depend on what a compression was told, which files do not say.
+_PROVEN = (Why.NOT_FLOATING, Why.OTHER_DTYPE, Why.EMPTY, Why.EXCLUDED)
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _copied_report(where: str, t: SourceTensor) -> TensorReport:
 def _report(tensor: StoredTensor, excluded: list[str]) -> TensorReport:
     common = (tensor.name, tensor.shape, tensor.dtype, tensor.stored_bytes, tensor.n_weights)
     if not tensor.is_coded:
-        return TensorReport(*common, reason=reason_plain(tensor, tensor.is_narrowed, excluded))
+        return TensorReport(*common, reason=_reason(tensor, excluded))
     first = tensor.facts[0]
     return TensorReport(
         *common,
@@ -135,12 +135,9 @@ def _report(tensor: StoredTensor, excluded: list[str]) -> TensorReport:
     )
 
 
-def reason_plain(spec: TensorSpec, is_narrowed: bool, excluded: list[str]) -> str:
+def _reason(tensor: StoredTensor, excluded: list[str]) -> str:
     """What the files prove of why a tensor is plain: dtype, emptiness, or that config.json names it."""
-    if spec.dtype not in DTYPES:
-        return (Why.NOT_FLOATING if spec.dtype[0] in "IUB" else Why.OTHER_DTYPE).text(spec.dtype)
-    if spec.n_weights == 0:
-        return Why.EMPTY.text(spec.dtype)
-    if matches(spec.name, excluded):
-        return Why.EXCLUDED.text(spec.dtype)
-    return "stored plainly, narrowed from F32 to F16" if is_narrowed else "stored plainly"
+    why = why_plain(tensor, excluded)
+    if why in _PROVEN:
+        return why.text(tensor.dtype)
+    return "stored plainly, narrowed from F32 to F16" if tensor.is_narrowed else "stored plainly"

@@ -22,6 +22,7 @@ from miracle_hub.coding.backend import Backend
 from miracle_hub.coding.matrix import ROW_SCALE_COLUMNS
 from miracle_hub.coding.posterior import squared_error_cost
 from miracle_hub.coding.scales import prior_scale
+from miracle_hub.format.payload import SCALE_BYTES
 
 # (k, V) of every rate from 0.25 to 8 bits per weight.
 LADDER = (
@@ -35,7 +36,6 @@ _MEASURED_WINDOW_BITS = 12
 # Rows that are measured of one tensor, and of all together: choices that bound the time to seconds.
 _SAMPLE_WEIGHTS = 8192
 _TOTAL_SAMPLE_WEIGHTS = 1 << 22
-_SCALE_BYTES = 2
 # Far inside the range of scales, so that rows and squares stay inside theirs.
 LARGEST_RMS = 2.0**40
 
@@ -93,7 +93,7 @@ def measure_options(samples: Sequence[Sample], request: Request) -> list[list[Op
 
 def _option(sample: Sample, code: Code, row_scales: bool, relative_error: float) -> Option:
     n_weights = sample.rows * sample.columns
-    scales = _SCALE_BYTES * (sample.rows if row_scales else 1)
+    scales = SCALE_BYTES * (sample.rows if row_scales else 1)
     recipe = Recipe(code, row_scales, sample.columns, sample.rotation)
     return Option(recipe, code.message_bytes(n_weights) + scales, relative_error * n_weights**SIZE_EXPONENT)
 

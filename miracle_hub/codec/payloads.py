@@ -187,14 +187,25 @@ def codec_named(name: str) -> Codec:
     return next(codec for codec in codecs() if codec.name == name)
 
 
+def has_magic(name: str, start: bytes) -> bool:
+    """Whether an entry of bytes begins like a payload, or, under its name, like a network's stream."""
+    magic = start[:_MAGIC_BYTES]
+    return magic in CODECS or (name == STREAM and magic == network.MAGIC)
+
+
 def is_payload(entry: Tensor) -> bool:
     """Whether an entry of a file, or its first bytes, are those of a payload."""
-    return is_bytes(entry) and bytes(entry[:_MAGIC_BYTES].tolist()) in CODECS
+    return _magic(entry) in CODECS
 
 
 def is_stray_stream(name: str, entry: Tensor) -> bool:
     """Whether an entry of a file, or its first bytes, are those of a network's stream without its name."""
-    return name != STREAM and is_bytes(entry) and bytes(entry[:_MAGIC_BYTES].tolist()) == network.MAGIC
+    return name != STREAM and _magic(entry) == network.MAGIC
+
+
+def _magic(entry: Tensor) -> bytes:
+    """What an entry begins with; empty for what is no string of bytes."""
+    return bytes(entry[:_MAGIC_BYTES].tolist()) if is_bytes(entry) else b""
 
 
 def read(entry: Tensor, where: str) -> Payload | None:
@@ -212,6 +223,4 @@ def read(entry: Tensor, where: str) -> Payload | None:
             f"{where}: expected a network's stream to be named {STREAM}, found bytes that begin like one "
             "under this name, which is damaged: download the file again"
         )
-    if not is_payload(entry):
-        return None
-    return codec_of(bytes(entry[:_MAGIC_BYTES].tolist())).read(entry, where)
+    return codec_of(_magic(entry)).read(entry, where) if is_payload(entry) else None

@@ -120,7 +120,7 @@ def _refuse_coded(tensor: SourceTensor) -> None:
     Raises:
         SourceError: readers would take a plain tensor for a payload or a network's stream.
     """
-    if tensor.dtype != "U8" or len(tensor.shape) != 1:
+    if not tensor.is_bytes:
         return
     head = tensor.head(4)
     if is_payload(head) or is_stray_stream(tensor.name, head):

@@ -108,7 +108,7 @@ def _read_tensors(file: Path, look: Look, hashes: Sequence[Hashes]) -> tuple[lis
     try:
         for name, tensor, data in read_through(file, hashes):
             entry, payload = entries[name], payloads.read(tensor, name)
-            lines.append(line_of(name, entry.dtype, entry.shape, [data]))
+            lines.append(line_of(entry, [data]))
             found.append(described(entry, payload, narrowed))
             look(found[-1], payload, tensor)
     except SafetensorError as error:

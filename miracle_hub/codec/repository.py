@@ -65,15 +65,34 @@ def open_repository(path: Path, stages: int | None = None) -> Repository:
         read_contents(path).check()
         return Repository(path, tensors, {}, 1, 1)
     facts = _facts(path)
-    digests = digests_of(facts)
+    digests = digests_of(facts, path / CONFIG)
     stages = check_stages(stages, len(digests), str(path))
     index = index_name(stages, len(digests))
     files = weight_files(path, index)
-    tensors = stored_in(files)
-    check_digest(tensors, digests[stages - 1], str(path))
-    # Last, as the others name the tensor.
-    check_together(path, [read_contents(file) for file in files], stages, used_index(path, index))
+    tensors = sound_tensors(files, digests[stages - 1], stages, used_index(path, index))
     return Repository(path, tuple(tensors), facts, stages, len(digests))
+
+
+@files_kept_open()
+def sound_tensors(
+    files: list[Path], digest: str | None, stages: int, index: Path | None
+) -> list[StoredTensor]:
+    """The tensors of the first `stages` of a folder, compared with all that it states of them but the guard
+    of config.json itself.
+
+    Args:
+        files: that hold them, and nothing else.
+        digest: of their payloads; None where nobody states it.
+        index: that named the files, if one did.
+
+    Raises:
+        FormatError: and its subclasses: a file is not sound; the message names the tensor.
+    """
+    folder, tensors = files[0].parent, stored_in(files)
+    check_digest(tensors, digest, str(folder))
+    # Last, as the others name the tensor.
+    check_together(folder, [read_contents(file) for file in files], stages, index)
+    return tensors
 
 
 def repository_of(reading: Reading) -> Repository:
@@ -85,7 +104,7 @@ def repository_of(reading: Reading) -> Repository:
     """
     path, by_file = reading.path, {file.path: file for file in reading.files}
     facts = _facts(path) if path.is_dir() else {}
-    digests, tensors = digests_of(facts), []
+    digests, tensors = digests_of(facts, path / CONFIG), []
     for stages, digest in enumerate(digests, 1):
         index = index_name(stages, len(digests))
         files = [path] if path.is_file() else weight_files(path, index)
@@ -132,7 +151,7 @@ def check_digest(tensors: Iterable[StoredTensor], expected: str | None, where: s
     tensors = list(tensors)
     if expected is None or expected == (found := digest_of(tensors)):
         return
-    names = [t.name for t in tensors if not t.is_coded and t.dtype == "U8" and len(t.shape) == 1]
+    names = [t.name for t in tensors if not t.is_coded and t.is_bytes]
     suspects = f"; not compressed, though they look it: {', '.join(names[:4])}" if names else ""
     raise ChecksumError(
         f"{where}: config.json promises compressed tensors of digest {expected}, found {found}{suspects}; "

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,23 +14,13 @@ from miracle_hub.codec.naming import CARD, INDEX, SINGLE, WEIGHTS_ENDING
 from miracle_hub.errors import FormatError, MissingWeightsError, PickleRefusedError, SourceError
 from miracle_hub.files.container import opened
 from miracle_hub.files.folders import is_hidden, refuse_leaving
+from miracle_hub.files.whole import writing
 from miracle_hub.format.spec import TensorSpec
 
 NARROWED = "narrowed_from_F32"  # in the metadata of a file
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Other copies of the same weights; a compressed repository carries only one.
-_OTHER_WEIGHTS = (
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".pkl",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".gguf",
-    ".ot",
-)
+_OTHER_WEIGHTS = (*_PICKLES, ".h5", ".msgpack", ".onnx", ".gguf", ".ot")
 
 
 @dataclass(frozen=True)
@@ -204,3 +195,19 @@ def companion_files(folder: Path, weights: list[Path]) -> Iterator[Path]:
         ):
             refuse_leaving(path, folder)
             yield relative
+
+
+def copy_companions(source: Path, target: Path, weights: list[Path]) -> list[Path]:
+    """Copy `companion_files`; returns the copies.
+
+    Raises:
+        SourceError: a file is a link that leaves the folder.
+        OutputWriteError: a copy cannot be written.
+    """
+    copies = []
+    for relative in companion_files(source, weights):
+        copies.append(target / relative)
+        with writing(copies[-1]):
+            copies[-1].parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / relative, copies[-1])
+    return copies

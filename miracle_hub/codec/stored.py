@@ -131,7 +131,7 @@ def stored_in(files: Iterable[Path]) -> list[StoredTensor]:
 
 
 def _payload(entry: SourceTensor) -> Payload | None:
-    return payloads.read(entry.load(), entry.name) if entry.dtype == "U8" and len(entry.shape) == 1 else None
+    return payloads.read(entry.load(), entry.name) if entry.is_bytes else None
 
 
 def described(entry: SourceTensor, payload: Payload | None, narrowed: set[str] | None) -> StoredTensor:

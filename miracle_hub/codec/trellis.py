@@ -20,17 +20,8 @@ from miracle_hub.coding.posterior import squared_error_cost
 from miracle_hub.coding.rotation import check_width, widest_rotation
 from miracle_hub.coding.scales import prior_scale, rounded_scales
 from miracle_hub.errors import ChecksumError, OptionError
-from miracle_hub.format.payload import MAGIC, Header, Segment, encode_payload
+from miracle_hub.format.payload import MAGIC, SCALE_BYTES, Header, Segment, encode_payload
 from miracle_hub.format.spec import TensorSpec
-
-
-@dataclass(frozen=True)
-class SegmentPlan:
-    """A share of a tensor's rows and how to code them."""
-
-    rows: int
-    code: Code
-    row_scales: bool
 
 
 @dataclass(frozen=True)
@@ -76,8 +67,8 @@ class Trellis:
     def payload_bytes(self, spec: TensorSpec, choice: Choice) -> int:
         """The exact length of the payload that `encode` will write."""
         recipe: Recipe = choice.option.recipe
-        segments = tuple(Segment(s.rows, s.code, s.row_scales) for s in _segments(choice))
-        return Header(spec.dtype, spec.shape, recipe.columns, recipe.rotation, segments).payload_bytes
+        header = Header(spec.dtype, spec.shape, recipe.columns, recipe.rotation, _segments(choice))
+        return header.payload_bytes
 
     def encode(self, weights: Tensor, choice: Choice, where: str, backend: Backend) -> bytes:
         """The payload of the least squared error that the search finds."""
@@ -107,7 +98,8 @@ class TrellisPayload:
     def facts(self) -> PayloadFacts:
         """What the header says, and the median scale."""
         header = self.header
-        scales = self.data[self.start : self.start + 2 * header.n_scales].clone().cpu().view(torch.bfloat16)
+        end = self.start + SCALE_BYTES * header.n_scales
+        scales = self.data[self.start : end].clone().cpu().view(torch.bfloat16)
         return PayloadFacts(
             codec=TRELLIS.name,
             dtype=header.dtype,
@@ -164,8 +156,8 @@ def refinement(spec: TensorSpec, rotation: int, code: Code) -> Choice:
     return Choice(spec.n_weights // columns, Option(recipe, 0, 0.0))
 
 
-def _segments(choice: Choice) -> list[SegmentPlan]:
-    return [SegmentPlan(rows, recipe.code, recipe.row_scales) for rows, recipe in choice.parts()]
+def _segments(choice: Choice) -> tuple[Segment, ...]:
+    return tuple(Segment(rows, recipe.code, recipe.row_scales) for rows, recipe in choice.parts())
 
 
 def rotated_matrix(weights: Tensor, columns: int, width: int, backend: Backend) -> Tensor:
@@ -176,7 +168,7 @@ def rotated_matrix(weights: Tensor, columns: int, width: int, backend: Backend) 
 
 def encode_tensor(
     weights: Tensor,
-    segments: list[SegmentPlan],
+    segments: Sequence[Segment],
     rotation: int,
     *,
     where: str,
@@ -207,7 +199,7 @@ def encode_tensor(
         shape=tuple(weights.shape),
         columns=columns,
         rotation=rotation,
-        segments=tuple(Segment(s.rows, s.code, s.row_scales) for s in segments),
+        segments=tuple(segments),
         band_columns=band_columns,
         permuted=permuted,
     )
@@ -270,7 +262,7 @@ def decode_payload(
     return found.decode(backend, verify=verify, rounded=rounded), found.header
 
 
-def _check_rows(segments: list[SegmentPlan], rows: int, where: str) -> None:
+def _check_rows(segments: Sequence[Segment], rows: int, where: str) -> None:
     found = [segment.rows for segment in segments]
     if sum(found) != rows or min(found, default=0) < 1:
         raise OptionError(

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from miracle_hub.codec.dtypes import TORCH_DTYPES
+from miracle_hub.codec.dtypes import TORCH_DTYPES, is_bytes
 from miracle_hub.codec.guard import Contents
 from miracle_hub.codec.guarded import check_config, check_own_guard, unguarded
 from miracle_hub.codec.naming import (
@@ -139,7 +139,7 @@ class _Check:
             if original is not None and not is_of_stage(tensor.parts[0].path):
                 _compare(tensor, weights.cpu(), original)
             return _PAYLOAD
-        if tensor.name == STREAM and entry.dtype == torch.uint8 and entry.ndim == 1:
+        if tensor.name == STREAM and is_bytes(entry):
             read_start(entry.numpy().tobytes(), f"{tensor.parts[0].path}: {STREAM}")
             return _STREAM
         _check_finite(tensor, entry)

@@ -8,10 +8,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from miracle_hub.checks import check_choice
 from miracle_hub.code import BACKENDS, Code
 from miracle_hub.coding.matrix import CodedRows, MatrixLayout
 from miracle_hub.coding.posterior import Cost
-from miracle_hub.errors import BackendError, OptionError
+from miracle_hub.errors import BackendError
 
 _LOGGER = logging.getLogger("miracle_hub")
 
@@ -92,8 +93,7 @@ def choose(backend: str = "auto", device: torch.device | None = None) -> Backend
         OptionError: an unknown name.
         BackendError: "triton" cannot run here, or not on that device.
     """
-    if backend not in BACKENDS:
-        raise OptionError(f"backend: expected one of {BACKENDS}, found {backend!r}; choose one of them")
+    check_choice("backend", backend, BACKENDS)
     if backend == "auto":
         return _automatic(device)
     return _numba() if backend == "cpu" else _triton(device)

@@ -6,6 +6,7 @@ from jaxtyping import UInt8
 from numba import njit
 from torch import Tensor
 
+from miracle_hub.checks import check_choice
 from miracle_hub.code import Code
 from miracle_hub.coding.block import encode_block
 from miracle_hub.coding.posterior import Cost
@@ -57,8 +58,7 @@ def check_selection(selection: str, generator: torch.Generator | None) -> None:
     Raises:
         OptionError: it does not, or has not.
     """
-    if selection not in SELECTIONS:
-        raise OptionError(f"selection: expected one of {SELECTIONS}, found {selection!r}")
+    check_choice("selection", selection, SELECTIONS)
     if selection == "sample" and generator is None:
         raise OptionError("selection='sample' needs a torch.Generator: pass generator=…")
 

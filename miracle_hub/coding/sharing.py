@@ -13,6 +13,7 @@ from numba import njit
 from torch import Tensor
 from torch.library import custom_op
 
+from miracle_hub.checks import check_choice
 from miracle_hub.code import Code
 from miracle_hub.coding.order import permutation
 from miracle_hub.coding.philox import philox4x32
@@ -35,8 +36,7 @@ class Sharing:
     n_weights: int
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise OptionError(f"sharing: expected one of {KINDS}, found {self.kind!r}; choose one of them")
+        check_choice("sharing", self.kind, KINDS)
         least = self.n_weights if self.kind == "none" else 1
         if not least <= self.n_values <= self.n_weights:
             raise OptionError(

@@ -11,20 +11,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from miracle_hub.errors import FormatError
-from miracle_hub.files.digests import Hashes
+from miracle_hub.files.digests import PIECE_BYTES, Hashes
 from miracle_hub.files.whole import writing
 from miracle_hub.format.spec import TensorSpec
 
 _ALIGNMENT = 8
 _PREFIX = 8
-_CHUNK = 1 << 20  # a piece of a tensor that is in memory at a time; a choice
 _KEPT_OPEN: ContextVar[dict[Path, safe_open] | None] = ContextVar("_KEPT_OPEN", default=None)
 
 
@@ -92,20 +91,18 @@ def raw_entries(path: Path) -> tuple[dict[str, str], Iterator[tuple[TensorSpec, 
 
 
 def _raw_entries(path: Path) -> Iterator[tuple[TensorSpec, Iterator[bytes]]]:
+    head = _head(path)
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(_PREFIX), "little")
-        header = json.loads(file.read(length))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                start, end = entry["data_offsets"]
-                found = TensorSpec(name, entry["dtype"], tuple(entry["shape"]))
-                yield found, _pieces(file, _PREFIX + length + start, end - start)
+        for name, entry in _entries(head).items():
+            start, end = entry["data_offsets"]
+            found = TensorSpec(name, entry["dtype"], tuple(entry["shape"]))
+            yield found, _pieces(file, len(head) + start, end - start)
 
 
 def _pieces(file: BinaryIO, start: int, n_bytes: int) -> Iterator[bytes]:
     file.seek(start)
-    for first in range(0, n_bytes, _CHUNK):
-        yield file.read(min(_CHUNK, n_bytes - first))
+    for first in range(0, n_bytes, PIECE_BYTES):
+        yield file.read(min(PIECE_BYTES, n_bytes - first))
 
 
 @contextmanager
@@ -135,7 +132,8 @@ def read_through(path: Path, hashes: Sequence[Hashes]) -> Iterator[tuple[str, Te
         head = _head(path)
         for each in hashes:
             each.update(head)
-        for name in _in_order(head):
+        entries = _entries(head)
+        for name in sorted(entries, key=lambda name: entries[name]["data_offsets"]):
             tensor = file.get_tensor(name)
             data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
             for each in hashes:
@@ -146,15 +144,15 @@ def read_through(path: Path, hashes: Sequence[Hashes]) -> Iterator[tuple[str, Te
 def _head(path: Path) -> bytes:
     """The length of the header, and the header."""
     with path.open("rb") as file:
-        size = file.read(8)
+        size = file.read(_PREFIX)
         return size + file.read(int.from_bytes(size, "little"))
 
 
-def _in_order(head: bytes) -> list[str]:
-    """The tensors of a header, which the library has found sound, by their place in the data."""
-    entries = json.loads(head[8:])
+def _entries(head: bytes) -> dict[str, Any]:
+    """The tensors of a header, which the library has found sound."""
+    entries = json.loads(head[_PREFIX:])
     entries.pop("__metadata__", None)
-    return sorted(entries, key=lambda name: entries[name]["data_offsets"])
+    return entries
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-_CHUNK = 1 << 20  # a piece of a file that is in memory at a time; a choice
+PIECE_BYTES = 1 << 20  # a piece of a file that is in memory at a time; a choice
 
 
 class Hashes:
@@ -55,5 +55,5 @@ def sha256_of(*paths: Path) -> str:
 def pieces(path: Path) -> Iterator[bytes]:
     """The bytes of a file, some at a time."""
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
+        while chunk := file.read(PIECE_BYTES):
             yield chunk

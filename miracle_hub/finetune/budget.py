@@ -26,15 +26,13 @@ from miracle_hub.codec.repository import sharded
 from miracle_hub.coding.matrix import matrix_columns
 from miracle_hub.errors import BudgetError
 from miracle_hub.format.network import NetworkHeader, SharedSpec, encode_network
-from miracle_hub.format.payload import Header, Segment
+from miracle_hub.format.payload import SCALE_BYTES, Header, Segment
 from miracle_hub.format.spec import TensorSpec, bytes_entry
 from miracle_hub.options import DEFAULT_SHARD_SIZE, budget_bytes, parse_size
 from miracle_hub.training.config import VariationalConfig
 from miracle_hub.training.convert import sharing_factors, sharing_of
 from miracle_hub.training.layout import scale_columns
 from miracle_hub.training.targets import Target, find_targets
-
-_SCALE_BYTES = 2
 
 
 def within_budget(model: nn.Module, config: VariationalConfig) -> VariationalConfig:
@@ -133,7 +131,7 @@ class _NetworkFile:
         """
         code = code_for(self.n_values, f"{len(self.specs)} tensors")
         stream = len(encode_network(NetworkHeader(code, self.specs), b"", b""))
-        stream += _SCALE_BYTES * len(self.specs) + code.message_bytes(self.n_values)
+        stream += SCALE_BYTES * len(self.specs) + code.message_bytes(self.n_values)
         return network_file("", network_entries(self.plain, {STREAM: stream})).n_bytes
 
 

@@ -13,7 +13,7 @@ from miracle_hub.codec.config import read_config
 from miracle_hub.codec.guard import GUARD, with_own_guard
 from miracle_hub.codec.guarded import check_own_guard
 from miracle_hub.codec.modules import load, stream_header
-from miracle_hub.codec.naming import CONFIG, variant_name
+from miracle_hub.codec.naming import CARD, CONFIG, variant_name
 from miracle_hub.errors import MissingWeightsError
 from miracle_hub.files.digests import sha256_of
 from miracle_hub.files.folders import visible_files
@@ -49,7 +49,7 @@ class MiracleHubMixin(PyTorchModelHubMixin):
             ChecksumError: what was written does not decode to the network's weights.
         """
         folder = Path(save_directory)
-        is_own_card = variant is None or not (folder / "README.md").exists()
+        is_own_card = variant is None or not (folder / CARD).exists()
         if options.get("push_to_hub"):
             options["variant"] = variant
         config = options.pop("config", None)
@@ -156,7 +156,7 @@ class MiracleHubMixin(PyTorchModelHubMixin):
             source = snapshot(
                 str(pretrained_model_name_or_path), revision=revision, cache_dir=cache_dir, token=token,
                 force_download=force_download, local_files_only=local_files_only,
-                allow_patterns=[f"{prefix}config.json", f"{prefix}{name}"],
+                allow_patterns=[f"{prefix}{CONFIG}", f"{prefix}{name}"],
             )  # fmt: skip
         if not (source / subfolder / name).is_file():
             raise MissingWeightsError(

@@ -11,11 +11,7 @@ from miracle_hub.codec.compress import compress_folder
 from miracle_hub.codec.decompress import load_state_dict
 from miracle_hub.codec.modules import module_tensors, read_state
 from miracle_hub.codec.naming import STREAM
-from miracle_hub.codec.network import (
-    encode_stream_entry,
-    spec_of,
-    write_network,
-)
+from miracle_hub.codec.network import encode_stream_entry, spec_of, write_network
 from miracle_hub.codec.report import Report
 from miracle_hub.codec.trellis import payload_of_stream
 from miracle_hub.errors import ChecksumError, OptionError
@@ -94,12 +90,7 @@ def save(model: nn.Module, path: str | Path) -> int:
     plain = {name: t for name, t in module_tensors(dense).items() if name not in coded}
 
     def check(written: Path) -> None:
-        again = read_state(written, dense)
-        for name, tensor in module_tensors(dense).items():
-            if not torch.equal(again[name].cpu(), tensor.cpu()):
-                raise ChecksumError(
-                    f"{path}: {name}: what was written does not decode to the model's weights; report this"
-                )
+        _require_same(path, read_state(written, dense), module_tensors(dense))
 
     return write_network(path, entries, plain, check)
 
@@ -138,7 +129,8 @@ def compress_model(
         modules_to_not_convert=[name for name in module_tensors(dense) if matches(name, kept)],
     )  # fmt: skip
     report = _write_repository(dense, Path(out).absolute(), tokenizer, options, payloads)
-    _compare_decoded(Path(out), {name: t for name, t in module_tensors(dense).items() if name in payloads})
+    coded = {name: tensor for name, tensor in module_tensors(dense).items() if name in payloads}
+    _require_same(Path(out), load_state_dict(out), coded)
     return report
 
 
@@ -163,16 +155,15 @@ def _write_repository(
         )  # fmt: skip
 
 
-def _compare_decoded(folder: Path, coded: Mapping[str, Tensor]) -> None:
+def _require_same(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """
     Raises:
         ChecksumError: what was written does not decode to the model's weights.
     """
-    found = load_state_dict(folder)
-    for name, tensor in coded.items():
-        if not torch.equal(found[name], tensor.cpu()):
+    for name, tensor in expected.items():
+        if not torch.equal(found[name].cpu(), tensor.cpu()):
             raise ChecksumError(
-                f"{folder}: {name}: what was written does not decode to the model's weights; report this"
+                f"{path}: {name}: what was written does not decode to the model's weights; report this"
             )
 
 
@@ -186,9 +177,8 @@ def _coded_entries(variational: Variational, messages: list[Tensor]) -> Mapping[
                 spec_of(m.name, torch.empty(m.shape, dtype=m.dtype, device="meta"), m.sharing)
                 for m in stream.members
             ]
-            entries[STREAM] = encode_stream_entry(NetworkHeader(stream.code, tuple(specs)), scales, message)[
-                0
-            ]
+            header = NetworkHeader(stream.code, tuple(specs))
+            entries[STREAM], _ = encode_stream_entry(header, scales, message)
         else:
             member = stream.members[0]
             entries[member.name] = payload_of_stream(member.shape, member.dtype, stream.code, scales, message)

@@ -16,6 +16,7 @@ MAGIC = b"MRCL"
 VERSION = 1
 # Position in this tuple is the number in the file: append only.
 DTYPES = ("F32", "BF16", "F16", "F64")
+SCALE_BYTES = 2  # bfloat16
 _MAX_DIMENSIONS = 8
 _MAX_SEGMENTS = 64
 _MAX_WEIGHTS = 1 << 40
@@ -74,7 +75,7 @@ class Header:
     @property
     def payload_bytes(self) -> int:
         """Exact length of the payload."""
-        return len(encode_header(self)) + 2 * self.n_scales + sum(self.message_bytes)
+        return len(encode_header(self)) + SCALE_BYTES * self.n_scales + sum(self.message_bytes)
 
 
 def encode_payload(header: Header, body: bytes) -> bytes:
@@ -125,7 +126,7 @@ def decode_header(data: bytes, where: str) -> tuple[Header, int]:
     reader = _Reader(data, where)
     header = reader.header()
     length = reader.position
-    expected = length + 2 * header.n_scales + sum(header.message_bytes)
+    expected = length + SCALE_BYTES * header.n_scales + sum(header.message_bytes)
     if expected != len(data):
         raise TruncatedPayloadError(
             f"{where}: the header announces a payload of {expected} bytes, found {len(data)}; "

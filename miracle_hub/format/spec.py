@@ -26,6 +26,11 @@ class TensorSpec:
         return math.prod(self.shape)
 
     @property
+    def is_bytes(self) -> bool:
+        """Whether it is a string of bytes (see `bytes_entry`): a payload, a network's stream, or plain."""
+        return self.dtype == "U8" and len(self.shape) == 1
+
+    @property
     def n_bytes(self) -> int:
         """Of its numbers, stored plainly."""
         return self.n_weights * item_bits(self.dtype) // 8

@@ -17,7 +17,7 @@ from miracle_hub.codec.report import Report
 from miracle_hub.codec.repository import repository_of
 from miracle_hub.codec.verification import Verification, verify_folder
 from miracle_hub.errors import DataError
-from miracle_hub.files.whole import temporary_beside, writing
+from miracle_hub.files.whole import whole_file, writing
 from miracle_hub.hub.facts import CardFacts, facts_of_folder, versions
 
 # In the package, so that every installation has it; model_cards/template.md is a link to it.
@@ -49,7 +49,7 @@ def write_card(folder: Path, report: Report, source: Path, base_model: str | Non
     reading = read_all(folder)
     found = facts_of_folder(folder, inspected(repository_of(reading)), reading.weights_sha256)
     facts = replace(found, dense_bytes=report.dense_bytes, versions=versions())
-    metadata = read_metadata(source / "README.md")
+    metadata = read_metadata(source / CARD)
     kept_tags = set(_tags(metadata)) - _FORMAT_TAGS
     kept = {key: metadata[key] for key in _KEPT if key in metadata} | {"tags": sorted(kept_tags)}
     name = base_model or source.resolve().name
@@ -77,7 +77,7 @@ def update_card(
         repo_id: where the card will be, if that is known.
         usage: code that loads the model; by default that of transformers.
     """
-    path, config = folder / "README.md", read_config(folder)
+    path, config = folder / CARD, read_config(folder)
     text = _text(path) if metadata is None else ""
     head = dict(read_metadata(path) if metadata is None else metadata)
     is_plugin = is_miracle(read_quantization(folder))
@@ -92,9 +92,8 @@ def update_card(
         has_own = _SECTION.search(text) is not None
         body = _SECTION.sub(lambda _: own[0], text) if has_own else f"{text.rstrip()}\n\n{own[0]}\n"
         section = f"---\n{data.to_yaml()}\n---\n{body}"
-    with temporary_beside(path) as temporary, writing(path):  # a kill must not cost a user's own text
-        (temporary / path.name).write_text(section, encoding="utf-8")
-        (temporary / path.name).replace(path)
+    with writing(path), whole_file(path) as temporary:  # a kill must not cost a user's own text
+        temporary.write_text(section, encoding="utf-8")
 
 
 def rendered(
@@ -181,9 +180,9 @@ def _text(path: Path) -> str:
 
 def carried_facts(folder: Path, facts: CardFacts) -> CardFacts:
     """Facts of the files with those that the folder's card has of the same files."""
-    given = read_metadata(folder / "README.md").get("miracle")
+    given = read_metadata(folder / CARD).get("miracle")
     try:
-        return facts if given is None else facts.with_carried(given, str(folder / "README.md"))
+        return facts if given is None else facts.with_carried(given, str(folder / CARD))
     except DataError as error:
         warnings.warn(f"{error}; the card is written without them", stacklevel=2)
         return facts

@@ -1,7 +1,6 @@
 """A push that cannot lie: verified before the upload, compared with what the Hub holds after it."""
 
 import glob
-import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from miracle_hub.codec.naming import CARD, is_weights
 from miracle_hub.codec.source import weight_files
 from miracle_hub.codec.verification import Verification
 from miracle_hub.errors import DataError, RemoteMismatchError, SourceError, UploadError
-from miracle_hub.files.digests import sha256_of
+from miracle_hub.files.digests import hashes_of, sha256_of
 from miracle_hub.files.folders import visible_files
 from miracle_hub.hub.card import carried_facts, update_card, verify_with_card
 from miracle_hub.hub.facts import CardFacts, facts_of_folder, read_facts
@@ -173,8 +172,8 @@ def upload(
             )
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        if keep_card and api.file_exists(repo_id, f"{prefix}README.md", revision=revision):
-            checksums = {name: value for name, value in checksums.items() if name != "README.md"}
+        if keep_card and api.file_exists(repo_id, f"{prefix}{CARD}", revision=revision):
+            checksums = {name: value for name, value in checksums.items() if name != CARD}
         if replace_weights:
             options["delete_patterns"] = _shadows(api, repo_id, revision, checksums)
         commit = api.upload_folder(
@@ -215,15 +214,15 @@ def _difference(path: Path, sha256: str, remote: RepoFile | None) -> str:
     """How a remote file differs from the local one as it was verified; empty if it does not."""
     if remote is None:
         return "expected the file on the Hub, found none"
-    data = path.read_bytes() if remote.lfs is None else b""
-    size = path.stat().st_size if remote.lfs else len(data)
+    size = path.stat().st_size
     if remote.size != size:
         return f"expected {size} bytes on the Hub, found {remote.size}"
     if remote.lfs is not None:
         found, expected = remote.lfs.sha256, sha256
     else:
-        found, expected = remote.blob_id, hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-        if hashlib.sha256(data).hexdigest() != sha256:
+        local = hashes_of(path)
+        found, expected = remote.blob_id, local.git_blob
+        if local.sha256 != sha256:
             return "the local file was changed while it was uploaded"
     return "" if found == expected else f"expected content of hash {expected} on the Hub, found {found}"
 

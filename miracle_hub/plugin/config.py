@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from miracle_hub.code import FORMAT_VERSION, QUANT_METHOD
-from miracle_hub.errors import OptionError, UnsupportedVersionError
+from miracle_hub.code import FORMAT_VERSION, QUANT_METHOD, check_format_version
+from miracle_hub.errors import OptionError
 from miracle_hub.options import LoadOptions
 
 if TYPE_CHECKING:
@@ -56,11 +56,7 @@ class MiracleConfig(QuantizationConfigMixin):
             UnsupportedVersionError: the repository is newer than this package.
             OptionError: an option is none.
         """
-        if format_version not in range(1, FORMAT_VERSION + 1):
-            raise UnsupportedVersionError(
-                f"config.json: this miracle-hub reads format versions up to {FORMAT_VERSION}, found "
-                f"{format_version!r}; upgrade: pip install -U miracle-hub"
-            )
+        check_format_version(format_version, "config.json")
         figures.pop("dequantize", None)
         _check_figures(figures)
         vars(self).update(figures)

@@ -141,7 +141,7 @@ def decode_leftovers(model: nn.Module, decoder: Decoder) -> None:
     """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         wanted = decoder.expected.get(name)
-        if wanted is None or tensor.device.type == "meta" or tensor.dtype in wanted[1:]:
+        if wanted is None or tensor.is_meta or tensor.dtype in (wanted.built_dtype, wanted.loaded_dtype):
             continue
         dense = decoder.dense(tensor, name)
         if dense.shape != wanted.shape:
@@ -249,6 +249,6 @@ def _refuse_shards(tensors: dict[str, Any], name: str, model: Any) -> None:
     sharded = hasattr(model.get_parameter_or_buffer(name), "_local_tensor")
     if sharded and any(tensor.dtype == torch.uint8 for part in tensors.values() for tensor in part):
         raise OptionError(
-            f"{name}: a compressed tensor cannot be loaded in slices (tensor parallelism); decompress the "
-            "folder first (miracle decompress) and load that"
+            f"{name}: expected a compressed tensor to be loaded whole, found slices of it (tensor "
+            "parallelism); decompress the folder first (miracle decompress) and load that"
         )

@@ -8,13 +8,12 @@ from torch import Tensor
 from transformers.core_model_loading import WeightTransform, revert_weight_conversion
 
 from miracle_hub.codec.config import digests_of, read_config
-from miracle_hub.codec.guard import read_contents
-from miracle_hub.codec.guarded import check_config, check_together
+from miracle_hub.codec.guarded import check_config
 from miracle_hub.codec.naming import CONFIG, SINGLE, index_name, stage_of
 from miracle_hub.codec.payloads import is_payload
-from miracle_hub.codec.repository import check_digest, check_stages
+from miracle_hub.codec.repository import check_stages, sound_tensors
 from miracle_hub.codec.source import indexed_files
-from miracle_hub.codec.stored import StoredTensor, stored_in
+from miracle_hub.codec.stored import StoredTensor
 from miracle_hub.coding.backend import choose
 from miracle_hub.errors import OptionError
 from miracle_hub.plugin.compressed_linear import compressed_layers, saved_digest, saved_state
@@ -34,10 +33,14 @@ class Loading:
     """
 
     def __init__(self, config: MiracleConfig) -> None:
+        """
+        Raises:
+            FormatError: the config's digests are none.
+        """
         self.config, self.dtype = config, torch.float32
         self._facts = vars(config)
         self._decoder = Decoder(config.backend, {} if config.keep_compressed else None)
-        self._digests = digests_of(self._facts)
+        self._digests = digests_of(self._facts, Path(CONFIG))
         self._stages = 1
         self._model: PreTrainedModel | None = None
         self._stored: list[StoredTensor] = []
@@ -53,7 +56,7 @@ class Loading:
         path = Path(str(getattr(config, "_name_or_path", ""))) / CONFIG
         if path.is_file():  # of a Hub id the folder is known with the files
             check_config(path, read_config(path.parent))
-        if not isinstance(self._facts.get("stage_digests"), list):
+        if "stage_digests" not in self._facts:
             return
         n_stages = len(self._digests)
         self._stages = check_stages(getattr(config, "stages", None), n_stages, "from_pretrained")
@@ -78,16 +81,10 @@ class Loading:
         """
         if self.config.backend == "triton":
             choose("triton")
-        paths = [Path(file) for file in files]
-        folder = paths[0].parent if paths else Path()
-        if paths:
+        if paths := [Path(file) for file in files]:
+            folder, digest = paths[0].parent, self._digests[self._stages - 1]
             check_config(folder / CONFIG, read_config(folder))
-        self._stored = stored_in(paths)
-        if paths:
-            check_digest(self._stored, self._digests[self._stages - 1], str(folder))
-            # Last, as the others name the tensor.
-            contents = [read_contents(path) for path in paths]
-            check_together(folder, contents, self._stages, self._index(paths))
+            self._stored = sound_tensors(paths, digest, self._stages, self._index(paths))
         self._decoder.take_refinements(self._stored)
         files[:] = [file for file in files if stage_of(Path(file)) == 1]
         self._model = model
@@ -127,7 +124,7 @@ class Loading:
         decode_leftovers(model, self._decoder)
         self._model, self._stored = None, []
         self._decoder.forget()
-        if isinstance(self._facts.get("stage_digests"), list):
+        if "stage_digests" in self._facts:
             for name in ("stages", "transformers_weights"):
                 vars(model.config).pop(name, None)
         for layer in compressed_layers(model).values() if self.config.keep_compressed else ():

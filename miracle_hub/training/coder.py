@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from miracle_hub.checks import check_choice
 from miracle_hub.errors import OptionError, TrainingError
 from miracle_hub.training.activations import measure_curvature
 from miracle_hub.training.checkpoint import Checkpoint, RunState, load_optimizer, optimizer_tensors
@@ -47,8 +48,7 @@ class CodingOptions:
     order: str = "random"
 
     def __post_init__(self) -> None:
-        if self.order not in ORDERS:
-            raise OptionError(f"order: expected one of {ORDERS}, found {self.order!r}; choose one of them")
+        check_choice("order", self.order, ORDERS)
         are_counts = isinstance(self.groups, int) and isinstance(self.refit_steps, int)
         if not are_counts or self.groups < 1 or self.refit_steps < 0 or not 0 < self.rate() < math.inf:
             raise OptionError(

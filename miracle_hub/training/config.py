@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
 
+from miracle_hub.checks import check_choice, check_integer, check_positive
 from miracle_hub.code import MAX_STEP_WEIGHTS, MAX_WINDOW_BITS, Code
 from miracle_hub.coding.sharing import KINDS
 from miracle_hub.errors import BudgetError, OptionError
@@ -93,21 +94,15 @@ class VariationalConfig:
             ("selection", SELECTIONS),
             ("sharing_kind", KINDS[1:]),
         ):
-            if getattr(self, name) not in choices:
-                raise OptionError(f"{name}: expected one of {choices}, found {getattr(self, name)!r}")
+            check_choice(name, getattr(self, name), choices)
         self._check_budget()
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             check_names(getattr(self, name), name)
-        if not isinstance(self.kl_block_weights, int) or not 1 <= self.kl_block_weights <= MAX_BLOCK_WEIGHTS:
-            raise OptionError(
-                f"kl_block_weights: expected an integer from 1 to {MAX_BLOCK_WEIGHTS}, found "
-                f"{self.kl_block_weights!r}; 64 to 256 are good values"
-            )
+        hint = "64 to 256 are good values"
+        check_integer("kl_block_weights", self.kl_block_weights, 1, MAX_BLOCK_WEIGHTS, hint=hint)
         self._check_sharing()
-        if not (self.beta > 0 and self.beta_rate > 0):
-            raise OptionError(
-                f"beta, beta_rate: expected positive numbers, found {self.beta!r} and {self.beta_rate!r}"
-            )
+        check_positive("beta", self.beta)
+        check_positive("beta_rate", self.beta_rate)
 
     def _check_sharing(self) -> None:
         for name, factor in self.sharing.items():
@@ -118,8 +113,8 @@ class VariationalConfig:
                 )
         if self.sharing and self.streams != "network":
             raise OptionError(
-                "sharing: the file of a tensor cannot say which weights share a value; pass "
-                "streams='network', or do not share"
+                "sharing: expected streams='network', found 'tensor', whose files cannot say which weights "
+                "share a value; pass it, or do not share"
             )
 
     def _check_budget(self) -> None:
@@ -129,7 +124,10 @@ class VariationalConfig:
         )  # fmt: skip
         check_budget(self.bits_per_weight, self.size)
         if self.message_bits is not None and self.streams != "network":
-            raise BudgetError("message_bits: are those of a network's stream; pass streams='network'")
+            raise BudgetError(
+                f"message_bits: expected streams='network', whose message they are of, found "
+                f"{self.streams!r}; pass it, or give rate"
+            )
         if not isinstance(self.window_bits, int) or not 1 <= self.window_bits <= MAX_WINDOW_BITS:
             raise BudgetError(
                 f"window_bits: expected 1 to {MAX_WINDOW_BITS} bits per block or window, found "

@@ -33,7 +33,7 @@ from miracle_hub.files.container import write_file
 from miracle_hub.format.payload import Header, Segment, encode_header, encode_payload
 from miracle_hub.format.spec import bytes_entry
 from miracle_hub.names import matches
-from miracle_hub.options import CompressOptions
+from miracle_hub.options import CompressOptions, DecompressOptions
 from miracle_hub.plugin.config import MiracleConfig
 
 DAMAGED = "; the file is truncated or damaged: download it again"
@@ -45,7 +45,7 @@ def readers(folder: Path) -> list[Callable[[], object]]:
     return [
         lambda: load_state_dict(folder),
         lambda: inspect_folder(folder),
-        lambda: decompress_folder(folder, out, max_shard_size="5GB", overwrite=True, progress=False),
+        lambda: decompress_folder(folder, out, DecompressOptions(overwrite=True, progress=False)),
     ]
 
 
@@ -384,7 +384,7 @@ def test_names_of_tensors_never_become_paths(tmp_path: Path) -> None:
     small, dense = tmp_path / "in" / "small", tmp_path / "in" / "dense"
     options = CompressOptions(bits_per_weight=6.0, window_bits=8, max_shard_size="1kB", progress=False)
     compress_folder(source, small, options)
-    decompress_folder(small, dense, max_shard_size="1kB", overwrite=False, progress=False)
+    decompress_folder(small, dense, DecompressOptions(max_shard_size="1kB", progress=False))
     assert load_state_dict(dense).keys() == load_state_dict(small).keys() == tensors.keys()
     assert everything(tmp_path) == sorted(
         ["in", *(path for path in everything(tmp_path) if path.startswith("in/"))]

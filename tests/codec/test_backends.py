@@ -12,10 +12,10 @@ import miracle_hub
 import miracle_kernels
 from miracle_hub.code import Code
 from miracle_hub.codec import ladder
-from miracle_hub.codec.trellis import SegmentPlan, decode_payload, encode_tensor
+from miracle_hub.codec.trellis import decode_payload, encode_tensor
 from miracle_hub.coding.backend import choose
 from miracle_hub.errors import BackendError, ChecksumError
-from miracle_hub.format.payload import decode_header
+from miracle_hub.format.payload import Segment, decode_header
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_a_model_compressed_by_the_kernels_decodes_alike_everywhere(source: Path
 @pytest.mark.parametrize("options", [dict(), dict(band_columns=8), dict(permuted=True)], ids=str)
 def test_payloads_of_every_order_go_both_ways(options: dict[str, Any]) -> None:
     weights = torch.randn(12, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
-    segments = [SegmentPlan(5, Code(8, 4, 2), True), SegmentPlan(7, Code(8, 2, 2), False)]
+    segments = [Segment(5, Code(8, 4, 2), True), Segment(7, Code(8, 2, 2), False)]
     for backend in map(choose, ("cpu", "triton")):
         payload = torch.frombuffer(
             bytearray(encode_tensor(weights, segments, 16, where="w", backend=backend, **options)),
@@ -73,7 +73,7 @@ def test_payloads_of_every_order_go_both_ways(options: dict[str, Any]) -> None:
 
 def test_the_kernels_find_a_wrong_digest() -> None:
     weights = torch.randn(8, 32, generator=torch.Generator().manual_seed(2))
-    raw = bytearray(encode_tensor(weights, [SegmentPlan(8, Code(8, 2, 1), True)], 1, where="w"))
+    raw = bytearray(encode_tensor(weights, [Segment(8, Code(8, 2, 1), True)], 1, where="w"))
     _, start = decode_header(bytes(raw), "w")
     raw[start - 1] ^= 1  # the digest's last byte; the checksum is made to fit
     raw[5:9] = zlib.crc32(bytes(raw[9:])).to_bytes(4, "little")

@@ -14,7 +14,7 @@ from miracle_hub.codec.decompress import decompress_folder, load_state_dict
 from miracle_hub.codec.inspection import inspect_folder
 from miracle_hub.codec.report import Report
 from miracle_hub.errors import OptionError
-from miracle_hub.options import parse_size
+from miracle_hub.options import DecompressOptions, parse_size
 
 Compress = Callable[..., Report]
 LeastSize = Callable[..., int]
@@ -130,9 +130,7 @@ def test_every_tensor_is_aligned_to_its_own_width(
     tensors = {f"{8 - i}.bias": torch.ones(2 * i + 1, dtype=dtype) for i, dtype in enumerate(odd)}
     source = save_model({"w": randn(64, 64), **tensors, "0": torch.ones(3, dtype=torch.uint8)})
     compress(source, tmp_path / "out", size=least_size(source))
-    decompress_folder(
-        tmp_path / "out", tmp_path / "dense", max_shard_size="5GB", overwrite=False, progress=False
-    )
+    decompress_folder(tmp_path / "out", tmp_path / "dense", DecompressOptions(progress=False))
     for folder in ("out", "dense"):
         data = (tmp_path / folder / "model.safetensors").read_bytes()
         length = int.from_bytes(data[:8], "little")

@@ -22,15 +22,14 @@ from miracle_hub.errors import (
     UnsupportedVersionError,
 )
 from miracle_hub.format.payload import decode_header
+from miracle_hub.options import DecompressOptions
 
 Compress = Callable[..., Report]
 SaveModel = Callable[..., Path]
 
 
 def decompress(source: Path, out: Path, **options: Any) -> int:
-    return decompress_folder(
-        source, out, **{"max_shard_size": "5GB", "overwrite": False, "progress": False, **options}
-    )
+    return decompress_folder(source, out, DecompressOptions(**{"progress": False, **options}))
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

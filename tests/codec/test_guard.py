@@ -152,7 +152,7 @@ def test_two_tensors_that_changed_places_are_found(file: Contents) -> None:
 
 @given(st.permutations(range(4)))
 def test_order_does_not_count(order: list[int]) -> None:
-    lines = [line_of(e.name, e.dtype, e.shape, [RAW[e.name]]) for e in ENTRIES]
+    lines = [line_of(entry, [RAW[entry.name]]) for entry in ENTRIES]
     found = Contents(Path("f"), dict(reversed(METADATA.items())), [lines[i] for i in order])
     assert found.digest == Contents(Path("f"), METADATA, lines).digest
 
@@ -178,12 +178,15 @@ def test_the_single_entry_of_a_file_is_named(tmp_path: Path) -> None:
 
 def test_pieces_and_payloads() -> None:
     """Plain bytes may come in any pieces; of a payload only the frame counts, which covers the rest."""
-    whole = line_of("w", "F32", (6,), [bytes(24)])
-    assert whole == line_of("w", "F32", (6,), [bytes(10), bytes(0), bytes(14)]) and not whole.is_framed
-    coded = line_of("coded", "U8", (45,), [PAYLOAD])
-    assert coded.is_framed and coded == line_of("coded", "U8", (45,), [PAYLOAD[:-1] + b"x"])
+    whole = line_of(TensorSpec("w", "F32", (6,)), [bytes(24)])
+    assert (
+        whole == line_of(TensorSpec("w", "F32", (6,)), [bytes(10), bytes(0), bytes(14)])
+        and not whole.is_framed
+    )
+    coded = line_of(TensorSpec("coded", "U8", (45,)), [PAYLOAD])
+    assert coded.is_framed and coded == line_of(TensorSpec("coded", "U8", (45,)), [PAYLOAD[:-1] + b"x"])
     for other in (b"MRCX" + PAYLOAD[4:], PAYLOAD[:5] + b"x" + PAYLOAD[6:]):
-        assert line_of("coded", "U8", (45,), [other]) != coded
+        assert line_of(TensorSpec("coded", "U8", (45,)), [other]) != coded
 
 
 @pytest.mark.parametrize(
@@ -198,12 +201,12 @@ def test_pieces_and_payloads() -> None:
 def test_what_only_looks_like_a_payload_is_covered_whole(
     name: str, dtype: str, shape: tuple[int, ...], raw: bytes
 ) -> None:
-    line = line_of(name, dtype, shape, [raw])
+    line = line_of(TensorSpec(name, dtype, shape), [raw])
     assert not line.is_framed and line.content == hashlib.sha256(raw).hexdigest()[:32]
 
 
 def test_large_tensors_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(container, "_CHUNK", 16)
+    monkeypatch.setattr(container, "PIECE_BYTES", 16)
     weights = torch.arange(100.0)
     save_file({"w": weights}, tmp_path / "w.safetensors")
     expected = hashlib.sha256(weights.numpy().tobytes()).hexdigest()[:32]

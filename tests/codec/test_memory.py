@@ -16,12 +16,12 @@ import sys
 from pathlib import Path
 from miracle_hub.codec.compress import compress_folder
 from miracle_hub.codec.decompress import decompress_folder
-from miracle_hub.options import CompressOptions
+from miracle_hub.options import CompressOptions, DecompressOptions
 
 source, small, dense = map(Path, sys.argv[1:])
 options = CompressOptions(bits_per_weight=0.5, window_bits=8, max_shard_size="1MB", progress=False)
 compress_folder(source, small, options)
-decompress_folder(small, dense, max_shard_size="20MB", overwrite=False, progress=False)
+decompress_folder(small, dense, DecompressOptions(max_shard_size="20MB", progress=False))
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 """
 MEGABYTE = 1 << 20

@@ -24,6 +24,7 @@ from miracle_hub.codec.decompress import decompress_folder, load_state_dict
 from miracle_hub.codec.report import Report
 from miracle_hub.errors import OutputExistsError, OutputWriteError
 from miracle_hub.files.whole import output_folder
+from miracle_hub.options import DecompressOptions
 from tests.limits import HANG_SECONDS
 
 Compress = Callable[..., Report]
@@ -33,7 +34,6 @@ import os, signal, sys, time
 from pathlib import Path
 import miracle_hub.codec.trellis as module
 from miracle_hub.codec.compress import compress_folder
-from miracle_hub.options import CompressOptions
 from miracle_hub.options import CompressOptions
 
 encode = module.encode_tensor
@@ -61,9 +61,7 @@ def start(folder: Path, processes: int, fate: str) -> subprocess.Popen[str]:
 
 
 def decompress(source: Path, out: Path, **options: Any) -> int:
-    return decompress_folder(
-        source, out, **{"max_shard_size": "5GB", "overwrite": False, "progress": False, **options}
-    )
+    return decompress_folder(source, out, DecompressOptions(**{"progress": False, **options}))
 
 
 def names(folder: Path) -> list[str]:

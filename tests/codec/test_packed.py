@@ -22,36 +22,37 @@ from miracle_hub.codec.packed import (
     packed_linear,
     packed_matmul,
 )
-from miracle_hub.codec.trellis import SegmentPlan, decode_payload, encode_tensor
+from miracle_hub.codec.trellis import decode_payload, encode_tensor
 from miracle_hub.coding import cpu, numba_backend
 from miracle_hub.coding.numba_backend import NumbaBackend
 from miracle_hub.coding.triton_backend import TritonBackend
 from miracle_hub.errors import ChecksumError, OptionError, TruncatedPayloadError
+from miracle_hub.format.payload import Segment
 from tests.limits import HANG_SECONDS
 
 # Name → shape, segments, options of the encoder.
-CASES: dict[str, tuple[tuple[int, int], list[SegmentPlan], dict[str, Any]]] = {
-    "one segment": ((96, 64), [SegmentPlan(96, Code(8, 2, 1), True)], {}),
+CASES: dict[str, tuple[tuple[int, int], list[Segment], dict[str, Any]]] = {
+    "one segment": ((96, 64), [Segment(96, Code(8, 2, 1), True)], {}),
     "two codes": (
         (96, 64),
-        [SegmentPlan(50, Code(8, 3, 2), True), SegmentPlan(46, Code(8, 2, 3), False)],
+        [Segment(50, Code(8, 3, 2), True), Segment(46, Code(8, 2, 3), False)],
         {},
     ),
-    "rotated": ((96, 64), [SegmentPlan(96, Code(10, 1, 1), True)], {"rotation": 64}),
-    "one scale": ((80, 96), [SegmentPlan(80, Code(8, 8, 5), False)], {"rotation": 32}),
-    "without a table": ((64, 32), [SegmentPlan(64, Code(14, 14, 200), False)], {}),
-    "cut rows": ((4, 2048), [SegmentPlan(31, Code(8, 2, 1), True), SegmentPlan(33, Code(8, 3, 1), True)], {}),
-    "banded": ((96, 64), [SegmentPlan(96, Code(8, 2, 1), True)], {"band_columns": 16}),
+    "rotated": ((96, 64), [Segment(96, Code(10, 1, 1), True)], {"rotation": 64}),
+    "one scale": ((80, 96), [Segment(80, Code(8, 8, 5), False)], {"rotation": 32}),
+    "without a table": ((64, 32), [Segment(64, Code(14, 14, 200), False)], {}),
+    "cut rows": ((4, 2048), [Segment(31, Code(8, 2, 1), True), Segment(33, Code(8, 3, 1), True)], {}),
+    "banded": ((96, 64), [Segment(96, Code(8, 2, 1), True)], {"band_columns": 16}),
     "permuted": (
         (96, 64),
-        [SegmentPlan(50, Code(8, 2, 1), True), SegmentPlan(46, Code(8, 2, 1), True)],
+        [Segment(50, Code(8, 2, 1), True), Segment(46, Code(8, 2, 1), True)],
         {"permuted": True, "rotation": 16},
     ),
 }
 _DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-def payload_of(weights: Tensor, segments: list[SegmentPlan], **options: Any) -> Tensor:
+def payload_of(weights: Tensor, segments: list[Segment], **options: Any) -> Tensor:
     data = encode_tensor(weights, segments, options.pop("rotation", 1), where="w", **options)
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
@@ -164,7 +165,7 @@ def test_a_product_has_the_inputs_dtype(dtype: torch.dtype, small_bands: None) -
 
 def test_a_transposed_product_in_16_bits_adds_up_in_32() -> None:
     """Many bands of one row each: rounding every partial sum would show."""
-    payload = payload_of(torch.full((1024, 64), 0.01), [SegmentPlan(1024, Code(8, 4, 1), True)])
+    payload = payload_of(torch.full((1024, 64), 0.01), [Segment(1024, Code(8, 4, 1), True)])
     packed, ones = PackedMatrix(payload, "w", torch.bfloat16), torch.ones(1, 1024, dtype=torch.bfloat16)
     exact = (ones.float() @ packed.dense().float()).bfloat16()
     assert torch.equal(packed.matmul(ones), exact)
@@ -288,7 +289,7 @@ def test_inputs_of_another_width_are_a_named_error() -> None:
 
 def test_what_is_no_matrix_is_a_named_error() -> None:
     weights = torch.randn(8, 4, 32)
-    payload = payload_of(weights, [SegmentPlan(8, Code(8, 2, 1), True)])
+    payload = payload_of(weights, [Segment(8, Code(8, 2, 1), True)])
     assert not is_packable(decode_payload(payload, "w")[1])
     with pytest.raises(OptionError, match=r"^w: expected a matrix .* found shape \(8, 4, 32\).* load this"):
         PackedMatrix(payload, "w")

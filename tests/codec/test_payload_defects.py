@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from miracle_hub.code import Code
-from miracle_hub.codec.trellis import SegmentPlan, decode_payload, encode_tensor
+from miracle_hub.codec.trellis import decode_payload, encode_tensor
 from miracle_hub.errors import ChecksumError, FormatError, MiracleError, TruncatedPayloadError
 from miracle_hub.format.payload import Header, Segment, decode_header, encode_header
 
 WEIGHTS = torch.randn(5, 9, generator=torch.Generator().manual_seed(0))
-SEGMENTS = [SegmentPlan(2, Code(6, 3, 2), True), SegmentPlan(3, Code(5, 2, 1), False)]
+SEGMENTS = [Segment(2, Code(6, 3, 2), True), Segment(3, Code(5, 2, 1), False)]
 PAYLOAD = encode_tensor(WEIGHTS, SEGMENTS, 1, where="w")
 START = decode_header(PAYLOAD, "w")[1]
 

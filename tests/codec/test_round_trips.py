@@ -20,21 +20,14 @@ from miracle_hub.codec.compress import compress_folder
 from miracle_hub.codec.decompress import decompress_folder, load_state_dict
 from miracle_hub.codec.dtypes import raw_bytes
 from miracle_hub.codec.network import decode_stream_entry, encode_stream_entry, read_network, write_network
-from miracle_hub.codec.trellis import (
-    DTYPE_NAMES,
-    TORCH_DTYPES,
-    SegmentPlan,
-    decode_payload,
-    encode_tensor,
-    matrix_columns,
-)
+from miracle_hub.codec.trellis import DTYPE_NAMES, TORCH_DTYPES, decode_payload, encode_tensor, matrix_columns
 from miracle_hub.coding.scales import rounded_scales
 from miracle_hub.errors import BudgetError
 from miracle_hub.files.container import opened, write_file
 from miracle_hub.format.network import NetworkHeader, SharedSpec
-from miracle_hub.format.payload import DTYPES
+from miracle_hub.format.payload import DTYPES, Segment
 from miracle_hub.format.spec import TensorSpec
-from miracle_hub.options import CompressOptions
+from miracle_hub.options import CompressOptions, DecompressOptions
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PAYLOADS, NETWORKS, REPOSITORIES = (
@@ -109,7 +102,7 @@ def test_a_payload_decodes_to_the_same_bits_here_and_apart(data: st.DataObject) 
     rows, code = math.prod(shape) // columns, data.draw(codes(9, 20))
     cuts = sorted({0, rows, *data.draw(st.lists(st.integers(0, rows), max_size=3))})
     segments = [
-        SegmentPlan(
+        Segment(
             b - a, replace(data.draw(codes(6, 9)) if i else code, seed=code.seed), data.draw(st.booleans())
         )
         for i, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False))
@@ -184,9 +177,7 @@ def test_a_folder_loads_to_the_same_bits_here_and_apart(data: st.DataObject) -> 
         if (folder / "small" / "config.json").read_text() != "{}":
             apart = REPOSITORIES["read"](folder / "small")
             assert {n: (DTYPE_NAMES[t.dtype], list(t.shape), raw_bytes(t)) for n, t in found.items()} == apart
-        decompress_folder(
-            folder / "small", folder / "again", max_shard_size="5GB", overwrite=False, progress=False
-        )
+        decompress_folder(folder / "small", folder / "again", DecompressOptions(progress=False))
         again = load_state_dict(folder / "again")
         assert again.keys() == found.keys() and all(same(again[name], found[name]) for name in found)
         written = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))

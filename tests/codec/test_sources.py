@@ -19,6 +19,7 @@ from miracle_hub.errors import (
     PickleRefusedError,
     SourceError,
 )
+from miracle_hub.options import DecompressOptions
 
 Compress = Callable[..., Report]
 SaveModel = Callable[..., Path]
@@ -284,7 +285,7 @@ def test_an_output_that_would_touch_the_source_is_refused(
     target = tmp_path / out
 
     def decompress() -> None:
-        decompress_folder(model, target, max_shard_size="5GB", overwrite=overwrite, progress=False)
+        decompress_folder(model, target, DecompressOptions(overwrite=overwrite, progress=False))
 
     for write in (lambda: compress(model, target, overwrite=overwrite), decompress):
         with pytest.raises(OptionError) as raised:

@@ -23,6 +23,7 @@ from miracle_hub.errors import (
     OptionError,
     SourceError,
 )
+from miracle_hub.options import DecompressOptions
 
 Compress = Callable[..., Report]
 STAGES = 3
@@ -108,9 +109,7 @@ def test_shards_and_other_dtypes_are_staged_too(
     model = save_model({name: tensor.bfloat16() for name, tensor in tensors.items()}, "sixteen", shards=2)
     compress(model, tmp_path / "out", bits_per_weight=4.0, stages=2, max_shard_size=600)
     assert len(list((tmp_path / "out").glob("model.stage-2-*-of-*.safetensors"))) > 1
-    decompress_folder(
-        tmp_path / "out", tmp_path / "dense", max_shard_size="5GB", overwrite=False, progress=False
-    )
+    decompress_folder(tmp_path / "out", tmp_path / "dense", DecompressOptions(progress=False))
     dense, decoded = load_file(tmp_path / "dense" / "model.safetensors"), load_state_dict(tmp_path / "out")
     assert {t.dtype for t in decoded.values()} == {torch.bfloat16}
     assert all(torch.equal(dense[name], tensor) for name, tensor in decoded.items())

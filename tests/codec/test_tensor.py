@@ -10,13 +10,7 @@ import torch
 from torch import Tensor
 
 from miracle_hub.code import Code
-from miracle_hub.codec.trellis import (
-    SegmentPlan,
-    decode_payload,
-    encode_tensor,
-    matrix_columns,
-    rounded_scales,
-)
+from miracle_hub.codec.trellis import decode_payload, encode_tensor, matrix_columns, rounded_scales
 from miracle_hub.coding import reference
 from miracle_hub.coding.rotation import hadamard
 from miracle_hub.errors import OptionError
@@ -38,11 +32,11 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
-def whole(weights: Tensor, code: Code = TWO_BITS, row_scales: bool = True) -> list[SegmentPlan]:
-    return [SegmentPlan(weights.numel() // matrix_columns(tuple(weights.shape)), code, row_scales)]
+def whole(weights: Tensor, code: Code = TWO_BITS, row_scales: bool = True) -> list[Segment]:
+    return [Segment(weights.numel() // matrix_columns(tuple(weights.shape)), code, row_scales)]
 
 
-def round_trip(weights: Tensor, segments: list[SegmentPlan], rotation: int = 1, **options: Any) -> Tensor:
+def round_trip(weights: Tensor, segments: list[Segment], rotation: int = 1, **options: Any) -> Tensor:
     payload = encode_tensor(weights, segments, rotation, where="w", **options)
     return decode_payload(as_tensor(payload), "w")[0]
 
@@ -125,9 +119,9 @@ def test_decoding_equals_the_definition_in_torch() -> None:
 def test_segments_share_the_rows_and_each_keeps_its_own_rate(independent_decode: Independent) -> None:
     weights = gaussian(100, 48)
     segments = [
-        SegmentPlan(10, Code(8, 4, 1, 7), True),
-        SegmentPlan(1, Code(8, 1, 4, 7), False),
-        SegmentPlan(89, Code(10, 2, 1, 7), False),
+        Segment(10, Code(8, 4, 1, 7), True),
+        Segment(1, Code(8, 1, 4, 7), False),
+        Segment(89, Code(10, 2, 1, 7), False),
     ]
     payload = encode_tensor(weights, segments, 16, where="w", band_columns=20)
     decoded, header = decode_payload(as_tensor(payload), "w")
@@ -277,4 +271,4 @@ def test_a_rotation_that_does_not_divide_the_columns_names_the_tensor_and_the_wi
 @pytest.mark.parametrize("rows", [[], [9], [11], [10, 0], [12, -2]])
 def test_segments_that_do_not_share_the_rows_are_refused(rows: list[int]) -> None:
     with pytest.raises(OptionError, match=r"^w: expected segments that share 10 rows, found segments of"):
-        encode_tensor(gaussian(10, 48), [SegmentPlan(n, TWO_BITS, True) for n in rows], 1, where="w")
+        encode_tensor(gaussian(10, 48), [Segment(n, TWO_BITS, True) for n in rows], 1, where="w")

@@ -31,6 +31,7 @@ from miracle_hub.errors import MiracleError
 from miracle_hub.format.network import SharedSpec, decode_network, structure
 from miracle_hub.format.payload import _Reader
 from miracle_hub.format.varint import read_varint
+from miracle_hub.options import DecompressOptions
 from miracle_hub.plugin.config import MiracleConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -215,7 +216,7 @@ def read_repository(name: str, data: bytes) -> None:
     verification = allowed(verify_folder, folder, backend="cpu")
     assert loaded is not None or verification is None or verification.defects, "what is sound loads"
     allowed(inspect_folder, folder)
-    allowed(decompress_folder, folder, WORK / "dense", max_shard_size="5GB", overwrite=True, progress=False)
+    allowed(decompress_folder, folder, WORK / "dense", DecompressOptions(overwrite=True, progress=False))
 
 
 # The position is the first byte of an input, regressions among them: append only.

@@ -18,8 +18,9 @@ from miracle_hub.codec.decompress import load_state_dict
 from miracle_hub.codec.dtypes import raw_bytes
 from miracle_hub.codec.modules import load
 from miracle_hub.codec.network import encode_stream_entry, write_network
-from miracle_hub.codec.trellis import SegmentPlan, encode_tensor
+from miracle_hub.codec.trellis import encode_tensor
 from miracle_hub.format.network import NetworkHeader, SharedSpec
+from miracle_hub.format.payload import Segment
 from miracle_hub.options import CompressOptions
 
 GOLDEN = Path(__file__).parent
@@ -88,7 +89,7 @@ def make_network(path: Path) -> dict[str, str]:
     message = message.repeat(2)[: header.code.message_bytes(header.n_values)]
     message[-1] &= 0xFF << (-header.code.message_bits(header.n_values) % 8) & 0xFF
     stream, _ = encode_stream_entry(header, torch.tensor([0.5, 0.25, 1.0, 0.125]), message)
-    payload = encode_tensor(gaussian(5), [SegmentPlan(1, Code(8, 4, 1), False)], 1, where="2.bias")
+    payload = encode_tensor(gaussian(5), [Segment(1, Code(8, 4, 1), False)], 1, where="2.bias")
     plain = {
         "1.bias": gaussian(20),
         "1.running_mean": torch.zeros(20),

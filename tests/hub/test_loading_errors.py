@@ -168,6 +168,13 @@ def test_a_newer_repository_asks_for_an_upgrade(folder: Path, version: object) -
         AutoModel.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("digests", [None, [], "abc"])
+def test_stage_digests_that_are_no_list_are_refused(folder: Path, digests: object) -> None:
+    change_config(folder, stage_digests=digests)
+    with pytest.raises(FormatError, match=r"^config\.json: stage_digests: expected a list of 1 to 9 digests"):
+        AutoModel.from_pretrained(folder)
+
+
 def decoder(expected: dict[str, Expected]) -> Decoder:
     made = Decoder("auto")
     made.expected = expected
@@ -192,7 +199,9 @@ def test_slices_of_payloads_are_refused_by_name(llama: Repository) -> None:
     """As tensor parallelism hands them over; the stand-in has what a distributed parameter has."""
     payload = load_file(llama.compressed / "model.safetensors")[_NAME]
     model = SimpleNamespace(get_parameter_or_buffer=lambda name: SimpleNamespace(_local_tensor=payload))
-    with pytest.raises(OptionError, match=rf"^{_NAME}: a compressed tensor cannot be loaded in slices"):
+    with pytest.raises(
+        OptionError, match=rf"^{_NAME}: expected a compressed tensor to be loaded whole, found slices"
+    ):
         operation = DecodePayloads(Decoder("auto"), None)
         operation.convert({"any": [payload[:100]]}, full_layer_name=_NAME, model=model)
 
