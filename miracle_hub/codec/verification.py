@@ -255,6 +255,13 @@ def _check_whole(reading: Reading, check: _Check) -> Repository:
         FormatError, SourceError: they are not.
     """
     repository = repository_of(reading)
+    is_guarded = any(file.contents and file.contents.stated for file in reading.files)
+    if not (check.n_coded or repository.facts or is_guarded or check.originals):
+        raise SourceError(
+            f"{reading.path}: expected what compress, fit or save wrote, found only plain tensors, which "
+            "have no digest to compare; give the compressed folder or file, run miracle compress first, or "
+            "compare with --dense"
+        )
     if check.originals is not None:
         _compare_all(repository, check.originals, check.backend)
     return repository
