@@ -9,13 +9,15 @@ from tqdm import tqdm
 
 from miracle_hub.codec.config import write_dense_config
 from miracle_hub.codec.dtypes import raw_bytes
-from miracle_hub.codec.naming import WEIGHTS_ENDING
+from miracle_hub.codec.naming import STREAM, WEIGHTS_ENDING
 from miracle_hub.codec.repository import open_repository, sharded, write_indices
 from miracle_hub.codec.source import companion_files, weight_files
 from miracle_hub.codec.stored import StoredTensor
 from miracle_hub.coding.backend import choose
+from miracle_hub.errors import FormatError, SourceError
 from miracle_hub.files.container import files_kept_open
 from miracle_hub.files.whole import output_folder, refuse_overlap, writing
+from miracle_hub.format import network
 from miracle_hub.format.spec import TensorSpec, item_bits
 from miracle_hub.options import parse_size
 
@@ -41,6 +43,7 @@ def load_state_dict(
     """
     chosen = choose(backend)
     tensors = open_repository(Path(path), stages).tensors
+    _refuse_stream(tensors)
     return {tensor.name: tensor.load(verify=verify, backend=chosen).cpu() for tensor in tensors}
 
 
@@ -58,7 +61,14 @@ def decompress_folder(
     """Write an ordinary checkpoint; returns its bytes. See `miracle_hub.decompress`."""
     refuse_overlap(source, out)
     chosen = choose(backend)
-    tensors = {tensor.name: tensor for tensor in open_repository(source, stages).tensors}
+    repository = open_repository(source, stages)
+    if not (repository.facts or any(tensor.is_coded for tensor in repository.tensors)):
+        raise SourceError(
+            f"{source}: expected a compressed repository, found only plain tensors; the model is dense "
+            "already, use it as it is"
+        )
+    _refuse_stream(repository.tensors)
+    tensors = {tensor.name: tensor for tensor in repository.tensors}
     files = sharded(_dense_entries(tensors.values()), parse_size(max_shard_size, "max_shard_size"), guard="")
     total = sum(tensor.n_weights for tensor in tensors.values())
     with output_folder(out, overwrite) as temporary:
@@ -76,6 +86,23 @@ def decompress_folder(
         write_indices(temporary, [files])
         write_dense_config(source, temporary)
         return sum(path.stat().st_size for path in temporary.rglob(f"*{WEIGHTS_ENDING}"))
+
+
+def _refuse_stream(tensors: Iterable[StoredTensor]) -> None:
+    """A network's stream has no names of tensors: handed out as one, it would be bytes for weights.
+
+    Raises:
+        FormatError: there is one.
+    """
+    for tensor in tensors:
+        part = tensor.parts[0]
+        if tensor.name != STREAM or not (part.dtype == "U8" and len(part.shape) == 1):
+            continue
+        if bytes(part.head(len(network.MAGIC)).tolist()) == network.MAGIC:
+            raise FormatError(
+                f"{part.path}: expected tensors by name, found a network's stream, whose names and shapes "
+                "are its module's; read it with miracle_hub.load(path, module)"
+            )
 
 
 def _copy_companions(source: Path, target: Path) -> None:
