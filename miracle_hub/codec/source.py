@@ -71,7 +71,7 @@ def weight_files(folder: Path, index: str = INDEX) -> list[Path]:
     """
     if folder.is_file():
         raise MissingWeightsError(
-            f"{folder}: expected a folder with model.safetensors, found a file; give the folder that it lies in"
+            f"{folder}: expected a folder with model.safetensors, found a file; give the folder that it is in"
         )
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]

@@ -15,7 +15,6 @@ from torch import Tensor
 from miracle_hub.codec.decompress import decompress_folder, load_state_dict
 from miracle_hub.codec.inspection import inspect_folder
 from miracle_hub.codec.report import Report
-from miracle_hub.codec.source import weight_files
 from miracle_hub.errors import (
     ChecksumError,
     FormatError,
@@ -260,7 +259,7 @@ def test_what_is_no_folder_is_called_by_its_kind(
     with pytest.raises(MissingWeightsError) as raised:
         decompress(file, tmp_path / "dense")
     assert str(raised.value) == (
-        f"{file}: expected a folder with model.safetensors, found a file; give the folder that it lies in"
+        f"{file}: expected a folder with model.safetensors, found a file; give the folder that it is in"
     )
     for path, found in ((nowhere, "none"), (tmp_path, "a folder")):
         with pytest.raises(FormatError) as defect, opened(path):
