@@ -14,7 +14,7 @@ from miracle_hub.codec.repository import open_repository, sharded, write_indices
 from miracle_hub.codec.source import companion_files, weight_files
 from miracle_hub.codec.stored import StoredTensor
 from miracle_hub.coding.backend import choose
-from miracle_hub.errors import FormatError, SourceError
+from miracle_hub.errors import FormatError
 from miracle_hub.files.container import files_kept_open
 from miracle_hub.files.whole import output_folder, refuse_overlap, writing
 from miracle_hub.format import network
@@ -62,11 +62,6 @@ def decompress_folder(
     refuse_overlap(source, out)
     chosen = choose(backend)
     repository = open_repository(source, stages)
-    if not (repository.facts or any(tensor.is_coded for tensor in repository.tensors)):
-        raise SourceError(
-            f"{source}: expected a compressed repository, found only plain tensors; the model is dense "
-            "already, use it as it is"
-        )
     _refuse_stream(repository.tensors)
     tensors = {tensor.name: tensor for tensor in repository.tensors}
     files = sharded(_dense_entries(tensors.values()), parse_size(max_shard_size, "max_shard_size"), guard="")

@@ -15,7 +15,7 @@ from miracle_hub.codec.source import list_tensors, narrowed_names
 from miracle_hub.codec.stored import StoredTensor, described
 from miracle_hub.errors import FormatError, MiracleError, SourceError
 from miracle_hub.files.container import files_kept_open, opened, read_through
-from miracle_hub.files.digests import Hashes, hashes_of
+from miracle_hub.files.digests import Hashes, hashes_of, pieces
 from miracle_hub.files.folders import visible_files
 
 # Takes a tensor, its payload (None if it is plain) and the entry that the file holds of it.
@@ -85,7 +85,10 @@ def read_all(path: Path, look: Look = lambda tensor, payload, entry: None) -> Re
 
 def _hashed(file: Path, name: str) -> FileReading:
     """A file that holds no weights."""
-    return FileReading(file, name, hashes_of(file))
+    hashes = Hashes(file.stat().st_size)
+    for piece in pieces(file):
+        hashes.update(piece)
+    return FileReading(file, name, hashes)
 
 
 def _read(file: Path, name: str, look: Look, others: Sequence[Hashes]) -> FileReading:

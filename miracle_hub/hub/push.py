@@ -81,12 +81,12 @@ def push(
     if not folder.is_dir():
         raise SourceError(f"{folder}: expected a compressed folder, found none; run miracle compress first")
     verification = verify_with_card(folder, None if dense is None else Path(dense))
-    verification.require()
-    if not verification.n_coded:
+    if not verification.n_coded and not any(file.defect for file in verification.files):
         raise SourceError(
             f"{folder}: expected a compressed folder, found one without any payload; run miracle compress "
             "first, or upload a dense model with hf upload"
         )
+    verification.require()
     _complete_card(folder, verification, repo_id, base, dense, facts)
     commit = upload(
         folder, repo_id, _checksums(folder, verification), private=private or None, revision=revision,

@@ -239,17 +239,6 @@ def test_a_config_whose_quantization_is_no_object_is_named(compressed: Path) -> 
         load_state_dict(compressed)
 
 
-def test_a_dense_model_is_not_decompressed_again(save_model: SaveModel, tmp_path: Path) -> None:
-    source = save_model({"w": torch.zeros(64, 64)})
-    with pytest.raises(SourceError) as raised:
-        decompress(source, tmp_path / "dense")
-    assert str(raised.value) == (
-        f"{source}: expected a compressed repository, found only plain tensors; the model is dense already, "
-        "use it as it is"
-    )
-    assert not (tmp_path / "dense").exists()
-
-
 def test_what_is_no_folder_is_called_by_its_kind(
     compress: Compress, save_model: SaveModel, tmp_path: Path
 ) -> None:

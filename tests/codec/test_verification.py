@@ -69,9 +69,8 @@ def test_a_file_by_itself_may_have_any_name(compressed: Path, tmp_path: Path) ->
 def test_a_dense_model_has_nothing_to_compare_and_is_not_called_sound(model: Path) -> None:
     for source in (model, model / "model.safetensors"):
         assert only_defect(source) == (
-            f"{source}: expected what compress, fit or save wrote, found only plain tensors, which have no "
-            "digest to compare; give the compressed folder or file, run miracle compress first, or compare "
-            "with --dense"
+            f"{source}: expected a compressed folder, found one without any payload, and so without a digest "
+            "to compare; run miracle compress first, or compare with --dense"
         )
     verify_folder(model, dense=model).require()
 
