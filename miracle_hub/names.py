@@ -4,7 +4,7 @@ Source: `check_target_module_exists` and `match_target_against_key` of PEFT, for
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from miracle_hub.errors import OptionError
@@ -34,6 +34,21 @@ def is_named(name: str, wanted: str | Sequence[str]) -> bool:
     if isinstance(wanted, str):
         return _compiled(wanted).fullmatch(name) is not None
     return any(name == end or name.endswith(f".{end}") for end in wanted)
+
+
+def unmatched(wanted: str | Sequence[str], names: Iterable[str]) -> list[str]:
+    """What of a selection takes none of these tensors or modules, by the rule of `matches`.
+
+    Raises:
+        OptionError: the string is no regular expression.
+    """
+    if isinstance(wanted, str):
+        return [] if any(matches(name, wanted) for name in names) else [wanted]
+    taken: set[str] = set()  # by what could stand in a list; to ask `matches` of each is slow for thousands
+    for parts in (name.split(".") for name in names):
+        ends = range(1, len(parts) + 1)
+        taken |= {".".join(parts[start:end]) for end in ends for start in range(end)}
+    return [name for name in wanted if name not in taken]
 
 
 def check_names(wanted: object, what: str) -> None:

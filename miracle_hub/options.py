@@ -275,7 +275,7 @@ def check_budget(bits_per_weight: object, size: str | int | None) -> None:
     if not isinstance(bits_per_weight, int | float) or not 0 < bits_per_weight < _MAX_BITS_PER_WEIGHT:
         raise BudgetError(
             f"bits_per_weight: expected a number above 0 and below {_MAX_BITS_PER_WEIGHT}, found "
-            f"{bits_per_weight}; 2 to 4 suit most models"
+            f"{bits_per_weight!r}; 2 to 4 suit most models"
         )
 
 

@@ -110,12 +110,12 @@ def test_verify_has_a_line_for_every_file_and_says_in_its_status_whether_all_is_
 
 
 def test_the_command_line_writes_what_the_function_writes(run: Run, model: Path, tmp_path: Path) -> None:
-    excluded = ("--modules-to-not-convert", "norm", "--modules-to-not-convert", "bias")
+    excluded = ("--modules-to-not-convert", "norm", "--modules-to-not-convert", "norm.weight")
     options = ("--bits-per-weight", 4, "--window-bits", 8, "--seed", 7, "--rotation", 4, "--no-progress")
     run("compress", model, tmp_path / "a", *options, *excluded)
     miracle_hub.compress(
         model, tmp_path / "b", bits_per_weight=4, window_bits=8, seed=7, rotation=4,
-        modules_to_not_convert=["norm", "bias"], progress=False,
+        modules_to_not_convert=["norm", "norm.weight"], progress=False,
     )  # fmt: skip
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

@@ -17,7 +17,7 @@ from torch import nn
 
 import miracle_hub
 from miracle_hub.errors import OptionError
-from miracle_hub.names import is_named, matches
+from miracle_hub.names import is_named, matches, unmatched
 from miracle_hub.options import CompressOptions, FitOptions, LoadOptions
 from miracle_hub.training.config import VariationalConfig
 from miracle_hub.training.targets import find_targets
@@ -83,6 +83,13 @@ def test_names_of_modules_are_selected_as_peft_does(module: str, wanted: str | l
     above = list(itertools.accumulate(module.split("."), "{}.{}".format))
     assert is_named(module, wanted) == theirs(module)
     assert matches(module, wanted) == any(map(theirs, above))
+
+
+@given(st.lists(PARTS, max_size=4), PATTERNS)
+def test_unmatched_is_what_takes_none(names: list[str], wanted: str | list[str]) -> None:
+    each = [wanted] if isinstance(wanted, str) else [[one] for one in wanted]
+    taking_none = [one for one in each if not any(matches(name, one) for name in names)]
+    assert unmatched(wanted, names) == [one if isinstance(one, str) else one[0] for one in taking_none]
 
 
 @pytest.mark.parametrize(

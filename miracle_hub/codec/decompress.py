@@ -8,11 +8,13 @@ from tqdm import tqdm
 
 from miracle_hub.codec.config import write_dense_config
 from miracle_hub.codec.dtypes import raw_bytes
-from miracle_hub.codec.naming import WEIGHTS_ENDING
+from miracle_hub.codec.naming import STREAM, WEIGHTS_ENDING
+from miracle_hub.codec.payloads import has_magic
 from miracle_hub.codec.repository import open_repository, sharded, write_indices
 from miracle_hub.codec.source import copy_companions, weight_files
 from miracle_hub.codec.stored import StoredTensor
 from miracle_hub.coding.backend import choose
+from miracle_hub.errors import FormatError
 from miracle_hub.files.container import files_kept_open
 from miracle_hub.files.whole import output_folder, refuse_overlap
 from miracle_hub.format.spec import TensorSpec, item_bits
@@ -40,6 +42,7 @@ def load_state_dict(
     """
     chosen = choose(backend)
     tensors = open_repository(Path(path), stages).tensors
+    _refuse_stream(tensors)
     return {tensor.name: tensor.load(verify=verify, backend=chosen).cpu() for tensor in tensors}
 
 
@@ -52,7 +55,9 @@ def decompress_folder(
     """Write an ordinary checkpoint; returns its bytes. See `miracle_hub.decompress`."""
     refuse_overlap(source, out)
     backend, shard_bytes = choose(options.backend), parse_size(options.max_shard_size, "max_shard_size")
-    tensors = {tensor.name: tensor for tensor in open_repository(source, options.stages).tensors}
+    repository = open_repository(source, options.stages)
+    _refuse_stream(repository.tensors)
+    tensors = {tensor.name: tensor for tensor in repository.tensors}
     files = sharded(_dense_entries(tensors.values()), shard_bytes, guard="")
     total = sum(tensor.n_weights for tensor in tensors.values())
     with output_folder(out, options.overwrite) as temporary:
@@ -70,6 +75,22 @@ def decompress_folder(
         write_indices(temporary, [files])
         write_dense_config(source, temporary)
         return sum(path.stat().st_size for path in temporary.rglob(f"*{WEIGHTS_ENDING}"))
+
+
+def _refuse_stream(tensors: Iterable[StoredTensor]) -> None:
+    """A network's stream has no names of tensors: handed out as one, it would be bytes for weights.
+
+    Raises:
+        FormatError: there is one.
+    """
+    for tensor in tensors:
+        part = tensor.parts[0]
+        is_plain = tensor.name == STREAM and not tensor.is_coded and part.is_bytes
+        if is_plain and has_magic(STREAM, bytes(part.head(4).tolist())):
+            raise FormatError(
+                f"{part.path}: expected tensors by name, found a network's stream, whose names and shapes "
+                "are its module's; read it with miracle_hub.load(path, module)"
+            )
 
 
 def _dense_entries(tensors: Iterable[StoredTensor]) -> list[TensorSpec]:

@@ -77,17 +77,22 @@ def read_all(path: Path, look: Look = lambda tensor, payload, entry: None) -> Re
     together, files = Hashes(0), []
     for file in [path] if path.is_file() else list(visible_files(path)):
         name = file.name if path.is_file() else file.relative_to(path).as_posix()
-        is_weights = file.suffix == WEIGHTS_ENDING and file.parent in (path, path.parent)
-        files.append(_read(file, name, look, [together] if is_weights else []))
+        is_weights = file == path or file.suffix == WEIGHTS_ENDING  # a file by itself may have any name
+        together_with = [together] if is_weights and file.parent in (path, path.parent) else []
+        files.append(_read(file, name, look, together_with) if is_weights else _hashed(file, name))
     return Reading(path, tuple(files), together.sha256)
+
+
+def _hashed(file: Path, name: str) -> FileReading:
+    """A file that holds no weights."""
+    hashes = Hashes(file.stat().st_size)
+    for piece in pieces(file):
+        hashes.update(piece)
+    return FileReading(file, name, hashes)
 
 
 def _read(file: Path, name: str, look: Look, others: Sequence[Hashes]) -> FileReading:
     hashes = Hashes(file.stat().st_size)
-    if file.suffix != WEIGHTS_ENDING:
-        for piece in pieces(file):
-            hashes.update(piece)
-        return FileReading(file, name, hashes)
     try:
         tensors, contents = _read_tensors(file, look, [hashes, *others])
         contents.check()

@@ -58,8 +58,12 @@ def weight_files(folder: Path, index: str = INDEX) -> list[Path]:
 
     Raises:
         PickleRefusedError: there are only pickle weights.
-        MissingWeightsError: there are none, or a shard is missing.
+        MissingWeightsError: there are none, a shard is missing, or it is no folder.
     """
+    if folder.is_file():
+        raise MissingWeightsError(
+            f"{folder}: expected a folder with model.safetensors, found a file; give the folder that it is in"
+        )
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if used := used_index(folder, index):

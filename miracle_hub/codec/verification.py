@@ -255,6 +255,12 @@ def _check_whole(reading: Reading, check: _Check) -> Repository:
         FormatError, SourceError: they are not.
     """
     repository = repository_of(reading)
+    is_guarded = any(file.contents and file.contents.stated for file in reading.files)
+    if not (check.n_coded or repository.facts or is_guarded or check.originals):
+        raise SourceError(
+            f"{reading.path}: expected a compressed folder, found one without any payload, and so without a "
+            "digest to compare; run miracle compress first, or compare with --dense"
+        )
     if check.originals is not None:
         _compare_all(repository, check.originals, check.backend)
     return repository

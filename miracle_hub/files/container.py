@@ -176,7 +176,12 @@ def _open(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        size = path.stat().st_size if path.exists() else "no"
+        if not path.is_file():
+            found = "a folder" if path.is_dir() else "none"
+            raise FormatError(
+                f"{path}: expected a safetensors file, found {found}; check the path, or download it again"
+            ) from None
+        size = path.stat().st_size
         raise FormatError(
             f"{path}: expected a safetensors file, found {size} bytes that are not: {error}; "
             "the file is truncated or damaged: download it again"

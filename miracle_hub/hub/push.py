@@ -11,7 +11,7 @@ from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.hf_api import RepoFile
 
 from miracle_hub.codec.inspection import inspected
-from miracle_hub.codec.naming import CARD, is_weights
+from miracle_hub.codec.naming import CARD, WEIGHTS_ENDING, is_weights
 from miracle_hub.codec.source import weight_files
 from miracle_hub.codec.verification import Verification
 from miracle_hub.errors import DataError, RemoteMismatchError, SourceError, UploadError
@@ -80,12 +80,13 @@ def push(
     if not folder.is_dir():
         raise SourceError(f"{folder}: expected a compressed folder, found none; run miracle compress first")
     verification = verify_with_card(folder, None if dense is None else Path(dense))
-    verification.require()
-    if not verification.n_coded:
+    has_weights = any(file.name.endswith(WEIGHTS_ENDING) for file in verification.files)
+    if has_weights and not verification.n_coded and not any(file.defect for file in verification.files):
         raise SourceError(
             f"{folder}: expected a compressed folder, found one without any payload; run miracle compress "
             "first, or upload a dense model with hf upload"
         )
+    verification.require()
     _complete_card(folder, verification, repo_id, base, dense, facts)
     commit = upload(
         folder, repo_id, _checksums(folder, verification), private=private or None, revision=revision,

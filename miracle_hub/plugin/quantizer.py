@@ -23,6 +23,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 
 from miracle_hub.code import QUANT_METHOD
+from miracle_hub.errors import FormatError
 from miracle_hub.plugin.config import MiracleConfig
 
 if TYPE_CHECKING:
@@ -39,7 +40,17 @@ class MiracleQuantizer(HfQuantizer):
     requires_calibration = True  # never compresses on the fly inside from_pretrained
 
     def __init__(self, quantization_config: MiracleConfig, **kwargs: Any) -> None:
-        """As transformers calls it, once for every load."""
+        """As transformers calls it, once for every load.
+
+        Raises:
+            FormatError: config.json is that of a dense model.
+        """
+        if not kwargs.get("pre_quantized", True):
+            raise FormatError(
+                "quantization_config: expected a MiracleConfig to load a compressed repository with, found a "
+                "config.json without one of miracle: run miracle compress first, or, if the repository is "
+                "compressed, its config.json has lost it: download it again"
+            )
         super().__init__(quantization_config, **kwargs)
         from miracle_hub.plugin.loading import Loading
 

@@ -167,10 +167,25 @@ def test_norms_and_biases_are_halved_counted_and_restored_to_float32(
 def test_excluded_tensors_stay_plain(
     model: Path, tensors: dict[str, Tensor], compress: Compress, tmp_path: Path
 ) -> None:
-    compress(model, tmp_path / "out", modules_to_not_convert=["first", "nowhere"], bits_per_weight=18)
+    compress(model, tmp_path / "out", modules_to_not_convert=["first"], bits_per_weight=18)
     assert torch.equal(load_state_dict(tmp_path / "out")["first.weight"], tensors["first.weight"])
     reasons = {tensor.name: tensor.reason for tensor in inspect_folder(tmp_path / "out").tensors}
     assert reasons["first.weight"] == "excluded by modules_to_not_convert" and not reasons["second.weight"]
+
+
+@pytest.mark.parametrize("wanted", [["first", "frist"], ["frist"], "frist.*", ["first,second"]], ids=str)
+def test_a_misspelled_exclusion_is_refused(
+    wanted: list[str] | str, model: Path, compress: Compress, tmp_path: Path
+) -> None:
+    wrong = wanted if isinstance(wanted, str) else wanted[-1]
+    with pytest.raises(OptionError) as raised:
+        compress(model, tmp_path / "out", modules_to_not_convert=wanted, bits_per_weight=18)
+    assert str(raised.value) == (
+        f"modules_to_not_convert: expected modules or tensors of the model, found {wrong!r}, which takes "
+        "none; it has first.weight, norm.weight, second.bias, second.weight, …: correct the name (give the "
+        "option once for each), or leave it out"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

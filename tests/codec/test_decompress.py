@@ -1,6 +1,7 @@
 """Back to a dense checkpoint or a state dict: the same tensors either way, and no damage goes unnoticed."""
 
 import json
+import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from miracle_hub.errors import (
     SourceError,
     UnsupportedVersionError,
 )
+from miracle_hub.files.container import opened
 from miracle_hub.format.payload import decode_header
 from miracle_hub.options import DecompressOptions
 
@@ -234,3 +236,36 @@ def test_a_config_whose_quantization_is_no_object_is_named(compressed: Path) -> 
     (compressed / "config.json").write_text('{"quantization_config": [1]}')
     with pytest.raises(SourceError, match=r"quantization_config: expected a JSON object, found '\[1\]'"):
         load_state_dict(compressed)
+
+
+def test_what_is_no_folder_is_called_by_its_kind(
+    compress: Compress, save_model: SaveModel, tmp_path: Path
+) -> None:
+    source = save_model({"w": torch.randn(64, 64), "v": torch.randn(64, 64)})
+    compress(source, tmp_path / "out", bits_per_weight=8)
+    file, nowhere = tmp_path / "out" / "model.safetensors", tmp_path / "nowhere"
+    with pytest.raises(MissingWeightsError) as raised:
+        decompress(file, tmp_path / "dense")
+    assert str(raised.value) == (
+        f"{file}: expected a folder with model.safetensors, found a file; give the folder that it is in"
+    )
+    for path, found in ((nowhere, "none"), (tmp_path, "a folder")):
+        with pytest.raises(FormatError) as defect, opened(path):
+            pass
+        assert str(defect.value) == (
+            f"{path}: expected a safetensors file, found {found}; check the path, or download it again"
+        )
+
+
+def test_a_networks_stream_is_not_handed_out_as_a_tensor(tmp_path: Path) -> None:
+    golden = Path(__file__).parents[1] / "golden" / "network_1.safetensors"
+    (tmp_path / "source").mkdir()
+    shutil.copy(golden, tmp_path / "source" / "model.safetensors")
+    for read in (load_state_dict, lambda path: decompress(path, tmp_path / "dense")):
+        with pytest.raises(FormatError) as raised:
+            read(tmp_path / "source")
+        assert str(raised.value) == (
+            f"{tmp_path / 'source' / 'model.safetensors'}: expected tensors by name, found a network's "
+            "stream, whose names and shapes are its module's; read it with miracle_hub.load(path, module)"
+        )
+    assert not (tmp_path / "dense").exists()

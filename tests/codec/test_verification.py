@@ -56,6 +56,25 @@ def test_a_sound_repository_has_no_defect_and_a_line_for_every_file(copy: Path, 
     assert found.files[1].found == "2 decoded, digest agrees, 2 plain, finite; guard agrees"
 
 
+def test_a_file_by_itself_may_have_any_name(compressed: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copy(compressed / "model.safetensors", tmp_path / "weights.bin"))
+    found = verify_folder(other)
+    found.require()
+    assert found.n_coded == 2
+    assert only_defect(compressed / "config.json").startswith(
+        f"{compressed / 'config.json'}: expected a safetensors file, found "
+    )
+
+
+def test_a_dense_model_has_nothing_to_compare_and_is_not_called_sound(model: Path) -> None:
+    for source in (model, model / "model.safetensors"):
+        assert only_defect(source) == (
+            f"{source}: expected a compressed folder, found one without any payload, and so without a digest "
+            "to compare; run miracle compress first, or compare with --dense"
+        )
+    verify_folder(model, dense=model).require()
+
+
 def test_a_single_file_is_verified_like_its_folder(compressed: Path) -> None:
     found = verify_folder(compressed / "model.safetensors")
     assert found.digest == verify_folder(compressed).digest and found.files[0].name == "model.safetensors"

@@ -280,6 +280,21 @@ def test_a_readers_regular_expression_is_not_written_to_config_json(
     assert_same_weights(model, llama.auto.from_pretrained(tmp_path / "again"))
 
 
+def test_a_config_json_that_is_not_ours_is_refused_by_name(llama: Repository, tmp_path: Path) -> None:
+    shutil.copytree(llama.compressed, tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    facts = json.loads(path.read_text())
+    del facts["quantization_config"]
+    path.write_text(json.dumps(facts))
+    with pytest.raises(FormatError) as raised:
+        llama.auto.from_pretrained(tmp_path / "out", quantization_config=keep())
+    assert str(raised.value) == (
+        "quantization_config: expected a MiracleConfig to load a compressed repository with, found a "
+        "config.json without one of miracle: run miracle compress first, or, if the repository is "
+        "compressed, its config.json has lost it: download it again"
+    )
+
+
 def test_a_plain_weight_makes_an_ordinary_layer(llama: Repository, tmp_path: Path) -> None:
     shutil.copytree(llama.compressed, tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
