@@ -343,4 +343,5 @@ def test_sampling_without_a_generator_is_refused(code: Code, n: int) -> None:
 def test_an_unknown_selection_is_refused_by_name(selection: str) -> None:
     with pytest.raises(OptionError) as caught:
         encode_stream(random_cost(5, 0), Code(8, 2, 1), selection, generator_of(0))
-    assert str(caught.value) == f"selection: expected one of ('best', 'sample'), found {selection!r}"
+    expected = f"selection: expected one of ('best', 'sample'), found {selection!r}; choose one of them"
+    assert str(caught.value) == expected

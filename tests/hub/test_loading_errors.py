@@ -213,7 +213,7 @@ def test_figures_of_later_releases_are_ignored(folder: Path) -> None:
 
 
 def test_nothing_is_compressed_on_the_fly(llama: Repository) -> None:
-    with pytest.raises(ValueError, match="does require the model to be pre-quantized"):
+    with pytest.raises(FormatError, match="config.json without one of miracle: run miracle compress first"):
         AutoModelForCausalLM.from_pretrained(llama.source, quantization_config=MiracleConfig())
 
 

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import miracle_hub
-from miracle_hub.errors import FormatError, OptionError
+from miracle_hub.errors import MissingWeightsError, OptionError
 from miracle_hub.plugin.config import MiracleConfig
 
 from .conftest import ARCHITECTURES
@@ -57,7 +57,7 @@ def test_only_the_files_of_the_stages_asked_for_are_read(staged: tuple[Any, Path
         if "stage-" not in path.name or path.name.startswith("model.stage-1."):
             (copy / path.name).write_bytes(path.read_bytes())
     auto.from_pretrained(copy, stages=1)
-    with pytest.raises(FormatError, match="model.stage-2.safetensors"):
+    with pytest.raises(MissingWeightsError, match="names model.stage-2.safetensors, which is missing"):
         auto.from_pretrained(copy)
 
 
