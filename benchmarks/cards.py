@@ -41,6 +41,7 @@ network = miracle_hub.load(path, LeNet5())  # of images / 255 - 0.1307, [n, 1, 2
 
 
 def found(name: str) -> dict[str, Any]:
+    """A committed result by its name."""
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
