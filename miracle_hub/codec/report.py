@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+_NAMED = 20  # files of one reason: a clone has hundreds of hidden ones
+
 
 @dataclass(frozen=True)
 class Report:
@@ -14,6 +16,9 @@ class Report:
         digest: of the payloads.
         backend: as chosen.
         plain: tensors that are stored plainly, and why.
+        left_out: files of the source that the output has not, and why.
+        carried: files that are copied as they are though they hold, or may hold, weights; and how large.
+        notes: what else to know of the output.
     """
 
     dense_bytes: int
@@ -24,3 +29,19 @@ class Report:
     digest: str
     backend: str
     plain: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    carried: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def told_by_reason(reasons: Mapping[str, str]) -> list[str]:
+    """Files by what is said of them, for people: "reason: these files"."""
+    files: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        files.setdefault(reason, []).append(name)
+    return [f"{reason}: {_some(names)}" for reason, names in files.items()]
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names) if more <= 0 else f"{', '.join(names[:_NAMED])} and {more} more"

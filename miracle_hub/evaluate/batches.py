@@ -8,9 +8,9 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
-from miracle_hub.errors import DataError, SourceError
+from miracle_hub.errors import DataError, MiracleError, SourceError
 
 # Without any of them transformers makes some tokenizers up, which know no word.
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
@@ -20,6 +20,23 @@ _MASKED_STRIDE = 7  # about as many tokens as BERT's training masks
 
 # Inputs by name, and the positions whose answers count: None means all.
 Batches: TypeAlias = Iterator[tuple[dict[str, Tensor], Tensor | None]]
+
+
+def read_model_config(source: str | Path) -> Any:
+    """
+    Raises:
+        SourceError: there is no config.json of a model of transformers.
+    """
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, MiracleError):
+            raise
+        said = str(error).strip().partition("\n")[0]
+        raise SourceError(
+            f"{source}: expected a model of transformers, with its config.json, found none ({said}); give a "
+            "folder written by save_pretrained, or a Hub id"
+        ) from error
 
 
 def read_tokenizer(folder: Path) -> Any:

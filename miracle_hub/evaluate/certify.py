@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from miracle_hub.code import QUANT_METHOD
 from miracle_hub.codec.certificate import Certificate, certificate_of_files, check_delta
@@ -21,7 +21,7 @@ from miracle_hub.codec.decompress import load_state_dict
 from miracle_hub.codec.modules import load
 from miracle_hub.codec.source import weight_files
 from miracle_hub.errors import DataError, SourceError
-from miracle_hub.evaluate.batches import equal_lengths, read_tokenizer, tokenized
+from miracle_hub.evaluate.batches import equal_lengths, read_model_config, read_tokenizer, tokenized
 from miracle_hub.evaluate.data import read_examples
 from miracle_hub.hub.resolve import local_folder
 
@@ -148,7 +148,7 @@ def _classifier_config(folder: Path) -> Any:
             f"{folder}: expected a compressed repository, with quant_method {QUANT_METHOD!r} in config.json, "
             "found none; run miracle compress or fit first, or call certify_network for a file of save"
         )
-    config: Any = AutoConfig.from_pretrained(folder)
+    config: Any = read_model_config(folder)
     names = config.architectures or []
     is_classifier = config.num_labels > 1 and any(str(n).endswith("ForSequenceClassification") for n in names)
     if not is_classifier or config.problem_type not in (None, "single_label_classification"):

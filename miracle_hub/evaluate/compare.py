@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, kl_div, log_softmax
 from tqdm import tqdm
 
+from miracle_hub.codec.detector import TO_RUN
 from miracle_hub.codec.inspection import inspect_folder
 from miracle_hub.errors import DataError, SourceError
 from miracle_hub.evaluate.batches import (
@@ -20,6 +21,7 @@ from miracle_hub.evaluate.batches import (
     equal_lengths,
     image_batches,
     masked,
+    read_model_config,
     read_processor,
     shared_tokenizer,
     tokenized,
@@ -112,7 +114,7 @@ def compare(
         DataError: the data cannot be read, are empty, or are not what the model takes.
         FormatError: and its subclasses: a file is not sound.
     """
-    sides = [_Side.read(local_folder(a, revision_a)), _Side.read(local_folder(b, revision_b))]
+    sides = [_Side.read(local_folder(*side, taken=TO_RUN)) for side in ((a, revision_a), (b, revision_b))]
     _check_alike(*sides)
     rows, batches = _batches(sides, Path(data), split, text_columns, max_length)
     tally = _Tally()
@@ -139,7 +141,7 @@ class _Side:
         Raises:
             SourceError: the model is of another kind, or misses tensors that its answers depend on.
         """
-        n_bytes, config = inspect_folder(folder).file_bytes, transformers.AutoConfig.from_pretrained(folder)
+        n_bytes, config = inspect_folder(folder).file_bytes, read_model_config(folder)
         architecture = str((config.architectures or [""])[0])
         auto = auto_class(architecture)
         is_known = architecture.endswith("Model") or auto != _EMBEDDING

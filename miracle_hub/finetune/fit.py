@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,21 @@ from transformers import (
     set_seed,
 )
 
+from miracle_hub.codec.detector import TO_FINE_TUNE
 from miracle_hub.codec.report import Report
 from miracle_hub.errors import DataError, MiracleError, OutputWriteError
+from miracle_hub.evaluate.batches import read_model_config
 from miracle_hub.evaluate.data import Split, read_split
 from miracle_hub.files.whole import WRITE_ERRORS, alone_in, refuse_existing, writing
 from miracle_hub.finetune.models import make_variational
 from miracle_hub.finetune.trainer import MiracleTrainer
+from miracle_hub.hub.resolve import file_names, require_kind
 from miracle_hub.options import TASKS, FitOptions, chosen
 from miracle_hub.training.coder import CodingOptions
 from miracle_hub.training.config import VariationalConfig
 
+# As the Trainer's save_model leaves them: weights are new, and what belongs to the old ones need not fit.
+_OF_THE_BASE = "of SOURCE; a fit writes the model and its tokenizer"
 _FULL_BYTES = 1 << 16  # with less of it left, the disk is why torch.save failed, which does not say so
 
 
@@ -111,6 +116,7 @@ def fit(
         options: all of these from `task` on, instead of the keywords.
 
     Raises:
+        SourceError: and its subclasses: the source is no dense model of transformers.
         DataError: the data lack a column, a label or any row.
         OptionError: an option is out of range.
         BudgetError: there is not exactly one budget, or it cannot be met; the message says the least or most
@@ -124,6 +130,8 @@ def fit(
 
 def _fit(source: str | Path, out: str | Path, data: str | Path, options: FitOptions) -> FitReport:
     refuse_existing(Path(out), options.overwrite)  # before any work
+    require_kind(source, TO_FINE_TUNE)
+    read_model_config(source)
     config, folder = _config(options), Path(f"{out}-fit")
     splits = read_split(data, options.task, options.text_columns, options.label_column, options.seed)
     with alone_in(folder):
@@ -136,7 +144,8 @@ def _fit(source: str | Path, out: str | Path, data: str | Path, options: FitOpti
             out, options=CodingOptions(options.groups, options.refit_steps, rate), distill=options.distill,
             checkpoint=checkpoint, log_folder=folder, overwrite=options.overwrite,
         )  # fmt: skip
-        return FitReport(report, fitted, _figures(trainer))
+        left_out = {name: _OF_THE_BASE for name in file_names(source) if not (Path(out) / name).exists()}
+        return FitReport(replace(report, left_out=left_out), fitted, _figures(trainer))
 
 
 def _config(options: FitOptions) -> VariationalConfig:
