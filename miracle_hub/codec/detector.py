@@ -29,15 +29,12 @@ class Taken(NamedTuple):
     kinds: tuple[Kind, ...]
 
 
-TO_COMPRESS = Taken(
-    "a dense model", (Kind.DENSE, Kind.PAYLOADS)
-)  # payloads are refused by their tensor's name
+# Payloads are refused later, by the names of their tensors.
+TO_COMPRESS = Taken("a dense model", (Kind.DENSE, Kind.PAYLOADS))
 TO_FINE_TUNE = Taken("a dense model", (Kind.DENSE, Kind.COMPRESSED))
 TO_INSPECT = Taken("a compressed model", (Kind.COMPRESSED, Kind.PAYLOADS))
 TO_DECODE = Taken("a compressed model", (Kind.COMPRESSED, Kind.PAYLOADS, Kind.DENSE))
-TO_RUN = Taken(
-    "a model that transformers loads", (Kind.DENSE, Kind.COMPRESSED, Kind.PAYLOADS, Kind.QUANTIZED)
-)
+TO_RUN = Taken("a model that transformers loads", (*TO_DECODE.kinds, Kind.QUANTIZED))
 
 
 def require(path: Path, taken: Taken) -> None:

@@ -1,4 +1,4 @@
-"""What a model may come as, told by the names of its files; and the error for one that a verb does not take."""
+"""What a model may come as, by the names of its files; and the error for one that a verb does not take."""
 
 from collections.abc import Sequence
 from enum import Enum
@@ -76,12 +76,12 @@ _SAVED = '.save_pretrained("dense"); then compress that'
 _TODO: dict[Kind, str] = {
     Kind.PIPELINE: "nothing loads a compressed pipeline; compress those of its parts that are models of "
     "transformers, such as its text encoder ({path}/text_encoder), each as a folder of its own",
-    Kind.COMPONENT: "diffusers cannot load it compressed; for its tensors alone put the safetensors file, renamed "
-    "to model.safetensors, into a folder of its own, and read the result with miracle_hub.load_state_dict",
+    Kind.COMPONENT: "diffusers cannot load it compressed; for its tensors alone put the safetensors file, "
+    "renamed to model.safetensors, into a folder of its own; miracle_hub.load_state_dict reads what becomes of it",
     Kind.ADAPTER: 'merge it into its model: AutoPeftModelForCausalLM.from_pretrained("{path}")'
     f".merge_and_unload(){_SAVED}",
-    Kind.ORIGINAL: "take the files of the same model that transformers reads (model.safetensors and config.json), "
-    "or convert them with the script of its architecture in transformers",
+    Kind.ORIGINAL: "take the files of the same model that transformers reads (model.safetensors and "
+    "config.json), or convert them with the script of its architecture in transformers",
     Kind.GGUF: 'transformers reads it (pip install gguf): AutoModelForCausalLM.from_pretrained("{folder}", '
     f'gguf_file="{{file}}"){_SAVED}, or better the model that it was made from',
     Kind.ONNX: "compress the model that it was exported from",
@@ -126,7 +126,7 @@ def told_by_names(where: str, names: Sequence[str]) -> Found | None:
 
 
 def is_other_kind(name: str) -> bool:
-    """Whether safetensors of this name are those of an adapter, of diffusers or of a maker, not of a model."""
+    """Whether safetensors of this name are those of an adapter, of diffusers or of a maker."""
     return any(_is_like(name, pattern) for kind in _FIRST for pattern in _MARKS[kind])
 
 

@@ -93,5 +93,5 @@ def is_weights(name: str) -> bool:
 
 
 def is_variant(name: str) -> bool:
-    """Whether a file is named as weights, or an index, that only `from_pretrained(variant=…)` would look at."""
+    """Whether a file is named as weights, or an index, for `from_pretrained(variant=…)` alone."""
     return _VARIANT.fullmatch(name) is not None and not is_weights(name)

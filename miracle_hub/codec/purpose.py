@@ -10,12 +10,12 @@ from miracle_hub.codec.naming import WEIGHTS_ENDING
 
 _COPY = "another copy of the same weights"
 _LEFTOVER = "left by training; loading does not read it"
-# Shell patterns of paths relative to the model's folder, in which * crosses folders. A file right in the folder
-# that loaders know as the weights in another form is a copy; of the same name in a subfolder it is a part.
+# Shell patterns of paths relative to the model's folder, in which * crosses folders. What loaders know as the
+# weights in another form is a copy right in the folder; under the same name in a subfolder it is a part.
 _STAYING: dict[str, tuple[str, ...]] = {
     f"{_COPY}, as pickle": (
-        "pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.*.bin", "pytorch_model.bin.index*.json",
-        "open_clip_pytorch_model.bin",
+        "pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.*.bin",
+        "pytorch_model.bin.index*.json", "open_clip_pytorch_model.bin",
     ),
     f"{_COPY}, for TensorFlow": (
         "tf_model.h5", "tf_model-*-of-*.h5", "tf_model.*.h5", "tf_model.h5.index.json", "saved_model/*",
@@ -58,20 +58,9 @@ UNSOUND = "no sound safetensors file: no loader can read it"
 
 # Of files that may hold weights in a form which nobody here opens, or decodes.
 _OPAQUE = (
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".pkl",
-    ".pickle",
-    ".joblib",
-    ".npy",
-    ".npz",
-    ".h5",
-    ".keras",
-    ".msgpack",
-)
-_OPAQUE += (".onnx", ".onnx_data", ".data", ".pb", ".nemo", ".pdparams")
+    ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".h5", ".keras", ".msgpack",
+    ".onnx", ".onnx_data", ".data", ".pb", ".nemo", ".pdparams",
+)  # fmt: skip
 
 
 def why_staying(path: str) -> str:
@@ -88,9 +77,7 @@ def why_staying(path: str) -> str:
 
 def how_carried(path: str, n_bytes: int) -> str:
     """What to say of a file that is copied though it holds, or may hold, weights; empty of all others."""
-    suffix = PurePosixPath(path).suffix
+    suffix, size = PurePosixPath(path).suffix, f"{n_bytes:,} bytes as they are"
     if suffix == WEIGHTS_ENDING:
-        return f"{n_bytes:,} bytes as they are, counted in the size"
-    return (
-        f"{n_bytes:,} bytes as they are, neither opened nor counted in the size" if suffix in _OPAQUE else ""
-    )
+        return f"{size}, counted in the size"
+    return f"{size}, neither opened nor counted in the size" if suffix in _OPAQUE else ""

@@ -38,7 +38,7 @@ def is_hidden(relative: Path) -> bool:
 
 
 def refuse_leaving(path: Path, folder: Path) -> None:
-    """Raise if an entry is no file, or a link to elsewhere: a copy would publish what a stranger's link means.
+    """Raise if an entry is no file, or a link to elsewhere: a copy would publish what a stranger links to.
 
     Raises:
         SourceError: it is.

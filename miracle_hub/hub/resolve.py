@@ -172,7 +172,7 @@ def _reason(repo_id: str, revision: str | None, error: BaseException) -> str:
 
 
 def _names(repo_id: str, revision: str | None) -> list[str] | None:
-    """Paths of a repository's files; None where the Hub cannot be asked: the download says why, or needs not."""
+    """Paths of a repository's files; None where the Hub cannot be asked: the download says why."""
     try:
         return HfApi().list_repo_files(repo_id, revision=revision)
     except CLIENT_ERRORS:
