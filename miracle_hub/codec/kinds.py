@@ -77,7 +77,7 @@ _TODO: dict[Kind, str] = {
     Kind.PIPELINE: "nothing loads a compressed pipeline; compress those of its parts that are models of "
     "transformers, such as its text encoder ({path}/text_encoder), each as a folder of its own",
     Kind.COMPONENT: "diffusers cannot load it compressed; for its tensors alone put the safetensors file, "
-    "renamed to model.safetensors, into a folder of its own; miracle_hub.load_state_dict reads what becomes of it",
+    "renamed to model.safetensors, into a folder of its own, whose result miracle_hub.load_state_dict reads",
     Kind.ADAPTER: 'merge it into its model: AutoPeftModelForCausalLM.from_pretrained("{path}")'
     f".merge_and_unload(){_SAVED}",
     Kind.ORIGINAL: "take the files of the same model that transformers reads (model.safetensors and "

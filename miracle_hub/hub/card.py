@@ -114,7 +114,8 @@ def rendered(
         data, template_path=str(TEMPLATE), title=title, base=base, usage=usage, transformers=is_plugin,
         compressed=f"{facts.n_bytes:,}", dense=f"{facts.dense_bytes:,}" if facts.dense_bytes else "",
         rate=rate, rows=_rows(facts), evaluations=facts.evaluations, certificate=facts.certificate,
-        limits=facts.limits, carried=facts.carried, left_out=facts.left_out, plots=facts.plots, verify=repo_id,
+        limits=facts.limits, copied=facts.copied, left_out=facts.left_out, plots=facts.plots,
+        verify=repo_id,
     )  # fmt: skip
     return re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
 

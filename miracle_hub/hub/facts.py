@@ -57,7 +57,7 @@ class CardFacts:
         dense_bytes: of the files that were compressed, or else of the same tensors stored plainly.
         versions: of the packages that compressed.
         hardware: that compressed and evaluated.
-        carried: files that hold, or may hold, weights and are as the source had them; and how large.
+        copied: files that hold, or may hold, weights and are as the source had them; and how large.
         left_out: files of the source that are not here, and why.
         plots: paths of PNGs, relative to the card.
         is_stream: of a network's stream, of which its files do not say everything.
@@ -75,7 +75,7 @@ class CardFacts:
     evaluations: tuple[Evaluation, ...] = ()
     certificate: str = ""
     limits: tuple[str, ...] = ()
-    carried: tuple[str, ...] = ()
+    copied: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     plots: tuple[str, ...] = ()
     is_stream: bool = False
@@ -185,7 +185,6 @@ def facts_of_folder(folder: Path, inspection: Inspection, sha256: str) -> CardFa
     if len(files) == 1 and any(tensor.name == STREAM for tensor in inspection.tensors):
         return _facts_of_stream(files[0], sha256)
     rotation = max((tensor.rotation for tensor in coded), default=1)
-    carried = of_repository(folder).carried
     return CardFacts(
         n_bytes=inspection.file_bytes,
         sha256=sha256,
@@ -194,7 +193,7 @@ def facts_of_folder(folder: Path, inspection: Inspection, sha256: str) -> CardFa
         code=_code_text(codes, rotation),
         seed=_only_seed(codes),
         dense_bytes=sum(t.n_weights * item_bits(t.dtype) // 8 for t in inspection.tensors),
-        carried=tuple(told_by_reason(carried)),
+        copied=tuple(told_by_reason(of_repository(folder).carried)),
     )
 
 
