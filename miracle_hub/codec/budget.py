@@ -66,10 +66,15 @@ def _check_range(budget: Budget, least: int, most: int) -> None:
     # Rates are rounded inwards, so that asking for the printed one works.
     unit = budget.n_weights / 8 / 10_000
     if budget.n_bytes < least:
+        others = ""
+        if budget.other_bytes:
+            others = (
+                f"; {budget.other_bytes:,} bytes of that are not the base's own: copied files or later stages"
+            )
         raise BudgetError(
             f"size: {budget.n_bytes:,} bytes were asked for, but the least possible is {least:,} bytes "
             f"({math.ceil(least / unit) / 10_000} bits per weight: every matrix at the lowest rate, vectors "
-            "plain); ask for that or more"
+            f"plain); ask for that or more{others}"
         )
     if budget.n_bytes > most:
         raise BudgetError(

@@ -97,9 +97,9 @@ def _why_staying(path: Path, folder: Path, weights: Sequence[Path]) -> str:
         SourceError: it would travel, but is a link that leaves the folder, or no file.
     """
     relative = path.relative_to(folder)
-    name = f"{relative.as_posix()}/" if path.is_dir() else relative.as_posix()
+    name = relative.as_posix()
     why = _why_of_own_name(relative) or (purpose.VARIANT if is_variant(name) else purpose.why_staying(name))
-    if why:
+    if why or (path.is_dir() and (why := purpose.why_staying(f"{name}/"))):
         return why
     refuse_leaving(path, folder)
     is_beside_them = path.parent == folder and path.suffix == WEIGHTS_ENDING

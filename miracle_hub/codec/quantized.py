@@ -61,7 +61,7 @@ def _method(facts: Mapping[str, Any], key: str) -> str:
         return str(named)
     if {"load_in_4bit", "load_in_8bit"} & facts.keys():
         return "bitsandbytes" if facts.get("load_in_4bit") or facts.get("load_in_8bit") else ""
-    if key == "compression_config" or "config_groups" in facts:
+    if (facts and key == "compression_config") or "config_groups" in facts:
         return "compressed-tensors"
     says_something = any(value not in (None, False, {}, []) for value in facts.values())
     return "an unnamed method" if says_something else ""

@@ -152,8 +152,7 @@ class _Side:
                 "…ForImageClassification, …ForCausalLM, …ForMaskedLM) or gives embeddings (…Model), found "
                 f"{architecture or 'no architecture in config.json'}; compare such models"
             )
-        loader: Any = getattr(transformers, auto)
-        model, found = loader.from_pretrained(folder, output_loading_info=True)
+        model, found = _loaded(folder, getattr(transformers, auto))
         if missing := [name for name in sorted(found["missing_keys"]) if not name.startswith("pooler.")]:
             raise SourceError(
                 f"{folder}: expected every tensor of {type(model).__name__}, found none of the name "
@@ -179,6 +178,21 @@ class _Side:
         hidden = hidden.double() if hidden.ndim == 3 else hidden.flatten(2).transpose(1, 2).double()
         share = torch.ones_like(hidden[..., :1]) if mask is None else mask[..., None].to(hidden)
         return (hidden * share).sum(1) / share.sum(1)
+
+
+def _loaded(folder: Path, auto: Any) -> tuple[Any, dict[str, Any]]:
+    """
+    Raises:
+        SourceError: a package is missing that a model quantized by somebody else needs.
+    """
+    try:
+        return auto.from_pretrained(folder, output_loading_info=True)
+    except ImportError as error:
+        said = str(error).strip().partition("\n")[0]
+        raise SourceError(
+            f"{folder}: expected a model that transformers loads here, found a package missing ({said}); "
+            "install it, or compare with the model that it was made from"
+        ) from error
 
 
 def _check_alike(a: _Side, b: _Side) -> None:

@@ -19,7 +19,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 from miracle_hub.code import MAX_STAGES
 from miracle_hub.codec.detector import TO_DECODE, Taken, detect, refuse_others, require
-from miracle_hub.codec.kinds import refusal, told_by_names
+from miracle_hub.codec.kinds import Kind, refusal, told_by_names
 from miracle_hub.codec.naming import stage_patterns
 from miracle_hub.codec.purpose import STAYING_PATTERNS, why_staying
 from miracle_hub.codec.source import names_in
@@ -87,7 +87,10 @@ def require_kind(source: str | Path, taken: Taken, revision: str | None = None) 
             of its files tell.
     """
     if os.path.exists(source):
-        require(Path(source), taken)
+        found = detect(Path(source))
+        if found.kind is Kind.NOTHING:
+            raise refusal(taken.expected, found)
+        refuse_others(found, taken)
         return
     folder = snapshot(str(source), revision=revision, allow_patterns=["*.json"])
     if names := _names(str(source), revision):
