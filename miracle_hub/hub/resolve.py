@@ -19,8 +19,8 @@ from huggingface_hub.file_download import repo_folder_name
 
 from miracle_hub.code import MAX_STAGES
 from miracle_hub.codec.detector import TO_DECODE, Taken, detect, refuse_others, require
-from miracle_hub.codec.kinds import Kind, refusal, told_by_names
-from miracle_hub.codec.naming import stage_patterns
+from miracle_hub.codec.kinds import Found, Kind, refusal, told_by_names
+from miracle_hub.codec.naming import WEIGHTS_ENDING, stage_patterns
 from miracle_hub.codec.purpose import STAYING_PATTERNS, why_staying
 from miracle_hub.codec.source import names_in
 from miracle_hub.errors import SourceError
@@ -50,16 +50,34 @@ def local_folder(
     if os.path.exists(source):  # unlike Path.exists, False for names that no file can have
         require(Path(source), taken)
         return Path(source)
-    names = _names(str(source), revision)
-    if names is not None:
-        _refuse_by_names(str(source), names, taken)
-    later = stage_patterns(after=stages or MAX_STAGES)
-    folder = snapshot(str(source), revision=revision, ignore_patterns=[*STAYING_PATTERNS, *later])
-    if names is None:  # offline, with a snapshot from before: what is there must do
-        _refuse_by_names(str(source), names_in(folder), taken)
+    listed = _listed(str(source), revision)
+    if isinstance(listed, list):
+        _refuse_by_names(str(source), listed, taken)
+    patterns = [*STAYING_PATTERNS, *stage_patterns(after=stages or MAX_STAGES)]
+    folder = _snapshot_of(str(source), revision, listed, ignore_patterns=patterns)
+    if not any(folder.glob(f"*{WEIGHTS_ENDING}")):
+        raise refusal(taken.expected, Found(Kind.NOTHING, str(source)))
     found = detect(folder)
     refuse_others(found._replace(where=str(source)) if found.where == str(folder) else found, taken)
     return folder
+
+
+def _snapshot_of(
+    repo_id: str, revision: str | None, listed: list[str] | BaseException, **options: Any
+) -> Path:
+    """See `snapshot`; where the Hub could not even be asked, it is not asked again: what is cached must do.
+
+    Raises:
+        SourceError: see `snapshot`.
+    """
+    if isinstance(listed, list):
+        return snapshot(repo_id, revision=revision, **options)
+    try:
+        if isinstance(listed, RevisionNotFoundError):
+            raise listed
+        return _download(repo_id, revision=revision, local_files_only=True, **options)
+    except CLIENT_ERRORS:
+        raise _unreadable(repo_id, revision, listed) from listed
 
 
 def not_downloaded(source: str | Path, revision: str | None, folder: Path) -> dict[str, str]:
@@ -69,14 +87,18 @@ def not_downloaded(source: str | Path, revision: str | None, folder: Path) -> di
     """
     if os.path.exists(source):
         return {}
-    names = _names(str(source), folder.name if folder.parent.name == "snapshots" else revision) or []
+    listed = _listed(str(source), folder.name if folder.parent.name == "snapshots" else revision)
+    names = listed if isinstance(listed, list) else []
     left = [name for name in names if not (folder / name).exists()]
     return {name: why_staying(name) or "not downloaded" for name in left}
 
 
 def file_names(source: str | Path) -> list[str]:
     """Paths of all files of a folder or a Hub repository; none where the Hub cannot be asked."""
-    return names_in(Path(source)) if os.path.exists(source) else _names(str(source), None) or []
+    if os.path.exists(source):
+        return names_in(Path(source))
+    listed = _listed(str(source), None)
+    return listed if isinstance(listed, list) else []
 
 
 def require_kind(source: str | Path, taken: Taken, revision: str | None = None) -> None:
@@ -92,10 +114,11 @@ def require_kind(source: str | Path, taken: Taken, revision: str | None = None) 
             raise refusal(taken.expected, found)
         refuse_others(found, taken)
         return
-    folder = snapshot(str(source), revision=revision, allow_patterns=["*.json"])
-    if names := _names(str(source), revision):
-        _refuse_by_names(str(source), names, taken)
-        refuse_others(detect(folder, names), taken)
+    listed = _listed(str(source), revision)
+    folder = _snapshot_of(str(source), revision, listed, allow_patterns=["*.json"])
+    if isinstance(listed, list):
+        _refuse_by_names(str(source), listed, taken)
+        refuse_others(detect(folder, listed), taken)
 
 
 def _refuse_by_names(repo_id: str, names: Sequence[str], taken: Taken) -> None:
@@ -104,8 +127,8 @@ def _refuse_by_names(repo_id: str, names: Sequence[str], taken: Taken) -> None:
         SourceError: and its subclasses: names of files tell that there is nothing that the verb takes.
     """
     found = told_by_names(repo_id, names)
-    if found is not None and found.kind not in taken.kinds:
-        raise refusal(taken.expected, found)
+    if found is not None:
+        refuse_others(found, taken)
 
 
 def snapshot(repo_id: str, *, revision: str | None, **options: Any) -> Path:
@@ -117,10 +140,14 @@ def snapshot(repo_id: str, *, revision: str | None, **options: Any) -> Path:
     try:
         return _download(repo_id, revision=revision, **options)
     except CLIENT_ERRORS as error:
-        raise SourceError(
-            f"{repo_id}: expected a local folder or a Hub repository; there is no such folder, "
-            f"and {_reason(repo_id, revision, error)}"
-        ) from error
+        raise _unreadable(repo_id, revision, error) from error
+
+
+def _unreadable(repo_id: str, revision: str | None, error: BaseException) -> SourceError:
+    return SourceError(
+        f"{repo_id}: expected a local folder or a Hub repository; there is no such folder, "
+        f"and {_reason(repo_id, revision, error)}"
+    )
 
 
 def _download(repo_id: str, **options: Any) -> Path:
@@ -174,9 +201,10 @@ def _reason(repo_id: str, revision: str | None, error: BaseException) -> str:
     )
 
 
-def _names(repo_id: str, revision: str | None) -> list[str] | None:
-    """Paths of a repository's files; None where the Hub cannot be asked: the download says why."""
+def _listed(repo_id: str, revision: str | None) -> list[str] | BaseException:
+    """Paths of a repository's files, or why the Hub does not tell them."""
     try:
-        return HfApi().list_repo_files(repo_id, revision=revision)
-    except CLIENT_ERRORS:
-        return None
+        info = HfApi().model_info(repo_id, revision=revision)
+    except CLIENT_ERRORS as error:
+        return error
+    return [file.rfilename for file in info.siblings or ()]
