@@ -30,10 +30,10 @@ class Taken(NamedTuple):
 
 
 # Payloads are refused later, by the names of their tensors.
-TO_COMPRESS = Taken("a dense model", (Kind.DENSE, Kind.PAYLOADS))
-TO_FINE_TUNE = Taken("a dense model", (Kind.DENSE, Kind.COMPRESSED))
-TO_INSPECT = Taken("a compressed model", (Kind.COMPRESSED, Kind.PAYLOADS))
-TO_DECODE = Taken("a compressed model", (Kind.COMPRESSED, Kind.PAYLOADS, Kind.DENSE))
+TO_COMPRESS = Taken("a dense model", (Kind.DENSE, Kind.TENSORS, Kind.PAYLOADS))
+TO_FINE_TUNE = Taken("a dense model", (Kind.DENSE, Kind.TENSORS, Kind.COMPRESSED))
+TO_INSPECT = Taken("a compressed model", (Kind.COMPRESSED, Kind.PAYLOADS, Kind.TENSORS))
+TO_DECODE = Taken("a compressed model", (*TO_INSPECT.kinds, Kind.DENSE))
 TO_RUN = Taken("a model that transformers loads", (*TO_DECODE.kinds, Kind.QUANTIZED))
 
 
@@ -99,7 +99,8 @@ def _of_folder(path: Path, names: Sequence[str]) -> Found:
         files = weight_files(path)
     except (FormatError, MissingWeightsError):
         return Found(Kind.UNSOUND, str(path))
-    return _of_files(path, files)
+    told = _of_files(path, files)
+    return told._replace(kind=Kind.TENSORS) if told.kind is Kind.DENSE and CONFIG not in names else told
 
 
 def _of_file(path: Path) -> Found:

@@ -17,6 +17,7 @@ class Kind(Enum):
     """What a folder, a file or a repository of the Hub is; the value is for people."""
 
     DENSE = "a dense model"
+    TENSORS = "safetensors without a config.json"  # of nobody's model: read for what they hold
     COMPRESSED = "a compressed model"
     PAYLOADS = "compressed tensors without the config.json that names them"
     QUANTIZED = "a quantized model"
