@@ -14,6 +14,9 @@ class Report:
         digest: of the payloads.
         backend: as chosen.
         plain: tensors that are stored plainly, and why.
+        exact: tensors that are no weights and keep every bit in fewer bytes, and why.
+        kept_bytes: of plain and exact tensors together.
+        judged_by: what says which tensors are weights: the model's class, or values alone and why.
     """
 
     dense_bytes: int
@@ -24,3 +27,11 @@ class Report:
     digest: str
     backend: str
     plain: Mapping[str, str] = field(default_factory=dict)
+    exact: Mapping[str, str] = field(default_factory=dict)
+    kept_bytes: int = 0
+    judged_by: str = ""
+
+    @property
+    def kept_share(self) -> float:
+        """Of the compressed bytes: those of plain and exact tensors."""
+        return self.kept_bytes / self.compressed_bytes

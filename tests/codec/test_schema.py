@@ -162,7 +162,7 @@ def test_its_limits_are_those_of_the_readers() -> None:
     header = kinds["payload_header"]["properties"]
     assert header["rotation"]["enum"] == [1 << i for i in range(MAX_WIDTH_LOG2 + 1)]
     assert header["segments"]["maxItems"] == payload._MAX_SEGMENTS
-    assert header["shape"]["maxItems"] == payload._MAX_DIMENSIONS
+    assert header["shape"]["maxItems"] == payload.MAX_DIMENSIONS
     assert kinds["network_header"]["properties"]["tensors"]["maxItems"] == network._MAX_TENSORS
     for kind, described in (
         ("code", Code),
