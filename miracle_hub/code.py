@@ -18,6 +18,8 @@ BACKENDS = ("auto", "cpu", "triton")
 MAX_WIDTH_LOG2 = 15
 # The width of the first probes on MiniLM; every figure in benchmarks/results was measured with it.
 DEFAULT_WIDTH = 128
+# Of a payload's tensor.
+MAX_DIMENSIONS = 8
 # Of a repository: files that refine one another.
 MAX_STAGES = 9
 

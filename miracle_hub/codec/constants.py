@@ -144,8 +144,9 @@ def _recur(lines: Tensor) -> bool:
     factor = (middle * sides).sum(1, keepdim=True) / power.clamp(min=torch.finfo(torch.float64).tiny)
     left = (sides - factor * middle).square().mean(1).sqrt()
     # Against what varies: weights near 1 would obey as nearly as they are equal.
-    allowed = _TOLERANCE * lines.std(1) + own_steps * lines.square().mean(1).sqrt()
-    return bool((left <= allowed).all() and lines.any())
+    spread, size = lines.std(1), lines.square().mean(1).sqrt()
+    n_varying = int((spread > 8 * own_steps * size).sum())
+    return bool((left <= _TOLERANCE * spread + own_steps * size).all()) and 4 * n_varying >= len(lines)
 
 
 def _are_paired(values: Tensor) -> bool:

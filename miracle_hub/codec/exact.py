@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from miracle_hub.code import MAX_DIMENSIONS
 from miracle_hub.codec.dtypes import raw_bytes
 from miracle_hub.codec.payloads import Packed, PayloadFacts, Request
 from miracle_hub.codec.rates import Choice, Option
@@ -24,7 +25,6 @@ from miracle_hub.format.exact import (
     DEFLATED_PALETTE,
     DEFLATED_PLANES,
     MAGIC,
-    MAX_DIMENSIONS,
     MOST_WORDS,
     PALETTE,
     ExactHeader,

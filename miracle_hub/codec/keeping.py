@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from miracle_hub.codec.constants import constant_kind
@@ -17,6 +18,8 @@ from miracle_hub.codec.plan import Coded, Exact, Plain, Plan, Ready, Why
 from miracle_hub.codec.source import SourceTensor
 from miracle_hub.errors import NonFiniteWeightError
 
+# Of the largest number of a dtype. Only of float16 is it far inside the range of what is coded.
+_LARGEST_SHARE = 0.5
 # Of a file; above it the rates of all others suffer: a choice.
 _MUCH = 0.2
 
@@ -71,10 +74,18 @@ def _planned(plan: Plan, values: Tensor, roles: Roles) -> Plan:
         return _kept(plan.source, values, Why.BUFFER)
     if isinstance(plan, Coded):
         kind = constant_kind(values, may_be_fitted=name in roles.parameters)
-        return plan if kind is None else _kept(plan.source, values, Why[kind.name])
+        if kind is not None:
+            return _kept(plan.source, values, Why[kind.name])
+        return Plain(plan.source, Why.TOO_LARGE) if _is_too_large(values) else plan
     if isinstance(plan, Plain) and plan.why is Why.NOT_FLOATING:
         return _kept(plan.source, values, plan.why)
     return plan
+
+
+def _is_too_large(values: Tensor) -> bool:
+    """Whether what is decoded, which may be larger than the source, could be infinite to readers."""
+    largest, own = float(values.abs().max()), torch.finfo(values.dtype).max
+    return largest > min(own * _LARGEST_SHARE, torch.finfo(torch.float32).max)
 
 
 def _kept(source: SourceTensor, values: Tensor, why: Why) -> Plan:

@@ -38,9 +38,6 @@ _SAMPLE_WEIGHTS = 8192
 _TOTAL_SAMPLE_WEIGHTS = 1 << 22
 # Far inside the range of scales, so that rows and squares stay inside theirs.
 LARGEST_RMS = 2.0**40
-# Of the largest number that a dtype has: what is decoded may be larger than the source. Of float16 alone it
-# is within the range of root mean squares.
-LARGEST_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -70,8 +67,6 @@ def sample_rows(
     """Evenly spaced rows (or the start of one very long row) of a tensor; None if no scale suits it."""
     rms = float(weights.float().square().mean().sqrt())
     if not 1 / LARGEST_RMS <= rms <= LARGEST_RMS and bool(weights.any()):
-        return None
-    if float(weights.abs().max()) > torch.finfo(weights.dtype).max * LARGEST_SHARE:
         return None
     budget = min(_SAMPLE_WEIGHTS, max(512, _TOTAL_SAMPLE_WEIGHTS // n_tensors))
     matrix = weights.reshape(-1, columns)

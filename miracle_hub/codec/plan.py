@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
+from miracle_hub.code import MAX_DIMENSIONS
 from miracle_hub.codec.constants import Kind
 from miracle_hub.codec.payloads import codec_named, is_payload, is_stray_stream
 from miracle_hub.codec.rates import Choice
 from miracle_hub.codec.repository import OutputFile, sharded
 from miracle_hub.codec.source import NARROWED, SourceTensor, list_tensors
 from miracle_hub.errors import OptionError, SourceError
-from miracle_hub.format.payload import DTYPES, MAX_DIMENSIONS
+from miracle_hub.format.payload import DTYPES
 from miracle_hub.format.spec import TensorSpec, bytes_entry, item_bits
 from miracle_hub.names import matches, unmatched
 
@@ -33,7 +34,8 @@ class Why(Enum):
     EXCLUDED = "excluded by modules_to_not_convert"
     SHORT_VECTOR = f"a vector of fewer than {_SMALLEST_CODED_VECTOR} weights"
     SMALL = f"fewer than {_SMALLEST_CODED} weights"
-    OUT_OF_RANGE = "root mean square outside 2^-40 … 2^40, or values beyond half of the range of {dtype}"
+    OUT_OF_RANGE = "root mean square outside 2^-40 … 2^40"
+    TOO_LARGE = "values near the end of the range of {dtype}, or beyond that of F32"
     NO_BUDGET = "no budget for it"
     BUFFER = "a buffer of the model's class, kept exact"
     WHOLE = Kind.WHOLE.value

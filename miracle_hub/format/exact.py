@@ -7,6 +7,7 @@ import math
 import struct
 from dataclasses import dataclass
 
+from miracle_hub.code import MAX_DIMENSIONS
 from miracle_hub.errors import FormatError
 from miracle_hub.format import frame
 from miracle_hub.format.spec import item_bits
@@ -23,7 +24,6 @@ DTYPES = (
 WEIGHTS_PER_BYTE = 2048
 # Indices then have 16 bits at most, and the sorted words are a small part of what they save.
 MOST_WORDS = 1 << 16
-MAX_DIMENSIONS = 8
 _MAX_WEIGHTS = 1 << 40
 PALETTE, DEFLATED_PALETTE, DEFLATED_PLANES, DEFLATED_DIFFERENCES = range(4)
 _DIGEST = struct.Struct("<Q")

@@ -7,7 +7,7 @@ import math
 import struct
 from dataclasses import dataclass
 
-from miracle_hub.code import MAX_WIDTH_LOG2, Code
+from miracle_hub.code import MAX_DIMENSIONS, MAX_WIDTH_LOG2, Code
 from miracle_hub.errors import FormatError, OptionError, TruncatedPayloadError
 from miracle_hub.format import frame
 from miracle_hub.format.varint import encode_varint, read_varint
@@ -17,7 +17,7 @@ VERSION = 1
 # Position in this tuple is the number in the file: append only.
 DTYPES = ("F32", "BF16", "F16", "F64")
 SCALE_BYTES = 2  # bfloat16
-MAX_DIMENSIONS = 8
+_MAX_DIMENSIONS = MAX_DIMENSIONS
 _MAX_SEGMENTS = 64
 _MAX_WEIGHTS = 1 << 40
 _TRAILER = struct.Struct("<fQ")
@@ -158,7 +158,7 @@ class _Reader:
 
     def header(self) -> Header:
         dtype = DTYPES[self.varint("a dtype", 0, len(DTYPES) - 1)]
-        n_dimensions = self.varint("a number of dimensions", 0, MAX_DIMENSIONS)
+        n_dimensions = self.varint("a number of dimensions", 0, _MAX_DIMENSIONS)
         shape = tuple(self.varint("a dimension", 1, _MAX_WEIGHTS) for _ in range(n_dimensions))
         columns = self.varint("a number of columns", 1, _MAX_WEIGHTS)
         band_columns = self.varint("band columns", 0, _MAX_WEIGHTS)
