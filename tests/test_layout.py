@@ -32,7 +32,7 @@ ALLOWED = {
         *("codec", "coding", "format", "files", "options", "names", "code", "errors"),
     },
     "evaluate": {"evaluate", "hub", "codec", "coding", "format", "files", "code", "errors"},
-    "api": {"finetune", "evaluate", "hub", "codec", "files", "options", "code", "errors"},
+    "api": {"finetune", "evaluate", "hub", "plugin", "codec", "files", "options", "code", "errors"},
     "cli": {"", "api", "hub", "codec", "options", "code", "errors"},
     "_autoload": {"plugin"},
     "__init__": {

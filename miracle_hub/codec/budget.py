@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from miracle_hub.codec.keeping import kept_bytes, said_of_kept
 from miracle_hub.codec.plan import Plan, lay_out
 from miracle_hub.codec.rates import Choice, Curve, allocate, extreme_choices
 from miracle_hub.codec.repository import total_bytes
@@ -41,7 +42,7 @@ def meet_budget(plans: Mapping[str, Plan], curves: Sequence[Curve], budget: Budg
     def size(choices: dict[str, Choice]) -> int:
         return total_bytes(lay_out(plans, choices, budget.max_shard_bytes, budget.stem)) + budget.other_bytes
 
-    _check_range(budget, *(size(extreme_choices(curves, most)) for most in (False, True)))
+    _check_range(budget, plans, *(size(extreme_choices(curves, most)) for most in (False, True)))
     best = extreme_choices(curves, most=False)
     best_size = size(best)
     payload_bytes = budget.n_bytes - best_size + sum(choice.n_bytes for choice in best.values())
@@ -62,7 +63,7 @@ def meet_budget(plans: Mapping[str, Plan], curves: Sequence[Curve], budget: Budg
     return best
 
 
-def _check_range(budget: Budget, least: int, most: int) -> None:
+def _check_range(budget: Budget, plans: Mapping[str, Plan], least: int, most: int) -> None:
     # Rates are rounded inwards, so that asking for the printed one works.
     unit = budget.n_weights / 8 / 10_000
     if budget.n_bytes < least:
@@ -74,7 +75,7 @@ def _check_range(budget: Budget, least: int, most: int) -> None:
         raise BudgetError(
             f"size: {budget.n_bytes:,} bytes were asked for, but the least possible is {least:,} bytes "
             f"({math.ceil(least / unit) / 10_000} bits per weight: every matrix at the lowest rate, vectors "
-            f"plain); ask for that or more{others}"
+            f"plain{_said_of_kept(budget, plans)}); ask for that or more{others}"
         )
     if budget.n_bytes > most:
         raise BudgetError(
@@ -82,3 +83,11 @@ def _check_range(budget: Budget, least: int, most: int) -> None:
             f"bytes ({math.floor(most / unit) / 10_000} bits per weight: every matrix at the highest rate); "
             "ask for that or less"
         )
+
+
+def _said_of_kept(budget: Budget, plans: Mapping[str, Plan]) -> str:
+    """Which tensors exceed the budget alone, if those that stay as they are do."""
+    n_bytes = sum(kept_bytes(plans).values())
+    if n_bytes <= budget.n_bytes:
+        return ""
+    return f"; tensors that stay as they are take {n_bytes:,} bytes alone: {said_of_kept(plans)}"

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
+from miracle_hub.code import MAX_DIMENSIONS
+from miracle_hub.codec.constants import Kind
 from miracle_hub.codec.payloads import codec_named, is_payload, is_stray_stream
 from miracle_hub.codec.rates import Choice
 from miracle_hub.codec.repository import OutputFile, sharded
@@ -33,7 +35,12 @@ class Why(Enum):
     SHORT_VECTOR = f"a vector of fewer than {_SMALLEST_CODED_VECTOR} weights"
     SMALL = f"fewer than {_SMALLEST_CODED} weights"
     OUT_OF_RANGE = "root mean square outside 2^-40 … 2^40"
+    TOO_LARGE = "values near the end of the range of {dtype}, or beyond that of F32"
     NO_BUDGET = "no budget for it"
+    BUFFER = "a buffer of the model's class, kept exact"
+    WHOLE = Kind.WHOLE.value
+    FEW = Kind.FEW.value
+    TABLE = Kind.TABLE.value
 
     def text(self, dtype: str) -> str:
         """For people."""
@@ -64,13 +71,33 @@ class Coded:
     source: SourceTensor
 
 
-Plan = Plain | Ready | Coded
+@dataclass(frozen=True)
+class Exact:
+    """A tensor that is no weight, every bit of it kept in fewer bytes than plain."""
+
+    source: SourceTensor
+    why: Why
+    payload: bytes
+
+
+Plan = Plain | Exact | Ready | Coded
 
 
 def plan_tensor(tensor: SourceTensor, excluded: list[str] | str) -> Plain | Coded:
-    """What happens to a tensor that nobody coded before, by its header alone."""
+    """What happens to a tensor that nobody coded before, by its header alone.
+
+    Raises:
+        SourceError: it has more dimensions than readers take.
+    """
     why = why_plain(tensor, excluded)
-    return Coded(tensor) if why is None else Plain(tensor, why)
+    if why is not None:
+        return Plain(tensor, why)
+    if len(tensor.shape) > MAX_DIMENSIONS:
+        raise SourceError(
+            f"{tensor.path}: {tensor.name}: expected at most {MAX_DIMENSIONS} dimensions, found shape "
+            f"{list(tensor.shape)}; reshape it, or leave it out with modules_to_not_convert"
+        )
+    return Coded(tensor)
 
 
 def why_plain(spec: TensorSpec, excluded: list[str] | str) -> Why | None:
@@ -97,16 +124,17 @@ def plan_all(weights: list[Path], excluded: list[str] | str, coded: Mapping[str,
         coded: payloads of tensors that are coded already.
 
     Raises:
-        SourceError: a tensor looks like a payload, or a payload is that of no tensor.
+        SourceError: a tensor looks like a payload or has more dimensions than readers take, or a payload is
+            that of no tensor.
         OptionError: nothing is called as the user excludes it.
     """
     plans: dict[str, Plan] = {}
     for tensor in list_tensors(weights):
         _refuse_coded(tensor)
-        plan = plan_tensor(tensor, excluded)
         if tensor.name in coded:
             plans[tensor.name] = Ready(tensor, coded[tensor.name])
         else:
+            plan = plan_tensor(tensor, excluded)
             plans[tensor.name] = narrowed_if_exact(plan) if isinstance(plan, Plain) else plan
     if missing := sorted(set(coded) - set(plans)):
         raise SourceError(
@@ -165,7 +193,7 @@ def entry_of(plan: Plan, choices: Mapping[str, Choice]) -> TensorSpec:
     match plan:
         case Plain():
             return TensorSpec(source.name, "F16" if plan.is_narrowed else source.dtype, source.shape)
-        case Ready():
+        case Ready() | Exact():
             return bytes_entry(source.name, len(plan.payload))
         case Coded():
             choice = choices[source.name]

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from miracle_hub.codec.compress import compress_folder
 from miracle_hub.codec.decompress import load_state_dict
+from miracle_hub.codec.handed_out import require_finite
+from miracle_hub.codec.keeping import Roles
 from miracle_hub.codec.modules import module_tensors, read_state
 from miracle_hub.codec.naming import STREAM
 from miracle_hub.codec.network import encode_stream_entry, spec_of, write_network
@@ -152,7 +154,17 @@ def _write_repository(
         return compress_folder(
             folder, out, options, coded=payloads,
             card=lambda target, report: write_card(target, report, folder, base),
+            roles=lambda _: _roles_in(dense),
         )  # fmt: skip
+
+
+def _roles_in(model: nn.Module) -> Roles:
+    """Which tensors of a module are parameters, and which are buffers."""
+    buffers, parameters = (
+        frozenset(name for name, _ in named(remove_duplicate=False))
+        for named in (model.named_buffers, model.named_parameters)
+    )
+    return Roles(buffers, parameters, type(model).__name__)
 
 
 def _require_same(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -178,8 +190,12 @@ def _coded_entries(variational: Variational, messages: list[Tensor]) -> Mapping[
                 for m in stream.members
             ]
             header = NetworkHeader(stream.code, tuple(specs))
-            entries[STREAM], _ = encode_stream_entry(header, scales, message)
+            entries[STREAM], weights = encode_stream_entry(header, scales, message)
+            for m in stream.members:
+                require_finite(weights[m.name].to(m.dtype), m.name)
         else:
             member = stream.members[0]
-            entries[member.name] = payload_of_stream(member.shape, member.dtype, stream.code, scales, message)
+            entries[member.name] = payload_of_stream(
+                member.shape, member.dtype, stream.code, scales, message, member.name
+            )
     return entries

@@ -122,6 +122,7 @@ class Loading:
         if used is not None:
             model._weight_conversions = without_decoding(used)  # pyright: ignore[reportArgumentType]
         decode_leftovers(model, self._decoder)
+        self._decoder.warn_of_overflow()
         self._model, self._stored = None, []
         self._decoder.forget()
         if "stage_digests" in self._facts:

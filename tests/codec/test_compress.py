@@ -94,10 +94,10 @@ def test_tensors_that_cannot_be_coded_stay_plain_bit_for_bit_with_a_reason(
     plain = {
         "empty": (torch.zeros(0, 5), "empty"),
         "empty.bias": (torch.zeros(0), "empty"),
-        "integers": (torch.arange(2000).view(2, 1000), f"dtype I64 {integer}"),
-        "bytes": (torch.arange(200, dtype=torch.uint8), f"dtype U8 {integer}"),
+        "integers": (torch.arange(2), f"dtype I64 {integer}"),
+        "bytes": (torch.arange(20, dtype=torch.uint8), f"dtype U8 {integer}"),
         "two_bytes": (torch.tensor([77, 82], dtype=torch.uint8), f"dtype U8 {integer}"),
-        "mask": (torch.arange(2001).view(3, -1) % 3 == 0, f"dtype BOOL {integer}"),
+        "mask": (torch.arange(21).view(3, -1) % 3 == 0, f"dtype BOOL {integer}"),
         "flag": (torch.tensor(True), f"dtype BOOL {integer}"),
         "scalar": (torch.tensor(1.5), vector),
         "complex": (torch.view_as_complex(randn(40, 40, 2)), "dtype C64"),
