@@ -10,6 +10,7 @@ from miracle_hub.code import FORMAT_VERSION, MAX_STAGES, QUANT_METHOD, check_for
 from miracle_hub.codec.dtypes import TORCH_DTYPES
 from miracle_hub.codec.guard import with_guard
 from miracle_hub.codec.naming import CONFIG
+from miracle_hub.codec.parts import is_miracle, remove_from_parts, state_in_parts
 from miracle_hub.errors import FormatError, SourceError
 from miracle_hub.files.whole import writing
 from miracle_hub.format.payload import DTYPES
@@ -70,11 +71,6 @@ def read_quantization(folder: Path) -> dict[str, Any]:
             f"{str(found)[:80]!r}; download it again"
         )
     return found
-
-
-def is_miracle(facts: dict[str, Any]) -> bool:
-    """Whether a quantization_config is that of a compressed repository."""
-    return facts.get("quant_method") == QUANT_METHOD
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -158,6 +154,7 @@ def write_config(
         # An attribute of the config, so that from_pretrained(..., stages=1) changes it.
         config["stages"] = len(digests)
         config["quantization_config"]["stage_digests"] = list(digests)
+    state_in_parts(config, tensors)
     _write(target / CONFIG, with_guard(config, guards))
 
 
@@ -171,6 +168,7 @@ def write_dense_config(source: Path, target: Path) -> None:
     if is_miracle(read_quantization(source)):
         del config["quantization_config"]
         config.pop("stages", None)
+        remove_from_parts(config)
         _write(target / CONFIG, config)
 
 

@@ -58,12 +58,12 @@ class MiracleQuantizer(HfQuantizer):
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Called with the model's config before any weights are looked for: which stages are wanted."""
-        self._loading.choose_stages(config)
+        self._loading.prepare(config)
         return config
 
     def update_tp_plan(self, config: Any) -> Any:
         """The same for transformers <= 5.20."""
-        self._loading.choose_stages(config)
+        self._loading.prepare(config)
         return config
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -111,8 +111,10 @@ class MiracleQuantizer(HfQuantizer):
     def _dequantize(self, model: "PreTrainedModel", *args: Any, **kwargs: Any) -> "PreTrainedModel":
         """Ordinary layers for compressed ones; another dtype than the model's casts it all."""
         from miracle_hub.plugin.compressed_linear import make_ordinary
+        from miracle_hub.plugin.facts import forget_facts
 
         make_ordinary(model)
+        forget_facts(model, is_kept=False, is_staged=False)
         for module in model.modules():
             vars(getattr(module, "config", None) or SimpleNamespace()).pop("_is_quantized", None)
         dtype = next(iter(args), kwargs.get("dtype"))
