@@ -8,8 +8,10 @@ from typing import Any
 
 from miracle_hub.codec.budget import Budget, meet_budget
 from miracle_hub.codec.config import read_quantization, write_config
+from miracle_hub.codec.inherited import is_inherited
 from miracle_hub.codec.jobs import Job, refining
 from miracle_hub.codec.naming import CARD, CONFIG, WEIGHTS_ENDING, stem_of
+from miracle_hub.codec.parts import is_miracle
 from miracle_hub.codec.payloads import Request
 from miracle_hub.codec.plan import Coded, Plain, Plan, Why, lay_out, narrowed_if_exact, plan_all
 from miracle_hub.codec.report import Report
@@ -91,8 +93,9 @@ def _source_files(source: Path, out: Path) -> list[Path]:
     """The weight files of a dense model that writing `out` does not touch."""
     weights = weight_files(source)
     refuse_overlap(source, out)
-    method = read_quantization(source).get("quant_method")
-    if method is not None:
+    facts = read_quantization(source)
+    method = facts.get("quant_method")
+    if method is not None and not (is_miracle(facts) and is_inherited(facts, source)):
         raise SourceError(
             f"{source / CONFIG}: expected a dense model, found one quantized with {method!r}; compress the "
             "model it was made from"

@@ -53,12 +53,13 @@ def facts_of_part(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {name: facts[name] for name in _NEEDED if name in facts}
 
 
-def remove_from_parts(config: dict[str, Any]) -> None:
-    """Take out of every part what `state_in_parts` put there."""
-    for part in parts_of(config):
-        if is_miracle(part.get(FACTS)):
-            del part[FACTS]
-            part.pop("stages", None)
+def remove_facts(config: dict[str, Any]) -> bool:
+    """Make a config.json, and its parts, that of a dense model; returns whether it was another."""
+    compressed = [part for part in (config, *parts_of(config)) if is_miracle(part.get(FACTS))]
+    for part in compressed:
+        del part[FACTS]
+        part.pop("stages", None)
+    return bool(compressed)
 
 
 def stated_dtype(facts: Mapping[str, Any], where: Path) -> str | None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PretrainedConfig
 
-from miracle_hub.codec.parts import FACTS, facts_of_part, is_miracle
+from miracle_hub.codec.parts import FACTS, facts_of_part, is_miracle, remove_facts
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
@@ -22,8 +22,8 @@ def forget_facts(model: "PreTrainedModel", *, is_kept: bool, is_staged: bool) ->
         if is_staged:
             for name in ("stages", "transformers_weights"):
                 vars(config).pop(name, None)
-        if not is_kept and is_miracle(vars(config).get(FACTS)):
-            del vars(config)[FACTS]
+        if not is_kept:
+            remove_facts(vars(config))
 
 
 def repeat_facts(model: "PreTrainedModel", facts: Mapping[str, Any]) -> None:

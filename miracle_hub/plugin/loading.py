@@ -1,5 +1,6 @@
 """One load of a compressed repository by transformers: opened, converted, finished, and saved again."""
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from transformers.core_model_loading import WeightTransform, revert_weight_conve
 
 from miracle_hub.codec.config import digests_of, read_config
 from miracle_hub.codec.guarded import check_config
+from miracle_hub.codec.inherited import INHERITED, is_inherited, is_over
 from miracle_hub.codec.naming import CONFIG, SINGLE, index_name, stage_of
 from miracle_hub.codec.parts import stated_dtype
 from miracle_hub.codec.payloads import is_payload
@@ -25,6 +27,8 @@ from miracle_hub.plugin.facts import forget_facts, repeat_facts
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
+
+_LOG = logging.getLogger(__name__)
 
 
 class Loading:
@@ -56,8 +60,10 @@ class Loading:
             OptionError: there are not so many stages, or layers cannot stay compressed.
             ChecksumError: config.json is not as it was written.
         """
-        folder = getattr(config, "_name_or_path", "")  # a part has none
-        if folder and (path := Path(str(folder)) / CONFIG).is_file():  # of a Hub id it is known with the files
+        name = getattr(config, "_name_or_path", "")  # a part has none; of a Hub id files tell the folder
+        if name and (path := Path(str(name)) / CONFIG).is_file():
+            if is_inherited(self._facts, path.parent):
+                return
             check_config(path, read_config(path.parent))
         if getattr(config, "dtype", None) is None:
             # transformers would take that of the first plain tensor, which may be narrowed.
@@ -89,7 +95,11 @@ class Loading:
         """
         if self.config.backend == "triton":
             choose("triton")
-        if paths := [Path(file) for file in files]:
+        paths = [Path(file) for file in files]
+        if paths and is_over(self._facts, paths):
+            _LOG.warning("%s: %s", paths[0].parent, INHERITED)
+            self.config.keep_compressed = False
+        elif paths:
             folder, digest = paths[0].parent, self._digests[self._stages - 1]
             check_config(folder / CONFIG, read_config(folder))
             self._stored = sound_tensors(paths, digest, self._stages, self._index(paths))

@@ -1,12 +1,14 @@
 """A tiny random model of any architecture of transformers, made from its config class alone."""
 
 import dataclasses
+import importlib
+import inspect
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 # The value of a field by its name; the first pattern that matches all of it counts.
 _SIZES = {
@@ -28,6 +30,7 @@ _SIZES = {
     r"\w*num_queries|num_query_tokens": 4,
     r"\w*token_id|\w*token_index": 100,
 }
+# Some architectures have tables whose size no field says: they take minutes and show nothing more.
 MOST_WEIGHTS = 3_000_000
 
 
@@ -35,7 +38,7 @@ def tiny_config(config: PretrainedConfig) -> PretrainedConfig:
     """The same config, small, and so its parts; what follows from sizes follows again."""
     given: dict[str, Any] = {}
     for field in dataclasses.fields(config):  # pyright: ignore[reportArgumentType]
-        value = getattr(config, field.name, None)
+        value = vars(config).get(field.name)
         if isinstance(value, PretrainedConfig):
             given[field.name] = tiny_config(value)
         elif isinstance(value, int) and not isinstance(value, bool):
@@ -48,3 +51,52 @@ def _small(name: str, value: int) -> int:
         if re.fullmatch(pattern, name):
             return min(value, small)
     return value
+
+
+def classes_of(config: PretrainedConfig) -> list[type[PreTrainedModel]]:
+    """The classes of models that have this class of configs, in the order of their module."""
+    module = type(config).__module__.replace("configuration_", "modeling_")
+    try:
+        found = vars(importlib.import_module(module)).values()
+    except ModuleNotFoundError:
+        return []
+    models = [c for c in found if inspect.isclass(c) and issubclass(c, PreTrainedModel)]
+    own = [c for c in models if c.__module__ == module and c.config_class is type(config)]
+    return [c for c in own if not c.__name__.endswith("PreTrainedModel")]
+
+
+def parts(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
+    """The configs of a config's parts, at any depth."""
+    for value in vars(config).values():
+        if isinstance(value, PretrainedConfig):
+            yield value
+            yield from parts(value)
+
+
+def tiny_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The first class of a config that can be built.
+
+    Raises:
+        ValueError: there is none; it says why.
+    """
+    reasons = []
+    for model_class in classes_of(config):
+        try:
+            with torch.device("meta"):
+                n_weights = sum(p.numel() for p in model_class(config).parameters())
+            if n_weights <= MOST_WEIGHTS:
+                return filled(model_class(config))
+            reasons.append(f"{model_class.__name__}: {n_weights:,} weights")
+        except Exception as error:
+            reasons.append(f"{model_class.__name__}: {type(error).__name__}: {str(error)[:120]}")
+    raise ValueError("; ".join(reasons[:2]) or "no class of its own")
+
+
+def filled(model: PreTrainedModel) -> PreTrainedModel:
+    """A model none of whose tensors is constant, so that a tensor left uninitialized shows."""
+    generator = torch.Generator().manual_seed(0)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_floating_point() and tensor.ndim:
+            noise = torch.randn(tensor.shape, generator=generator)
+            tensor.data.copy_(0.05 * noise + (tensor.ndim == 1))
+    return model
