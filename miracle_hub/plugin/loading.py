@@ -19,7 +19,7 @@ from miracle_hub.codec.source import indexed_files
 from miracle_hub.codec.stored import StoredTensor
 from miracle_hub.coding.backend import choose
 from miracle_hub.errors import OptionError
-from miracle_hub.plugin.compressed_linear import compressed_layers, saved_digest, saved_state
+from miracle_hub.plugin.compressed_linear import allow_casts, compressed_layers, saved_digest, saved_state
 from miracle_hub.plugin.config import MiracleConfig
 from miracle_hub.plugin.conversion import decode_leftovers, replace_layers, with_decoding, without_decoding
 from miracle_hub.plugin.decoder import Decoder, expected_tensors
@@ -144,8 +144,10 @@ class Loading:
         self._decoder.forget()
         is_staged = "stage_digests" in self._facts
         forget_facts(model, is_kept=self.config.keep_compressed, is_staged=is_staged)
-        for layer in compressed_layers(model).values() if self.config.keep_compressed else ():
-            layer.finish_loading()
+        if self.config.keep_compressed:
+            allow_casts(model)
+            for layer in compressed_layers(model).values():
+                layer.finish_loading()
 
     def saved(self, model: "PreTrainedModel") -> dict[str, Tensor] | None:
         """What save_pretrained writes of a model whose layers are compressed; None for a dense one."""
