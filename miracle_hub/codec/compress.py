@@ -95,7 +95,7 @@ def _source_files(source: Path, out: Path) -> list[Path]:
     refuse_overlap(source, out)
     facts = read_quantization(source)
     method = facts.get("quant_method")
-    if method is not None and not (is_miracle(facts) and is_inherited(facts, source)):
+    if method is not None and not (is_miracle(facts) and is_inherited(source)):
         raise SourceError(
             f"{source / CONFIG}: expected a dense model, found one quantized with {method!r}; compress the "
             "model it was made from"

@@ -83,7 +83,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
         SourceError: config.json is no JSON object.
     """
     facts = read_quantization(folder)
-    if not is_miracle(facts) or is_inherited(facts, folder):
+    if not is_miracle(facts) or is_inherited(folder):
         return {}
     check_format_version(facts.get("format_version", FORMAT_VERSION), str(folder / CONFIG))
     digests_of(facts, folder / CONFIG)

@@ -12,7 +12,7 @@ from typing import Any
 from miracle_hub.code import QUANT_METHOD
 from miracle_hub.codec.config import read_config, read_quantization
 from miracle_hub.codec.guard import GUARD, Contents, config_guard, repository_guard
-from miracle_hub.codec.inherited import is_over
+from miracle_hub.codec.inherited import are_plain
 from miracle_hub.codec.naming import CONFIG
 from miracle_hub.codec.parts import is_miracle
 from miracle_hub.errors import ChecksumError, FormatError
@@ -85,7 +85,7 @@ def check_together(
         SourceError: config.json is no JSON object.
     """
     path, facts = folder / CONFIG, read_quantization(folder)
-    is_other = is_miracle(facts) and is_over(facts, [contents.path for contents in files])
+    is_other = is_miracle(facts) and are_plain([contents.path for contents in files])
     check_files(files, path, read_config(folder) if path.exists() and not is_other else None, stages)
     if index is not None:
         check_index(index, files)

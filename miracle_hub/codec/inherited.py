@@ -1,9 +1,7 @@
 """A quantization_config that came along with a copied config: the weights beside it were never compressed."""
 
-from collections.abc import Iterable, Mapping
-from hashlib import sha256
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from miracle_hub.codec.guard import GUARD, GUARD_ALONE
 from miracle_hub.codec.source import NARROWED, list_tensors, weight_files
@@ -12,7 +10,6 @@ from miracle_hub.files.container import files_kept_open, opened
 
 # In the metadata of what this package writes: files with one of them belong to a repository, whatever they hold.
 _OURS = (GUARD, GUARD_ALONE, NARROWED)
-_NO_PAYLOADS = sha256().hexdigest()  # the digest that a repository states in which nothing could be coded
 # What to tell who loads such a folder; a path and a colon come before it.
 INHERITED = (
     "expected the compressed tensors that its quantization_config promises, found plain weights of a model "
@@ -21,25 +18,25 @@ INHERITED = (
 )
 
 
-def is_inherited(facts: Mapping[str, Any], folder: Path) -> bool:
+def is_inherited(folder: Path) -> bool:
     """Whether a quantization_config of miracle is that of other weights than the plain ones in its folder."""
     try:
-        return is_over(facts, weight_files(folder))
+        return are_plain(weight_files(folder))
     except MiracleError:  # no weights, or unsound ones: for others to say
         return False
 
 
 @files_kept_open()
-def is_over(facts: Mapping[str, Any], files: Iterable[Path]) -> bool:
-    """Whether a quantization_config of miracle is beside files that never were compressed: they hold neither
-    payloads, nor bytes that may have been some, nor anything that this package notes in files.
+def are_plain(files: Iterable[Path]) -> bool:
+    """Whether files never were compressed: they hold neither payloads, nor bytes that may have been some, nor
+    anything that this package notes in files.
 
     A repository that lost its payloads, or some of them, has such notes, and is damaged instead.
 
     Raises:
         FormatError: a file is unsound.
     """
-    return facts.get("digest") != _NO_PAYLOADS and all(map(_is_plain, files))
+    return all(map(_is_plain, files))
 
 
 def _is_plain(path: Path) -> bool:

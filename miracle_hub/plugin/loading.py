@@ -10,7 +10,7 @@ from transformers.core_model_loading import WeightTransform, revert_weight_conve
 
 from miracle_hub.codec.config import digests_of, read_config
 from miracle_hub.codec.guarded import check_config
-from miracle_hub.codec.inherited import INHERITED, is_inherited, is_over
+from miracle_hub.codec.inherited import INHERITED, are_plain, is_inherited
 from miracle_hub.codec.naming import CONFIG, SINGLE, index_name, stage_of
 from miracle_hub.codec.parts import stated_dtype
 from miracle_hub.codec.payloads import is_payload
@@ -62,7 +62,7 @@ class Loading:
         """
         name = getattr(config, "_name_or_path", "")  # a part has none; of a Hub id files tell the folder
         if name and (path := Path(str(name)) / CONFIG).is_file():
-            if is_inherited(self._facts, path.parent):
+            if is_inherited(path.parent):
                 return
             check_config(path, read_config(path.parent))
         if getattr(config, "dtype", None) is None:
@@ -96,7 +96,7 @@ class Loading:
         if self.config.backend == "triton":
             choose("triton")
         paths = [Path(file) for file in files]
-        if paths and is_over(self._facts, paths):
+        if paths and are_plain(paths):
             _LOG.warning("%s: %s", paths[0].parent, INHERITED)
             self.config.keep_compressed = False
         elif paths:

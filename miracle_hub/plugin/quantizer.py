@@ -1,7 +1,8 @@
 """The transformers plug-in: plain `from_pretrained` meets payloads and gets dense weights.
 
 Every payload is stored as 1-D uint8 under the tensor's real name, so that a user without this
-plug-in gets a size mismatch and never silently wrong weights. The hooks used here have kept their
+plug-in gets a size mismatch. Only `ignore_mismatched_sizes=True` makes transformers put random weights
+there, and says so in its report; nothing of this package runs then. The hooks used here have kept their
 meaning from transformers 5.8 on; arguments that came and went are taken as `*args, **kwargs`.
 
 This module is imported by everybody who imports transformers, in the middle of that import: the
