@@ -8,7 +8,7 @@ from miracle_hub.codec.source import NARROWED, list_tensors, weight_files
 from miracle_hub.errors import MiracleError
 from miracle_hub.files.container import files_kept_open, opened
 
-# In the metadata of what this package writes: files with one of them belong to a repository, whatever they hold.
+# In the metadata of what this package writes: a file with one of them belongs to a repository.
 _OURS = (GUARD, GUARD_ALONE, NARROWED)
 # What to tell who loads such a folder; a path and a colon come before it.
 INHERITED = (

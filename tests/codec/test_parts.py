@@ -24,7 +24,9 @@ from miracle_hub.format.spec import TensorSpec
 _OURS = {"quant_method": "miracle", "format_version": 1, "digest": "ab" * 32, "seed": 0, "guard": {}}
 _TENSORS = [TensorSpec("a", "BF16", (4,)), TensorSpec("b", "I64", (4,)), TensorSpec("c", "F32", (4,))]
 _NAMES = st.sampled_from(["text_config", "decoder", "thinker_config", "rope_parameters", "size", "stages_of"])
-_LEAVES = st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.lists(st.integers(), max_size=2)
+_LEAVES = (
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.lists(st.integers(), max_size=2)
+)
 
 
 def objects(values: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:

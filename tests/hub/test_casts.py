@@ -1,4 +1,4 @@
-"""Casting and moving a model whose layers stay compressed: every way is the same, and none touches a payload."""
+"""Casting a model whose layers stay compressed: every way does the same, and none touches a payload."""
 
 from __future__ import annotations
 

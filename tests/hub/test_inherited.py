@@ -1,4 +1,4 @@
-"""A config that travels: plain weights beside a compressed model's config are what they are, and nothing else is."""
+"""A config that travels: plain weights beside a compressed model's config are taken as they are."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def with_merged_adapter(folder: Path) -> Any:
 _NEW: dict[str, tuple[str, Callable[[Path], PreTrainedModel]]] = {
     "from a config": ("bert-classifier", lambda f: BertModel(config(f))),
     "by an auto class": ("bert-classifier", lambda f: AutoModel.from_config(config(f))),
-    "in 16 bits": ("bert-classifier", lambda f: BertModel(config(f)).to(torch.bfloat16)),
+    "in 16 bits": ("bert-classifier", lambda f: BertModel(config(f)).bfloat16()),
     "from a model kept compressed": (
         "bert-classifier",
         lambda f: BertForSequenceClassification(kept(f).config),

@@ -1,5 +1,6 @@
 """Composite models by their parts: from the compressed folder as from the decompressed one, bit for bit."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,19 +50,22 @@ def composites() -> list[str]:
     return names
 
 
-def compare(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Result:
+def compare(name: str, folder: Path) -> Result:
     """Save a tiny model, compress and decompress it, and load both with every class of the whole and of its
     parts."""
     result = Result(name)
     try:
         config = tiny_config(CONFIG_MAPPING[name]())
-        model = tiny_model(config).to(dtype)
+        model = tiny_model(config)
         model.save_pretrained(folder / "source")
     except Exception as error:
         result.reason = f"{type(error).__name__}: {str(error)[:200]}"
         return result
     _compress(folder)
     miracle_hub.decompress(folder / "out", folder / "dense", progress=False)
+    source, dense = (json.loads((folder / f / "config.json").read_text()) for f in ("source", "dense"))
+    if source != dense:
+        result.differences["config.json"] = "the decompressed one is not the source's"
     for number, loader in enumerate(loaders(config, folder / "dense")):
         # Every second one in another dtype: each class by itself takes long enough.
         _compare(loader, folder, result, {"dtype": torch.bfloat16} if number % 2 else {})

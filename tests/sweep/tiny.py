@@ -31,7 +31,7 @@ _SIZES = {
     r"\w*token_id|\w*token_index": 100,
 }
 # Some architectures have tables whose size no field says: they take minutes and show nothing more.
-MOST_WEIGHTS = 3_000_000
+MOST_WEIGHTS = 20_000_000
 
 
 def tiny_config(config: PretrainedConfig) -> PretrainedConfig:
@@ -84,7 +84,7 @@ def tiny_model(config: PretrainedConfig) -> PreTrainedModel:
         try:
             with torch.device("meta"):
                 n_weights = sum(p.numel() for p in model_class(config).parameters())
-            if n_weights <= MOST_WEIGHTS:
+            if 0 < n_weights <= MOST_WEIGHTS:
                 return filled(model_class(config))
             reasons.append(f"{model_class.__name__}: {n_weights:,} weights")
         except Exception as error:
