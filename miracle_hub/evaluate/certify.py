@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 
 from miracle_hub.code import QUANT_METHOD
 from miracle_hub.codec.certificate import Certificate, certificate_of_files, check_delta
-from miracle_hub.codec.config import read_quantization
+from miracle_hub.codec.config import read_facts
 from miracle_hub.codec.decompress import load_state_dict
 from miracle_hub.codec.modules import load
 from miracle_hub.codec.source import weight_files
@@ -143,7 +143,7 @@ def _classifier_config(folder: Path) -> Any:
     Raises:
         SourceError: the repository is not compressed, or its model chooses no class of a text.
     """
-    if not folder.is_dir() or read_quantization(folder).get("quant_method") != QUANT_METHOD:
+    if not folder.is_dir() or not read_facts(folder):
         raise SourceError(
             f"{folder}: expected a compressed repository, with quant_method {QUANT_METHOD!r} in config.json, "
             "found none; run miracle compress or fit first, or call certify_network for a file of save"

@@ -391,24 +391,6 @@ def test_layers_offloaded_to_disk_compute_the_same(repositories: Repositories, t
         assert_close(output(model), output(repository.auto.from_pretrained(repository.compressed)))
 
 
-def test_casting_changes_the_computation_and_never_the_payload(llama: Repository, model: Any) -> None:
-    layer = model.get_submodule(_LAYER)
-    before, exact = layer.payload.clone(), layer.weight
-    casts: list[tuple[Callable, torch.dtype]] = [
-        (model.bfloat16, torch.bfloat16),
-        (lambda: model.to(torch.float16), torch.float16),
-        (lambda: model.to("cpu", torch.float32), torch.float32),
-        (model.double, torch.float64),
-    ]
-    for cast, dtype in casts:
-        cast()
-        assert layer.weight.dtype == dtype and torch.equal(layer.weight, exact.to(dtype))
-        assert torch.equal(layer.payload, before) and output(model).dtype == dtype
-    assert layer.half().weight.dtype == torch.float16 and layer.float().weight.dtype == torch.float32
-    with pytest.raises(ValueError, match="is not supported for quantized model"):
-        model.half()
-
-
 def test_a_state_dict_can_be_loaded_into_another_model(llama: Repository, tmp_path: Path) -> None:
     """Payloads of another length too; what was parsed before is forgotten."""
     options: Any = {"bits_per_weight": 5, "window_bits": 8, "progress": False}
