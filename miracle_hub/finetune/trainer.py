@@ -88,7 +88,7 @@ class MiracleTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Parameters to decay: none of a posterior, whose own prior pulls it."""
-        own = {id(parameter) for parameter in self.variational.parameters()}
+        own = {id(tensor) for tensor in self.variational.tensors()}
         posterior = {name for name, parameter in model.named_parameters() if id(parameter) in own}
         return [name for name in super().get_decay_parameter_names(model) if name not in posterior]
 

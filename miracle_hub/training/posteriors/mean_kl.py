@@ -13,6 +13,9 @@ from miracle_hub.training.posteriors.scaled import RATE, Fitted
 # Nats that a value starts with at least, so that its share can grow. A choice: a tenth of what a value has
 # on average at 0.0015 bits, far below every budget there is.
 _LEAST_KAPPA = 1e-4
+# Of a block's KL that means may take when they are written; what is left is spread, without which there is no
+# noise to go on with. A choice.
+_MOST_FOR_MEANS = 0.99
 
 
 class MeanKL(Fitted):
@@ -57,6 +60,25 @@ class MeanKL(Fitted):
     def mean(self) -> Tensor:
         """See `protocol.Posterior`."""
         return self.moments()[0] * self.value_scales()
+
+    @torch.no_grad()
+    def set_mean(self, values: Tensor, are_set: Tensor) -> str | None:
+        """See `protocol.Posterior`: a block's KL pays for its means, and what is left is shared as it was."""
+        mean, variance = (moment.double() for moment in self.moments())
+        left = 0.5 * (variance - 1 - variance.log())
+        wanted = torch.where(are_set, values / self.value_scales(), mean)
+        paid = self.budget.sums(0.5 * wanted.square())
+        if bool((paid > _MOST_FOR_MEANS * self.budget.block_kl_nats).any()):
+            return (
+                f"expected weights whose blocks cost less than {self.budget.block_kl_nats:.4g} nats, found one "
+                f"that costs {float(paid.max()):.4g}; write before make_variational, or after "
+                "remove_variational(model), or raise the budget"
+            )
+        rest = (self.budget.block_kl_nats - paid) / self.budget.sums(left)
+        kappa = 0.5 * wanted.square() + left * self.budget.by_value(rest, wanted.numel())
+        self.tau.copy_((wanted / (2 * kappa).sqrt()).atanh() / RATE)
+        self.alpha.copy_(kappa.log() / RATE)
+        return None
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """See `protocol.Posterior`."""
