@@ -68,9 +68,9 @@ class DrawnWeight(parametrize.ParametrizationList):
         """
         drawn = cast(Drawn, self[0])
         raise WrittenWeightError(
-            f"{drawn.holder[0].streams[drawn.stream].members[drawn.member].name}: expected no parametrization "
-            f"of a posterior's weight, found {type(module).__name__}; parametrize other weights, and "
-            "exclude_modules those that are"
+            f"{drawn.holder[0].streams[drawn.stream].members[drawn.member].name}: expected no other "
+            f"parametrization of a posterior's weight, found {type(module).__name__}; exclude_modules those "
+            "that are parametrized"
         )
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
@@ -83,6 +83,17 @@ def drawn_attributes(module: nn.Module) -> list[tuple[str, Drawn]]:
     """Attributes of a module that are variational."""
     held: Any = getattr(module, "parametrizations", {})
     return [(name, chain[0]) for name, chain in held.items() if isinstance(chain, DrawnWeight)]
+
+
+def coded_names(model: nn.Module) -> dict[tuple[int, int], str]:
+    """The names that coded weights have by now, by stream and number in it: models are wrapped, and modules
+    are put elsewhere. What is missing is in use no longer.
+    """
+    names: dict[tuple[int, int], str] = {}
+    for prefix, module in model.named_modules():
+        for name, drawn in drawn_attributes(module):
+            names.setdefault((drawn.stream, drawn.member), f"{prefix}.{name}".lstrip("."))
+    return names
 
 
 def attach(module: nn.Module, name: str, drawn: Drawn) -> None:

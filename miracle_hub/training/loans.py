@@ -4,6 +4,7 @@ torch counts the writes into a tensor, but not those through `.data`, numpy or a
 memory; so what is handed out is kept beside a copy, and compared when the model is next used, saved or coded.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 Key = tuple[int, int]  # of a weight: its stream, and its number in it
+_OWN_REFERENCES = 2  # to a tensor that nobody else has: the loan's, and that of who counts
+_MOST_HELD = 3  # of one weight, besides the last one: a choice
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,10 @@ class _Loan:
 
 
 class Loans:
-    """The weights of a model that were handed out since it was last used, one for every key."""
+    """The weights of a model that were handed out since it was last used."""
 
     def __init__(self) -> None:
-        self._open: dict[Key, _Loan] = {}
+        self._open: dict[Key, list[_Loan]] = {}
 
     def lend(self, key: Key, weight: Tensor, is_alias: bool) -> Tensor:
         """The weight to hand out: the tensor of last time, while its values are the same.
@@ -46,17 +49,20 @@ class Loans:
         Args:
             is_alias: whether it is the posterior's own memory.
         """
-        last = self._open.get(key)
-        is_same = last is not None and last.before is not None and not weight.requires_grad
-        if last is not None and is_same and _are_equal(weight, last.tensor.detach()):
-            return last.tensor
+        held = [loan for loan in self._open.get(key, []) if sys.getrefcount(loan.tensor) > _OWN_REFERENCES]
+        for loan in self._open.get(key, []):
+            is_same = loan.before is not None and not weight.requires_grad
+            if is_same and _are_equal(weight, loan.tensor.detach()):
+                return loan.tensor
         before = None if is_alias else weight.detach().clone()
-        self._open[key] = _Loan(weight, before, weight.data_ptr())
+        # A tensor with a graph is another one every time; those of before that somebody has may be written to.
+        self._open[key] = [*held[-_MOST_HELD:], _Loan(weight, before, weight.data_ptr())]
         return weight
 
     def owner(self, tensor: Tensor) -> Key | None:
         """Whose weight a tensor is, if it was handed out."""
-        return next((key for key, loan in self._open.items() if loan.tensor is tensor), None)
+        every = ((key, loan) for key, loans in self._open.items() for loan in loans)
+        return next((key for key, loan in every if loan.tensor is tensor), None)
 
     def written(self, key: Key | None = None) -> Iterator[tuple[Key, Tensor]]:
         """Weights that were written to, with what they are now; they are not kept any longer.
@@ -64,11 +70,12 @@ class Loans:
         Args:
             key: of the only one to look at, which stays; None means all, which are given back.
         """
-        loans = self._open if key is None else {k: loan for k, loan in self._open.items() if k == key}
-        found = [(k, loan.tensor.detach()) for k, loan in loans.items() if loan.is_written()]
-        for done in list(loans) if key is None else [k for k, _ in found]:
-            del self._open[done]
-        yield from found
+        for own in list(self._open) if key is None else [key]:
+            loans = self._open.pop(own, [])
+            found = [loan.tensor.detach() for loan in loans if loan.is_written()]
+            if not found and key is not None:
+                self._open[own] = loans
+            yield from ((own, weight) for weight in found[-1:])
 
 
 class Seen:

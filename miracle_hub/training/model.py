@@ -1,7 +1,7 @@
 """The part of a variational model that says which draw of its weights is in use, and hands them out."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -72,7 +72,7 @@ class Variational(nn.Module):
         self.draw_number = self.draw_number + 1
 
     def _is_up_to_date(self, stream: int) -> bool:
-        """Means, which take time, are kept until what they are made of is another. Without noise they take none."""
+        """Means that take time are kept until what they are made of is another."""
         seen = self.kept_of.get(stream)
         return seen is not None and seen.is_now(self.streams[stream].tensors())
 
@@ -175,15 +175,31 @@ class Variational(nn.Module):
         Raises:
             WrittenWeightError: one cannot be; all are as they were before.
         """
-        for (stream, member), weight in self.loans.written(key):
+        for (stream, member), weight in list(self.loans.written(key)):
             own = self.streams[stream]
             self.forget()
             if self.training and own.posterior.has_noise:
                 raise WrittenWeightError(
-                    f"{own.members[member].name}: expected no writes into a draw, which lasts for one forward "
-                    "pass, found one; call model.eval() before, so that the posterior's mean is written"
+                    f"{own.members[member].name}: expected no writes into a draw, which lasts for one "
+                    "forward pass, found one; call model.eval() before, so that the posterior's mean is written"
                 )
             own.write(member, weight)
+
+    def check(self) -> None:
+        """Called before weights are coded, or written to a file.
+
+        Raises:
+            WrittenWeightError: what evaluation has is not what the posteriors say.
+        """
+        self.settle()
+        for i, values in self.kept.items() if not self.training else ():
+            own = self.streams[i]
+            if self._is_up_to_date(i) and not torch.equal(values, own.mean()):
+                self.forget()
+                raise WrittenWeightError(
+                    f"{own.members[0].name}: expected the weights that the posterior has, found others in "
+                    "use; do not write into weights while the model runs, as a hook may do"
+                )
 
     def write(self, stream: int, member: int, weight: Any) -> None:
         """Have the posterior's mean at given weights.

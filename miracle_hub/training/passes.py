@@ -31,7 +31,7 @@ def install(model: nn.Module, part: Part) -> None:
     own = vars(model)
     rest = dict(own)
     own.clear()
-    own[ATTRIBUTE] = (part,)  # the first to be copied with a model, so that its modules know that all of it is
+    own[ATTRIBUTE] = (part,)  # the first to be copied, so that modules know that all of the model is
     own.update(rest)
     if "forward" in rest:
         own[_BEFORE] = rest["forward"]

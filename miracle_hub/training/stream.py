@@ -197,10 +197,16 @@ def message_of(stream: Stream) -> Tensor:
 
     Raises:
         OptionError: something of it is not coded.
+        WrittenWeightError: the message stands for other values than those in use.
     """
     if stream.message is None or stream.n_coded() < stream.n_values:
         raise OptionError(
             f"{stream.members[0].name}: expected a coded stream, found one that is not; call "
             "code_model(model, …) first"
+        )
+    if not stream.message.is_sound():
+        raise WrittenWeightError(
+            f"{stream.members[0].name}: expected a message that stands for the weights in use, found "
+            "another: its buffers were averaged or written to; average before code_model, or parameters alone"
         )
     return stream.message.packed()

@@ -70,8 +70,8 @@ class MeanKL(Fitted):
         paid = self.budget.sums(0.5 * wanted.square())
         if bool((paid > _MOST_FOR_MEANS * self.budget.block_kl_nats).any()):
             return (
-                f"expected weights whose blocks cost less than {self.budget.block_kl_nats:.4g} nats, found one "
-                f"that costs {float(paid.max()):.4g}; write before make_variational, or after "
+                f"expected weights whose blocks cost less than {self.budget.block_kl_nats:.4g} nats, found "
+                f"one that costs {float(paid.max()):.4g}; write before make_variational, or after "
                 "remove_variational(model), or raise the budget"
             )
         rest = (self.budget.block_kl_nats - paid) / self.budget.sums(left)
