@@ -88,7 +88,7 @@ def save(model: nn.Module, path: str | Path) -> int:
         ChecksumError: what was written does not decode to the model's weights.
         OutputWriteError: the file cannot be written.
     """
-    variational, path = variational_of(model), Path(path)
+    variational, path = convert.check_evaluated(model), Path(path)
     names = _names(model, variational)
     entries = _coded_entries(variational, names)
     dense = convert.posterior_mean(model)
@@ -128,6 +128,7 @@ def compress_model(
             "MiracleHubMixin"
         )
     refuse_adapters(model)
+    convert.check_evaluated(model)
     payloads = _coded_entries(variational, _names(model, variational))
     dense, kept = convert.posterior_mean(model), variational.config.modules_to_save or []
     options = CompressOptions(
@@ -189,10 +190,8 @@ def _names(model: nn.Module, variational: Variational) -> dict[tuple[int, int], 
     """The names of coded weights, by stream and member; of tensors that are in use no longer there is none.
 
     Raises:
-        WrittenWeightError: one of them shares its message with others; or weights in use are not the
-            posterior's.
+        WrittenWeightError: one of them shares its message with others.
     """
-    variational.check()
     names = coded_names(model)
     for i, stream in enumerate(variational.streams):
         lost = [member.name for m, member in enumerate(stream.members) if (i, m) not in names]

@@ -2,10 +2,11 @@
 
 import copy
 
+import torch
 from torch import Tensor, nn
 
 from miracle_hub.coding.sharing import Sharing
-from miracle_hub.errors import OptionError
+from miracle_hub.errors import OptionError, WrittenWeightError
 from miracle_hub.names import is_named
 from miracle_hub.training.config import VariationalConfig
 from miracle_hub.training.drawn import Drawn, attach, detach, drawn_attributes
@@ -51,8 +52,40 @@ def make_variational(model: nn.Module, config: VariationalConfig) -> nn.Module:
                 if not (m or i):
                     drawn.hold("own")
                 attach(module, name, drawn)
+    variational.tables = unsaved_tables(model)
     install(model, variational.train(model.training))
     return model
+
+
+def unsaved_tables(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of buffers of whole numbers that state dicts do not hold, as those of positions."""
+    return {
+        f"{prefix}.{name}".lstrip("."): buffer.clone()
+        for prefix, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name in module._non_persistent_buffers_set and not buffer.is_floating_point()
+    }
+
+
+def check_evaluated(model: nn.Module) -> Variational:
+    """The variational part of a model, of which evaluation has what a file can say.
+
+    Raises:
+        OptionError: the model is not variational.
+        WrittenWeightError: weights in use are not those of the posteriors, or a table that no file holds is
+            not as it was.
+    """
+    variational = variational_of(model)
+    variational.check()
+    root = next(module for module in model.modules() if ATTRIBUTE in vars(module))
+    found = unsaved_tables(root)
+    for name, table in variational.tables.items():
+        if name in found and not torch.equal(found[name].cpu(), table.cpu()):
+            raise WrittenWeightError(
+                f"{name}: expected a buffer as it was when the model became variational, since no file holds "
+                "it, found another; average parameters alone (use_buffers=False)"
+            )
+    return variational
 
 
 def _refuse_variational(model: nn.Module) -> None:

@@ -79,6 +79,25 @@ class DrawnWeight(parametrize.ParametrizationList):
         super()._save_to_state_dict(*arguments)
 
 
+class _Parameters(dict[str, Any]):
+    """What a module with drawn weights has of its parameters, for those who take them from there."""
+
+    def __missing__(self, name: str) -> NoReturn:
+        """
+        Raises:
+            WrittenWeightError: there is no such parameter.
+        """
+        raise WrittenWeightError(
+            f"{name}: expected a parameter, found none but the weight of a posterior; prune, normalize and "
+            f"convert modules {_ORDINARY}"
+        )
+
+    def __delitem__(self, name: str) -> None:
+        if name not in self:
+            self.__missing__(name)
+        super().__delitem__(name)
+
+
 def drawn_attributes(module: nn.Module) -> list[tuple[str, Drawn]]:
     """Attributes of a module that are variational."""
     held: Any = getattr(module, "parametrizations", {})
@@ -103,6 +122,7 @@ def attach(module: nn.Module, name: str, drawn: Drawn) -> None:
     if type(module) is not before:
         for method in (_refusing_pickle, _registering(before), _loading(before)):
             setattr(type(module), method.__name__, method)
+        module._parameters = _Parameters(module._parameters)
         if "__deepcopy__" in vars(type(module)):  # torch's; others have their own
             setattr(type(module), "__deepcopy__", _copy)  # noqa: B010
     holder: Any = getattr(module, "parametrizations")[name]  # noqa: B009
@@ -129,6 +149,8 @@ def detach(module: nn.Module, name: str, weight: nn.Parameter, siblings: tuple[s
     for sibling in siblings:
         if sibling in module._parameters:
             module._parameters[sibling] = module._parameters.pop(sibling)
+    if not drawn_attributes(module):
+        module._parameters = dict(module._parameters)
     if isinstance(module, nn.RNNBase):
         _forget_flat_weights(module)
 

@@ -12,6 +12,7 @@ from miracle_hub.code import Code
 from miracle_hub.coding.matrix import ROW_SCALE_COLUMNS, matrix_columns
 from miracle_hub.coding.order import permutation
 from miracle_hub.coding.sharing import Sharing, expand
+from miracle_hub.training.loans import is_wrapped
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,9 @@ class Joint(nn.Module):
 
     def weight(self, values: Tensor, number: int) -> Tensor:
         """The values of a member, each in all its places."""
-        own = expand(values, self.places[number], self.signs[number])
+        places, signs = self.places[number], self.signs[number]
+        # torch.func knows no ops of ours.
+        own = values[places] * signs if is_wrapped(values) else expand(values, places, signs)
         return own.view(self.members[number].shape).to(self.members[number].dtype)
 
     def written(self, weight: Tensor, number: int) -> tuple[Tensor, Tensor]:

@@ -55,7 +55,7 @@ class Loans:
             if is_same and _are_equal(weight, loan.tensor.detach()):
                 return loan.tensor
         before = None if is_alias else weight.detach().clone()
-        # A tensor with a graph is another one every time; those of before that somebody has may be written to.
+        # With a graph it is another tensor every time; those of before that somebody has are kept too.
         self._open[key] = [*held[-_MOST_HELD:], _Loan(weight, before, weight.data_ptr())]
         return weight
 
@@ -97,6 +97,8 @@ class Seen:
 
 def is_wrapped(tensor: Tensor) -> bool:
     """Whether a tensor is one of torch.func's, whose values cannot be looked at."""
+    if torch.compiler.is_compiling():
+        return False
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore
 
 

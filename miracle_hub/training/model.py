@@ -32,6 +32,7 @@ class Variational(nn.Module):
         self.streams = tuple(streams)
         # On the CPU wherever the model is: a kernel's launch must not wait for the device to read it.
         self.draw_number = torch.zeros((), dtype=torch.int64)
+        self.tables: dict[str, Tensor] = {}  # buffers that no file holds, as they were
         self.n_passes = 0
         self.loans = Loans()
         self.drawn_at: int | None = None
@@ -59,7 +60,10 @@ class Variational(nn.Module):
             self.drawn_at = None if is_compiling else self._n_writes()
             # Streams of several tensors are drawn once for all; the others where they are used, so that
             # their weights live no longer than the layer needs them.
-            self.kept = {i: s.draw(self.seed()) for i, s in enumerate(self.streams) if len(s.members) > 1}
+            joint = {i: stream for i, stream in enumerate(self.streams) if len(stream.members) > 1}
+            for stream in joint.values():
+                _refuse_gradients(stream)
+            self.kept = {i: stream.draw(self.seed()) for i, stream in joint.items()}
         elif is_compiling:
             self.forget()
         else:
@@ -128,6 +132,7 @@ class Variational(nn.Module):
     def _drawn(self, stream: int, member: int) -> Tensor:
         values = self.kept.get(stream)
         if values is None or self._needs_own_graph(values, stream, member):
+            _refuse_gradients(self.streams[stream])
             return self.streams[stream].draw(self.seed())
         return values
 
@@ -141,16 +146,13 @@ class Variational(nn.Module):
         return values
 
     def _mean_anew(self, stream: int) -> Tensor:
-        own, is_compiling = self.streams[stream], torch.compiler.is_compiling()
-        if not is_compiling:
-            _refuse_gradients(own)
+        own = self.streams[stream]
+        _refuse_gradients(own)
         with torch.inference_mode(False):  # they may be kept for a pass that has gradients
             values = own.mean()
-            if is_compiling:
+            if not is_wrapped(values):
                 self.kept[stream] = values
-            elif not is_wrapped(values):
-                self.kept[stream] = values
-                if own.posterior.has_noise:
+                if own.posterior.has_noise and not torch.compiler.is_compiling():
                     self.kept_of[stream] = Seen(own.tensors())
         return values
 
@@ -181,7 +183,7 @@ class Variational(nn.Module):
             if self.training and own.posterior.has_noise:
                 raise WrittenWeightError(
                     f"{own.members[member].name}: expected no writes into a draw, which lasts for one "
-                    "forward pass, found one; call model.eval() before, so that the posterior's mean is written"
+                    "forward pass, found one; call model.eval() before, so that means are written"
                 )
             own.write(member, weight)
 
@@ -289,13 +291,14 @@ def variational_of(model: nn.Module) -> Variational:
 def _refuse_gradients(stream: Stream) -> None:
     """
     Raises:
-        OptionError: torch.func asks for gradients of means, which have none.
+        OptionError: torch.func asks for gradients of a posterior with noise, for which it has no rules.
     """
+    if not stream.posterior.has_noise or torch.compiler.is_compiling():
+        return
     if any(torch._C._functorch.is_gradtrackingtensor(p) for p in stream.parameters()):  # pyright: ignore
         raise OptionError(
-            f"{stream.members[0].name}: expected a model in training mode, or one without noise, found "
-            "torch.func asking for gradients of a posterior's means, which have none; call model.train(), or "
-            "use parametrization='test-channel'"
+            f"{stream.members[0].name}: expected loss.backward() for a posterior with noise, found torch.func "
+            "asking for gradients; use torch.autograd, or parametrization='test-channel'"
         )
 
 
