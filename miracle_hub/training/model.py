@@ -297,8 +297,8 @@ def _refuse_gradients(stream: Stream) -> None:
         return
     if any(torch._C._functorch.is_gradtrackingtensor(p) for p in stream.parameters()):  # pyright: ignore
         raise OptionError(
-            f"{stream.members[0].name}: expected loss.backward() for a posterior with noise, found torch.func "
-            "asking for gradients; use torch.autograd, or parametrization='test-channel'"
+            f"{stream.members[0].name}: expected loss.backward() for a posterior with noise, found "
+            "torch.func asking for gradients; use torch.autograd, or parametrization='test-channel'"
         )
 
 

@@ -70,7 +70,10 @@ def module_of(model: nn.Module, network: str, other: bool = False) -> Any:
 
 
 def output(model: Any, network: str) -> Tensor:
-    found = model(NETWORKS[network][1].to(next(iter(model.parameters())).device))
+    return logits(model(NETWORKS[network][1]))
+
+
+def logits(found: Any) -> Tensor:
     return found.logits if hasattr(found, "logits") else found
 
 
