@@ -14,7 +14,7 @@ from miracle_hub.codec.report import Report
 from miracle_hub.errors import OptionError
 from miracle_hub.files.whole import refuse_existing
 from miracle_hub.finetune.distillation import Teacher
-from miracle_hub.finetune.models import compress_model
+from miracle_hub.finetune.models import compress_model, refuse_adapters
 from miracle_hub.finetune.refit_batches import RefitBatches
 from miracle_hub.training.checkpoint import Checkpoint
 from miracle_hub.training.coder import CodingOptions, code_model
@@ -88,7 +88,7 @@ class MiracleTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Parameters to decay: none of a posterior, whose own prior pulls it."""
-        own = {id(parameter) for parameter in self.variational.parameters()}
+        own = {id(tensor) for tensor in self.variational.tensors()}
         posterior = {name for name, parameter in model.named_parameters() if id(parameter) in own}
         return [name for name in super().get_decay_parameter_names(model) if name not in posterior]
 
@@ -123,6 +123,7 @@ class MiracleTrainer(Trainer):
         """
         refuse_existing(Path(out), overwrite)
         model = self._plain_model()
+        refuse_adapters(model)
         options = options or CodingOptions()
         if options.learning_rate is None:
             options = replace(options, learning_rate=self.refit_learning_rate(distill))

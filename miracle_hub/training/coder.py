@@ -85,6 +85,7 @@ def code_model(
             layer is not; nothing is coded.
         OptionError: the checkpoint is that of another model, or of a run with other options; the learning
             rate may be another.
+        WrittenWeightError: a weight was written to in a way that its posterior cannot follow.
         FormatError: the checkpoint is damaged.
         OutputWriteError: the checkpoint or the journal cannot be written.
 
@@ -125,6 +126,7 @@ class _Coder:
     def start(self, checkpoint: Checkpoint | None) -> None:
         """Begin, or go on from a checkpoint, if there is one; or from a model that is coded in part."""
         self.checkpoint = checkpoint
+        self.variational.check()
         saved = None if checkpoint is None else checkpoint.read(self.state())
         if saved is None:
             self._measure_curvature()

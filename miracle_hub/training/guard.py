@@ -16,7 +16,7 @@ class Snapshot:
 
     def __init__(self, model: nn.Module) -> None:
         self.variational = variational_of(model)
-        own = {id(buffer) for buffer in self.variational.buffers()}
+        own = {id(tensor) for tensor in self.variational.tensors()}
         self.buffers = [(b, b.clone()) for b in model.buffers() if id(b) not in own]
         self.draw_number = self.variational.draw_number
 

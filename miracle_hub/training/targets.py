@@ -119,6 +119,11 @@ def _check(target: Target) -> None:
                 f"{target.name}: expected dense gradients, found sparse=True; make the embedding dense, or "
                 "exclude the module"
             )
+        if getattr(module, "max_norm", None) is not None:
+            raise OptionError(
+                f"{target.name}: expected weights that nobody writes to in a forward pass, found max_norm="
+                f"{module.max_norm}; make the embedding without it, or exclude the module"
+            )
     parameter = target.parameter
     if is_lazy(parameter) or parameter.is_meta:
         raise OptionError(
