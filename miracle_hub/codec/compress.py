@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,20 +58,14 @@ def compress_folder(
         stages, jobs = _decide(plans, options, copied.n_bytes, n_weights, backend)
         written = Writer(temporary, plans, backend).write(stages, jobs, options.progress)
         n_bytes = sum(map(total_bytes, stages)) + copied.n_bytes
-        report = Report(
+        report = replace(
+            _report(plans, copied, n_bytes, n_weights),
             dense_bytes=sum(path.stat().st_size for path in weights) + copied.n_bytes,
-            compressed_bytes=n_bytes,
-            n_weights=n_weights,
-            bits_per_weight=8 * n_bytes / n_weights,
             seconds=time.monotonic() - started,
             digest=written.digests[-1],
             backend=backend.name,
             left_out={**copied.left_out, **(not_downloaded or {})},
-            carried=copied.carried,
             notes=_notes(source),
-            plain=_whys(plans, Plain),
-            exact=_whys(plans, Exact),
-            kept_bytes=sum(kept_bytes(plans).values()),
             judged_by=known.said_by,
         )
         facts, tensors = _facts(report, options, plans), [plan.source for plan in plans.values()]
@@ -80,6 +74,19 @@ def compress_folder(
         _write_card(card, temporary, report)
     warn_of_kept(plans, n_bytes)
     return report
+
+
+def _report(plans: Mapping[str, Plan], copied: "_Copied", n_bytes: int, n_weights: int) -> Report:
+    """What plans and copies tell of a compression."""
+    return Report(
+        compressed_bytes=n_bytes,
+        n_weights=n_weights,
+        bits_per_weight=8 * n_bytes / n_weights,
+        plain=_whys(plans, Plain),
+        exact=_whys(plans, Exact),
+        kept_bytes=sum(kept_bytes(plans).values()),
+        carried=copied.carried,
+    )
 
 
 def _whys(plans: Mapping[str, Plan], kind: type[Plain] | type[Exact]) -> dict[str, str]:

@@ -24,13 +24,13 @@ class Report:
         judged_by: what says which tensors are weights: the model's class, or values alone and why.
     """
 
-    dense_bytes: int
-    compressed_bytes: int
-    n_weights: int
-    bits_per_weight: float
-    seconds: float
-    digest: str
-    backend: str
+    dense_bytes: int = 0
+    compressed_bytes: int = 0
+    n_weights: int = 0
+    bits_per_weight: float = 0.0
+    seconds: float = 0.0
+    digest: str = ""
+    backend: str = ""
     plain: Mapping[str, str] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
     carried: Mapping[str, str] = field(default_factory=dict)
