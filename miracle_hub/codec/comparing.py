@@ -7,7 +7,6 @@ from torch import Tensor
 
 from miracle_hub.codec.dtypes import TORCH_DTYPES
 from miracle_hub.codec.finite import first_non_finite, is_taken
-from miracle_hub.codec.handed_out import squared_distance
 from miracle_hub.codec.source import SourceTensor
 from miracle_hub.codec.stored import StoredTensor
 from miracle_hub.errors import NonFiniteWeightError, SourceError
@@ -74,6 +73,12 @@ def compare(
     ):
         raise _other_model(tensor, f"expected a relative squared error of {promised:.6g}, found {found:.6g}")
     return None
+
+
+def squared_distance(a: Tensor, b: Tensor) -> float:
+    """Of differences in float32, or in float64 where the second has so many bits, summed in float64."""
+    wide = torch.float64 if b.dtype == torch.float64 else torch.float32
+    return float((a.reshape(-1).to(wide) - b.reshape(-1).to(wide)).double().square().sum())
 
 
 def _relative_error(weights: Tensor, original: Tensor) -> float:

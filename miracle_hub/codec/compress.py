@@ -52,8 +52,7 @@ def compress_folder(
     with output_folder(out, options.overwrite) as temporary:
         copied = _copy_and_count(source, temporary, weights)
         plans = plan_all(weights, options.modules_to_not_convert or [], coded or {})
-        known = roles(source)
-        non_finite = keep_exact(plans, known)
+        non_finite = keep_exact(plans, known := roles(source))
         n_weights = sum(plan.source.n_weights for plan in plans.values()) + copied.n_weights
         stages, jobs = _decide(plans, options, copied.n_bytes, n_weights, backend)
         written = Writer(temporary, plans, backend).write(stages, jobs, options.progress)

@@ -25,11 +25,9 @@ _FIRST_LINES = 32  # a tensor of weights is known as such by these
 
 
 class Kind(Enum):
-    """Of constants; the value is for people."""
+    """Of constants; `plan.Why` has the same names, with texts for people."""
 
-    WHOLE = "whole numbers, kept exact"
-    FEW = "few different values, kept exact"
-    TABLE = "a table, kept exact"
+    WHOLE, FEW, TABLE = range(3)
 
 
 def constant_kind(values: Tensor, *, may_be_fitted: bool = False) -> Kind | None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from miracle_hub.codec.comparing import squared_distance
 from miracle_hub.coding.backend import Backend
 from miracle_hub.coding.matrix import CodedRows, MatrixLayout
 from miracle_hub.coding.scales import rounded_scales
@@ -36,12 +37,6 @@ def relative_error(handed_out: Tensor, earlier: Sequence[Tensor], weights: Tenso
     else:
         power = float(weights.double().square().sum())
     return squared_distance(handed_out, weights) / power if power else 0.0
-
-
-def squared_distance(a: Tensor, b: Tensor) -> float:
-    """Of differences in float32, or in float64 where the second has so many bits, summed in float64."""
-    wide = torch.float64 if b.dtype == torch.float64 else torch.float32
-    return float((a.reshape(-1).to(wide) - b.reshape(-1).to(wide)).double().square().sum())
 
 
 def decoded_in_range(

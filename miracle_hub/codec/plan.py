@@ -7,7 +7,6 @@ from enum import Enum
 from pathlib import Path
 
 from miracle_hub.code import MAX_DIMENSIONS
-from miracle_hub.codec.constants import Kind
 from miracle_hub.codec.payloads import codec_named, is_payload, is_stray_stream
 from miracle_hub.codec.rates import Choice
 from miracle_hub.codec.repository import OutputFile, sharded
@@ -38,9 +37,9 @@ class Why(Enum):
     TOO_LARGE = "values near the end of the range of {dtype}, or beyond that of F32"
     NO_BUDGET = "no budget for it"
     BUFFER = "a buffer of the model's class, kept exact"
-    WHOLE = Kind.WHOLE.value
-    FEW = Kind.FEW.value
-    TABLE = Kind.TABLE.value
+    WHOLE = "whole numbers, kept exact"
+    FEW = "few different values, kept exact"
+    TABLE = "a table, kept exact"
 
     def text(self, dtype: str) -> str:
         """For people."""

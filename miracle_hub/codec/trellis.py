@@ -12,7 +12,6 @@ from torch import Tensor
 from miracle_hub.code import Code
 from miracle_hub.codec.body import body_of, check_payload, coded_rows
 from miracle_hub.codec.dtypes import DTYPE_NAMES, TORCH_DTYPES
-from miracle_hub.codec.handed_out import decoded_in_range, left_by, relative_error, require_finite
 from miracle_hub.codec.payloads import Packed, PayloadFacts, Request
 from miracle_hub.codec.rates import Choice, Option
 from miracle_hub.coding.backend import Backend, choose
@@ -202,6 +201,8 @@ def encode_tensor(
     Raises:
         OptionError: the rotation or the segments do not fit the tensor.
     """
+    from miracle_hub.codec.handed_out import decoded_in_range, left_by, relative_error
+
     backend = backend or choose(device=weights.device)
     columns = matrix_columns(tuple(weights.shape))
     check_width(rotation, columns, where)
@@ -238,6 +239,8 @@ def payload_of_stream(
     Raises:
         NonFiniteWeightError: its dtype cannot hold such weights.
     """
+    from miracle_hub.codec.handed_out import require_finite
+
     columns = matrix_columns(shape)
     segment = Segment(math.prod(shape) // columns, code, scales.numel() > 1)
     header = Header(DTYPE_NAMES[dtype], shape, columns, 1, (segment,))

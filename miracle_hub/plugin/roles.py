@@ -33,6 +33,8 @@ def roles_of(folder: Path) -> Roles:
         model = _built(folder)
         found = _tensors_of_checkpoint(model, names)
     except Exception as error:  # a stranger's config may break a stranger's class in any way
+        if isinstance(error, MemoryError):
+            raise
         said = " ".join(str(error).split())[:200]
         return Roles(said_by=_VALUES_ALONE.format(why=f"{type(error).__name__}: {said}"))
     parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -129,7 +129,7 @@ def test_verify_finds_what_the_cast_made_infinite(
         parts[0].scales.mul_(4)
         return backend.decode_matrix(parts, layout, torch.float32)
 
-    monkeypatch.setattr("miracle_hub.codec.trellis.decoded_in_range", careless)
+    monkeypatch.setattr("miracle_hub.codec.handed_out.decoded_in_range", careless)
     compress(source, tmp_path / "out")
     (defect,) = verify_folder(tmp_path / "out").defects
     assert "w: expected finite numbers, found NaN or infinity" in defect
@@ -149,8 +149,8 @@ def test_errors_that_encoders_of_before_measured_ahead_of_the_cast_are_taken(
         unrounded[:] = [backend.decode_matrix(parts, layout, torch.float32)[0]]
         return backend.decode_matrix(parts, layout, dtype)
 
-    monkeypatch.setattr("miracle_hub.codec.trellis.relative_error", before)
-    monkeypatch.setattr("miracle_hub.codec.trellis.decoded_in_range", remembering)
+    monkeypatch.setattr("miracle_hub.codec.handed_out.relative_error", before)
+    monkeypatch.setattr("miracle_hub.codec.handed_out.decoded_in_range", remembering)
     compress(source, tmp_path / "out", bits_per_weight=8.2)
     verify_folder(tmp_path / "out", dense=source).require()
     other = save_anywhere(tmp_path / "other", {"w": torch.randn(64, 64).bfloat16()})
