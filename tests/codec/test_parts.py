@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miracle_hub.codec.config import read_config
@@ -42,6 +42,7 @@ def objects(values: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]
 _CONFIGS = objects(st.recursive(_LEAVES, objects, max_leaves=8))
 
 
+@settings(max_examples=50)
 @given(_CONFIGS, st.none() | st.integers(2, 9))
 def test_what_is_stated_in_parts_is_taken_out_again(config: dict[str, Any], stages: int | None) -> None:
     changed = copy.deepcopy(config) | {FACTS: dict(_OURS)} | ({} if stages is None else {"stages": stages})
@@ -53,6 +54,7 @@ def test_what_is_stated_in_parts_is_taken_out_again(config: dict[str, Any], stag
     assert not remove_facts(changed)
 
 
+@settings(max_examples=50)
 @given(_CONFIGS)
 def test_a_config_without_parts_is_not_changed(config: dict[str, Any]) -> None:
     changed = copy.deepcopy(config) | {FACTS: dict(_OURS)}

@@ -117,7 +117,7 @@ def test_a_new_model_of_a_compressed_models_config_is_loaded_and_that_is_said(
     assert len(said()) == 1
 
 
-@pytest.mark.parametrize("way", ["from a config", "a composite", "composed of parts"])
+@pytest.mark.parametrize("way", ["from a config", "composed of parts"])
 def test_the_verbs_take_it_as_the_dense_model_that_it_is(
     way: str, repositories: Repositories, tmp_path: Path
 ) -> None:

@@ -45,14 +45,24 @@ def config_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
 
 
-# A subset of `make sweep`: one part beside another, of other families, below another part, two of one class.
+# A subset of `make sweep`: own classes of parts, those of other families, two of one class, three beside each
+# other, and a language model by its auto class.
 @pytest.mark.parametrize(
-    "name", ["siglip", "llava", "qwen2_vl", "encoder-decoder", "qwen2_5_omni_thinker", "blip-2"]
+    ("name", "loaded"),
+    [
+        ("siglip", "SiglipVisionModel"),
+        ("llava", "LlamaModel"),
+        ("encoder-decoder", "BertModel"),
+        ("qwen2_5_omni_thinker", "Qwen2_5OmniAudioEncoder"),
+        ("gemma3", "AutoModelForCausalLM"),
+    ],
 )
-def test_every_class_of_a_part_loads_as_from_the_decompressed_folder(name: str, tmp_path: Path) -> None:
-    result = compare(name, tmp_path)
+def test_every_class_of_a_part_loads_as_from_the_decompressed_folder(
+    name: str, loaded: str, tmp_path: Path
+) -> None:
+    result = compare(name, tmp_path, heads=False)
     assert not result.reason and not result.differences
-    assert len(result.loaded) >= 4
+    assert loaded in result.loaded
 
 
 def test_the_sweep_over_all_composites_found_no_difference() -> None:
@@ -117,8 +127,8 @@ def test_a_repository_of_before_loads_as_a_whole(clip: Repository, tmp_path: Pat
     assert config_of(tmp_path / "dense") == config_of(clip.source)
 
 
-@pytest.mark.parametrize("part", _PARTS)
-def test_a_part_with_stages_loads_those_asked_for(part: Any, clip: Repository, tmp_path: Path) -> None:
+def test_a_part_with_stages_loads_those_asked_for(clip: Repository, tmp_path: Path) -> None:
+    part: Any = CLIPTextModel
     options: dict[str, Any] = {"bits_per_weight": 9, "window_bits": 8, "stages": 2, "progress": False}
     miracle_hub.compress(clip.source, tmp_path / "out", **options)
     for stages in (1, 2):
@@ -144,8 +154,3 @@ def test_a_part_is_kept_compressed_saved_and_loaded_again(
         for part in _PARTS:
             assert_same(part.from_pretrained(tmp_path), part.from_pretrained(clip.compressed))
     assert "quantization" not in kept.dequantize().config.to_json_string(use_diff=False)
-
-
-def test_the_language_model_of_a_multimodal_repository_by_its_auto_class(tmp_path: Path) -> None:
-    result = compare("gemma3", tmp_path)
-    assert not result.differences and "AutoModelForCausalLM" in result.loaded
