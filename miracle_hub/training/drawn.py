@@ -73,10 +73,10 @@ class DrawnWeight(parametrize.ParametrizationList):
             "that are parametrized"
         )
 
-    def _save_to_state_dict(self, *arguments: Any) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         drawn = cast(Drawn, self[0])
         drawn.holder[0].settle((drawn.stream, drawn.member))
-        super()._save_to_state_dict(*arguments)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
 class _Parameters(dict[str, Any]):
@@ -101,7 +101,7 @@ class _Parameters(dict[str, Any]):
 def drawn_attributes(module: nn.Module) -> list[tuple[str, Drawn]]:
     """Attributes of a module that are variational."""
     held: Any = getattr(module, "parametrizations", {})
-    return [(name, chain[0]) for name, chain in held.items() if isinstance(chain, DrawnWeight)]
+    return [(name, cast(Drawn, own[0])) for name, own in held.items() if isinstance(own, DrawnWeight)]
 
 
 def coded_names(model: nn.Module) -> dict[tuple[int, int], str]:
