@@ -275,7 +275,7 @@ def variational_of(model: nn.Module) -> Variational:
     """
     found: Variational | None = None
     for module in model.modules():
-        held = getattr(module, "holder", None)
+        held = vars(module).get("holder")
         if isinstance(held, tuple) and isinstance(held[0], Variational):
             found = held[0]
             break
