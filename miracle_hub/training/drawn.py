@@ -1,6 +1,4 @@
-"""How a module holds weights that are drawn: by torch's parametrizations, which here follow or refuse what
-is done to a weight.
-"""
+"""Weights that are drawn, in a module: torch's parametrizations, which follow or refuse what is done."""
 
 import copy
 from collections.abc import Callable
