@@ -122,8 +122,7 @@ class MiracleTrainer(Trainer):
             OutputExistsError, OutputWriteError: `out` exists, or cannot be written.
         """
         refuse_existing(Path(out), overwrite)
-        model = self._plain_model()
-        refuse_adapters(model)
+        refuse_adapters(model := self._plain_model())
         options = options or CodingOptions()
         if options.learning_rate is None:
             options = replace(options, learning_rate=self.refit_learning_rate(distill))

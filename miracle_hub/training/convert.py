@@ -9,7 +9,14 @@ from miracle_hub.coding.sharing import Sharing
 from miracle_hub.errors import OptionError, WrittenWeightError
 from miracle_hub.names import is_named
 from miracle_hub.training.config import VariationalConfig
-from miracle_hub.training.drawn import Drawn, attach, detach, drawn_attributes
+from miracle_hub.training.drawn import (
+    Drawn,
+    attach,
+    detach,
+    drawn_attributes,
+    guard_wrappers,
+    unguard_wrapper,
+)
 from miracle_hub.training.layout import Member
 from miracle_hub.training.model import Variational, variational_of
 from miracle_hub.training.passes import ATTRIBUTE, install, uninstall
@@ -52,6 +59,7 @@ def make_variational(model: nn.Module, config: VariationalConfig) -> nn.Module:
                 if not (m or i):
                     drawn.hold("own")
                 attach(module, name, drawn)
+    guard_wrappers(model)
     variational.tables = unsaved_tables(model)
     install(model, variational.train(model.training))
     return model
@@ -149,6 +157,7 @@ def _make_dense(model: nn.Module, values: dict[int, Tensor]) -> nn.Module:
                 dense[key] = nn.Parameter(weight.detach().clone())
             detach(module, name, dense[key], drawn.siblings)
     for module in model.modules():
+        unguard_wrapper(module)
         if ATTRIBUTE in vars(module):
             uninstall(module)
     return model

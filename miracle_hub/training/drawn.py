@@ -1,9 +1,8 @@
-"""How a module holds weights that are drawn: by torch's parametrizations, which here follow or refuse what
-is done to a weight.
-"""
+"""Weights that are drawn, in a module: torch's parametrizations, which follow or refuse what is done."""
 
 import copy
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, NoReturn, cast
 
 from torch import Tensor, nn
@@ -73,10 +72,10 @@ class DrawnWeight(parametrize.ParametrizationList):
             "that are parametrized"
         )
 
-    def _save_to_state_dict(self, *arguments: Any) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         drawn = cast(Drawn, self[0])
         drawn.holder[0].settle((drawn.stream, drawn.member))
-        super()._save_to_state_dict(*arguments)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
 class _Parameters(dict[str, Any]):
@@ -100,8 +99,8 @@ class _Parameters(dict[str, Any]):
 
 def drawn_attributes(module: nn.Module) -> list[tuple[str, Drawn]]:
     """Attributes of a module that are variational."""
-    held: Any = getattr(module, "parametrizations", {})
-    return [(name, chain[0]) for name, chain in held.items() if isinstance(chain, DrawnWeight)]
+    held: Any = vars(module)["_modules"].get("parametrizations", {})  # wrappers hand on attributes of others
+    return [(name, cast(Drawn, own[0])) for name, own in held.items() if isinstance(own, DrawnWeight)]
 
 
 def coded_names(model: nn.Module) -> dict[tuple[int, int], str]:
@@ -179,6 +178,28 @@ def _copy(module: nn.Module, memo: dict[Any, Any]) -> nn.Module:
     for name, drawn in held:
         if name in means:
             detach(twin, name, means[name], drawn.siblings)
+    return twin
+
+
+def guard_wrappers(model: nn.Module) -> None:
+    """Have wrappers copied as themselves: PEFT's hand on attributes, and so the method by which what they
+    wrap is copied.
+    """
+    for module in model.modules():
+        method = getattr(module, "__deepcopy__", None)
+        if getattr(method, "__self__", module) is not module:
+            vars(module)["__deepcopy__"] = MethodType(_copy_wrapper, module)
+
+
+def unguard_wrapper(module: nn.Module) -> None:
+    """Undo `guard_wrappers`."""
+    if getattr(vars(module).get("__deepcopy__"), "__func__", None) is _copy_wrapper:
+        del vars(module)["__deepcopy__"]
+
+
+def _copy_wrapper(module: nn.Module, memo: dict[Any, Any]) -> nn.Module:
+    twin = memo[id(module)] = module.__new__(type(module))
+    twin.__dict__ = copy.deepcopy(module.__dict__, memo)
     return twin
 
 

@@ -210,13 +210,14 @@ class Variational(nn.Module):
             WrittenWeightError: it cannot be, or the weights are those of another posterior.
         """
         name, key = self.streams[stream].members[member].name, (stream, member)
-        if isinstance(weight, Tensor) and (owner := self.loans.owner(weight)) not in (None, key):
+        owner = self.loans.owner(weight) if isinstance(weight, Tensor) else None
+        if owner is not None and owner != key:
             other = self.streams[owner[0]].members[owner[1]].name
             raise WrittenWeightError(
                 f"{name}: expected weights of its own, found those of {other}; tie weights before "
                 "make_variational, or after remove_variational(model)"
             )
-        if isinstance(weight, Tensor) and owner == key:
+        if owner == key:
             return self.settle(key)
         self.streams[stream].write(member, weight)
         self.forget()
@@ -274,7 +275,7 @@ def variational_of(model: nn.Module) -> Variational:
     """
     found: Variational | None = None
     for module in model.modules():
-        held = getattr(module, "holder", None)
+        held = vars(module).get("holder")
         if isinstance(held, tuple) and isinstance(held[0], Variational):
             found = held[0]
             break

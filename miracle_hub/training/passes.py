@@ -63,7 +63,7 @@ def _telling(model: Any, has_own: bool) -> Callable[..., Any]:
 
     before = model.forward
     functools.update_wrapper(forward, before)
-    del forward.__wrapped__
+    del vars(forward)["__wrapped__"]
     itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     try:
         signature = inspect.signature(before)

@@ -133,10 +133,17 @@ def test_what_is_coded_is_not_merged_into_and_adapters_are_merged_before(tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_a_coded_model_with_adapters_on_top_is_saved_as_it_is_evaluated(tmp_path: Path) -> None:
-    model = with_adapters(code(variational(bert())))
-    moved(model)
+@pytest.mark.parametrize("below", ["coded", "adapters"])
+def test_a_model_with_adapters_is_saved_as_it_is_evaluated(below: str, tmp_path: Path) -> None:
+    heads: Any = {"modules_to_save": ["classifier"]}
+    if below == "coded":
+        model = with_adapters(code(variational(bert())), **heads)
+        moved(model)
+    else:
+        model = variational(with_adapters(bert(), **heads))
+        moved(model)
+        code(model)
     expected = logits(model)
     miracle_hub.save(model, tmp_path / "file.safetensors")
-    loaded = miracle_hub.load(tmp_path / "file.safetensors", with_adapters(bert()))
+    loaded = miracle_hub.load(tmp_path / "file.safetensors", with_adapters(bert(), **heads))
     assert torch.equal(logits(loaded), expected)

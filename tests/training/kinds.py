@@ -66,7 +66,8 @@ def variational(network: str, **options: Any) -> nn.Module:
 
 
 def module_of(model: nn.Module, network: str, other: bool = False) -> Any:
-    return model.get_submodule(NETWORKS[network][2 + other])
+    _, _, own, others = NETWORKS[network]
+    return model.get_submodule(others if other else own)
 
 
 def output(model: Any, network: str) -> Tensor:
