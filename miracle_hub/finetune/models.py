@@ -19,7 +19,7 @@ from miracle_hub.files.whole import temporary_beside, writing
 from miracle_hub.finetune.budget import within_budget
 from miracle_hub.format.network import NetworkHeader
 from miracle_hub.hub.card import write_card
-from miracle_hub.names import matches
+from miracle_hub.names import matches, offer
 from miracle_hub.options import CompressOptions
 from miracle_hub.training import convert
 from miracle_hub.training.config import VariationalConfig, refuse_old_names
@@ -67,7 +67,7 @@ def _from_keywords(options: dict[str, Any]) -> VariationalConfig:
     if unknown := sorted(set(options) - known):
         raise OptionError(
             f"make_variational: expected options among {', '.join(sorted(known))}, found {unknown[0]!r}; "
-            "check the spelling"
+            f"check the spelling ({offer(unknown[0], sorted(known))})"
         )
     return VariationalConfig(**options)
 

@@ -8,7 +8,7 @@ from torch.nn.utils import parametrize
 
 from miracle_hub.coding.sharing import Sharing
 from miracle_hub.errors import OptionError
-from miracle_hub.names import is_named
+from miracle_hub.names import is_named, near_selection, offer
 from miracle_hub.training.config import VariationalConfig
 from miracle_hub.training.layout import Member
 from miracle_hub.training.model import ATTRIBUTE, Variational, variational_of
@@ -230,8 +230,8 @@ def sharing_factors(targets: list[Target], config: VariationalConfig) -> dict[st
         found = [name for name in factors if is_named(name, [end])]
         if not found:
             raise OptionError(
-                f"sharing: expected (the end of) the name of a coded parameter, found {end!r}; the names are "
-                f"{', '.join(factors)}"
+                f"sharing: expected (the end of) the name of a coded parameter, found {end!r}; "
+                f"{near_selection([end], factors) or offer('', factors)}; correct it, or leave it out"
             )
         factors |= {name: float(factor) for name in found}
     return factors
