@@ -266,7 +266,8 @@ def _batches(
     if model.main_input_name == "pixel_values":
         return image_batches(data, read_processor(folders), _BATCH)
     tokenizer, task = shared_tokenizer(folders), "causal-lm" if "token" in _TASKS[sides[0].auto] else "texts"
-    inputs = tokenized(tokenizer, read_texts(data, split, columns, task), max_length)
+    texts, _ = read_texts(data, split, columns, task)
+    inputs = tokenized(tokenizer, texts, max_length)
     inputs = {name: values for name, values in inputs.items() if name in known}
     step = _BATCH if getattr(model.config, "pad_token_id", None) is not None else 1  # some models insist
     hide = masked if sides[0].auto == _MASKED else lambda batch, _: (batch, None)
