@@ -21,7 +21,7 @@ from miracle_hub.codec.decompress import load_state_dict
 from miracle_hub.codec.modules import load
 from miracle_hub.codec.source import weight_files
 from miracle_hub.errors import DataError, SourceError
-from miracle_hub.evaluate.batches import equal_lengths, read_tokenizer, tokenized
+from miracle_hub.evaluate.batches import check_fits, equal_lengths, read_tokenizer, tokenized
 from miracle_hub.evaluate.data import read_examples
 from miracle_hub.hub.resolve import local_folder
 
@@ -66,6 +66,7 @@ def certify(
     names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
     texts, labels = read_examples(data, split, text_columns, label_column, names)
     model, inputs = _model(folder, config), tokenized(read_tokenizer(folder), texts, max_length)
+    check_fits(model, inputs)
     step = _BATCH if getattr(config, "pad_token_id", None) is not None else 1  # some models insist
     answers = _answers(model, inputs, torch.tensor(labels), step)
     with tqdm(total=len(labels), unit="rows", desc="certify", disable=not progress) as bar:

@@ -1,5 +1,6 @@
 """Data for `miracle fit`, `certify` and `compare`: files, folders and Hub data sets, through `datasets`."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from miracle_hub.evaluate.labels import class_names, class_numbers
 from miracle_hub.evaluate.tables import READERS, joined, read_table
 from miracle_hub.names import near, offer
 
+_LOGGER = logging.getLogger("miracle_hub")
 _PARQUET = ".parquet"
 ENDINGS = (*READERS, _PARQUET)
 _EVALUATION_SHARE = 0.05  # of data without a split for it: a choice, told in `read_split`
@@ -123,8 +125,8 @@ def read_examples(
 
 def read_texts(
     data: str | Path, split: str | None, wanted: list[str] | None, task: str
-) -> tuple[list[list[str]], int]:
-    """One or two columns of the texts of one split, and how many rows without any text are left out.
+) -> list[list[str]]:
+    """One or two columns of the texts of one split; rows without any text are left out, which is logged.
 
     Raises:
         DataError: it cannot be read, has several splits of which none is named, or no text.
@@ -135,7 +137,9 @@ def read_texts(
     kept = [row for row in texts if any(text.strip() for text in row)]
     if not kept:
         raise DataError(f"{data}: expected texts, found {len(rows)} rows without any; look at the file")
-    return [list(column) for column in zip(*kept, strict=True)], len(texts) - len(kept)
+    if len(kept) < len(texts):
+        _LOGGER.warning("%s: %d rows without any text are left out", data, len(texts) - len(kept))
+    return [list(column) for column in zip(*kept, strict=True)]
 
 
 def _one_split(data: str | Path, split: str | None) -> Rows:
@@ -168,6 +172,7 @@ def _load(data: str | Path) -> Mapping[str, Rows]:
             "data: expected the package datasets, found none; pip install 'miracle-hub[fit]'"
         ) from error
     path = Path(data)
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it says of a file is in our error
     ending = path.suffix.lower()
     if ending in READERS and path.is_file():
         return {"train": read_table(path)}
@@ -178,8 +183,8 @@ def _load(data: str | Path) -> Mapping[str, Rows]:
     except DataError:
         raise
     except Exception as error:
-        folder = path.parent if path.parent.is_dir() else Path()
-        close = near(path.name, (other.name for other in folder.iterdir()))
+        is_misspelled = not path.exists() and path.parent.is_dir()
+        close = near(path.name, (other.name for other in path.parent.iterdir())) if is_misspelled else []
         raise DataError(
             f"{data}: expected a file ({', '.join(ENDINGS)}), a folder of datasets or a Hub id, found "
             f"{type(error).__name__}: {str(error).partition(chr(10))[0]}; check the name"

@@ -1,5 +1,6 @@
 """Labels of a column as they were written → classes by name and number. What may mean two things is refused."""
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from miracle_hub.errors import DataError
 from miracle_hub.names import offer
 
+_LOGGER = logging.getLogger("miracle_hub")
 _MAX_CLASSES = 2**16  # a choice: more are an id column, or scores
 # What tables have where nothing is known; as one of several names it may be a class (Namibia is NA).
 _MISSING = ("na", "n/a", "nan", "null", "none", "-", "?", ".")
@@ -29,6 +31,8 @@ def class_names(labels: Sequence[Any], where: str) -> tuple[str, ...]:
         raise DataError(
             f"{where}: expected whole numbers from 0 on, found {min(found)} to {max(found)}; number the classes"
         )
+    if absent := sorted(set(range(max(found))) - set(found)):
+        _LOGGER.warning("%s: no row has the classes %s, which the model gets all the same", where, absent[:9])
     return tuple(str(number) for number in range(max(found) + 1))
 
 

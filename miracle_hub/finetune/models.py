@@ -23,6 +23,7 @@ from miracle_hub.names import matches, offer
 from miracle_hub.options import CompressOptions
 from miracle_hub.training import convert
 from miracle_hub.training.config import VariationalConfig, refuse_old_names
+from miracle_hub.training.guard import check_model
 from miracle_hub.training.model import Variational, variational_of
 from miracle_hub.training.stream import message_of
 
@@ -83,6 +84,7 @@ def save(model: nn.Module, path: str | Path) -> int:
         OutputWriteError: the file cannot be written.
     """
     variational, path = variational_of(model), Path(path)
+    check_model(model)
     messages = [message_of(stream) for stream in variational.streams]
     dense = convert.posterior_mean(model)
     coded = {member.name for stream in variational.streams for member in stream.members}
@@ -121,6 +123,7 @@ def compress_model(
             "streams: expected 'tensor' for a repository, found 'network'; use save and load, or "
             "MiracleHubMixin"
         )
+    check_model(model)
     messages = [message_of(stream) for stream in variational.streams]
     payloads = _coded_entries(variational, messages)
     dense, kept = convert.posterior_mean(model), variational.config.modules_to_save or []

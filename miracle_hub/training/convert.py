@@ -14,7 +14,7 @@ from miracle_hub.training.layout import Member
 from miracle_hub.training.model import ATTRIBUTE, Variational, variational_of
 from miracle_hub.training.start import stream_of
 from miracle_hub.training.stream import Stream
-from miracle_hub.training.targets import Target, find_targets
+from miracle_hub.training.targets import Target, check_weights, find_targets
 
 
 class Drawn(nn.Module):
@@ -51,11 +51,13 @@ def make_variational(model: nn.Module, config: VariationalConfig) -> nn.Module:
     Raises:
         OptionError: nothing matches, a parameter cannot be converted, or the model is variational already.
         BudgetError: the budget is below what the code can use.
+        NonFiniteWeightError: a weight that is not coded is NaN or infinite.
 
     Source: Havasi et al. 2019, section 3.3, with the kinds of `posteriors`.
     """
     _refuse_variational(model)
     targets = find_targets(model, config)
+    check_weights(model)
     factors = sharing_factors(targets, config)
     groups = [targets] if config.streams == "network" else [[target] for target in targets]
     streams: list[Stream] = []

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from miracle_hub.errors import OptionError
+from miracle_hub.errors import NonFiniteWeightError, OptionError
 from miracle_hub.names import check_taken, is_named, matches, near_selection
 from miracle_hub.training.config import VariationalConfig
 
@@ -132,6 +133,24 @@ def _output_layer(model: nn.Module) -> nn.Module | None:
     """What PEFT's "all-linear" leaves out: the head of a language model."""
     get: Any = getattr(model, "get_output_embeddings", None)
     return None if get is None else get()
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse what no training mends, in what is coded and in what is not.
+
+    Raises:
+        NonFiniteWeightError: a parameter is NaN or infinite, or a buffer NaN (a mask may be infinite).
+    """
+    named = chain(model.named_parameters(), model.named_buffers())
+    for name, tensor in named:
+        if is_lazy(tensor) or tensor.is_meta or tensor.dtype not in DTYPES:
+            continue
+        bad = tensor.isnan() if not isinstance(tensor, nn.Parameter) else ~torch.isfinite(tensor)
+        if n_bad := int(bad.sum()):
+            raise NonFiniteWeightError(
+                f"{name}: expected finite weights, found {n_bad} of {tensor.numel()} that are NaN or "
+                "infinite; repair the model first"
+            )
 
 
 def _check(target: Target) -> None:
