@@ -166,7 +166,7 @@ def array_batches(path: Path, known: set[str], step: int) -> tuple[int, Batches]
     if unknown := sorted(set(arrays) - known):
         raise DataError(
             f"{path}: expected inputs of the model ({', '.join(sorted(known)[:4])}, …), found "
-            f"{unknown[0]!r}; {offer(unknown[0], sorted(known))}; rename or remove it"
+            f"{unknown[0]!r}; rename or remove it ({offer(unknown[0], sorted(known))})"
         )
     lengths = {len(values) if values.ndim else 0 for values in arrays.values()}
     if len(lengths) != 1 or not min(lengths):

@@ -44,7 +44,11 @@ def class_numbers(labels: Sequence[Any], names: tuple[str, ...], where: str) -> 
             number of another.
     """
     numbers = {name: number for number, name in enumerate(names)}
-    return [_class_number(_plain(label), numbers, f"{where}: row {i}") for i, label in enumerate(labels)]
+    plain = [_plain(label) for label in labels]
+    are_names = all(isinstance(label, str) and label in numbers for label in plain)
+    if are_names and any(_whole(label) is None for label in plain):
+        return [numbers[label] for label in plain]
+    return [_class_number(label, numbers, f"{where}: row {i}") for i, label in enumerate(plain)]
 
 
 def _class_number(label: Any, numbers: dict[str, int], where: str) -> int:
@@ -74,6 +78,9 @@ def _of_one_kind(labels: Sequence[Any], where: str) -> list[Any]:
         DataError: they are of no one kind, or fewer than two.
     """
     plain = [_plain(label) for label in labels]
+    odd = next((label for label in plain if not isinstance(label, str | int | float | None)), None)
+    if odd is not None:
+        raise _no_class(odd, plain, where)
     found = list(dict.fromkeys(plain))
     if None in found or len(found) < 2:
         at = f" and none in row {plain.index(None)}" if None in found else ""
@@ -81,11 +88,10 @@ def _of_one_kind(labels: Sequence[Any], where: str) -> list[Any]:
             f"{where}: expected a class for every row, of two classes or more, found "
             f"{sorted(map(str, set(found) - {None}))[:4]}{at}; complete the labels"
         )
-    if len({type(label) for label in found}) > 1:
-        first, other = found[0], next(label for label in found if type(label) is not type(found[0]))
+    if other := next((i for i, label in enumerate(labels) if type(label) is not type(labels[0])), None):
+        kinds = [f"{label!r} ({type(label).__name__})" for label in (labels[0], labels[other])]
         raise DataError(
-            f"{where}: expected labels of one kind, found {first!r} ({type(first).__name__}) and {other!r} "
-            f"({type(other).__name__}) in row {plain.index(other)}; write them alike"
+            f"{where}: expected labels of one kind, found {' and '.join(kinds)} in row {other}; write them alike"
         )
     if isinstance(found[0], str):
         return _of_texts(found, plain, where)

@@ -276,7 +276,10 @@ def _language_model(source: Any, tokenizer: Any, splits: Split, max_length: int)
     def encode(rows: Any) -> Any:
         windows = rows.map(one, batched=True, remove_columns=rows.column_names)
         if not len(windows):
-            raise DataError("data: expected texts of at least two tokens, found none; look at the file")
+            raise DataError(
+                f"data: expected texts of at least two tokens, found none in {len(rows)} rows to train on or to "
+                "evaluate on; look at the file, or give more of them"
+            )
         return windows
 
     # Which pads labels by themselves: that of language modeling takes the pad token, which may be that of the
