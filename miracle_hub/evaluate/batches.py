@@ -191,7 +191,7 @@ def _array(values: np.ndarray, where: str) -> Tensor:
             f"{where}: expected finite numbers, found {bad} of {values.size} that are NaN or infinite; "
             "repair them"
         )
-    return torch.from_numpy(np.ascontiguousarray(values))
+    return torch.from_numpy(values.astype(values.dtype.newbyteorder("="), copy=False))
 
 
 def read_processor(folders: list[Path]) -> Any:
