@@ -109,7 +109,9 @@ def check_taken(wanted: str | Sequence[str] | None, names: Iterable[str], what: 
         return
     is_pattern = isinstance(wanted, str)
     close = near_selection(absent[0] if is_pattern else absent[:1], names)
-    rule = "a string is a regular expression of whole names" if is_pattern else "give the option once for each"
+    rule = (
+        "a string is a regular expression of whole names" if is_pattern else "give the option once for each"
+    )
     raise OptionError(
         f"{what}: expected modules or tensors of {where}, found {absent[0]!r}, which takes none; "
         f"{close or offer('', names)}; correct it ({rule}), or leave it out"

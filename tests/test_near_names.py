@@ -95,7 +95,10 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         "expected modules of Net with matrices to code, found 'norm', which takes vectors alone, such as "
         "norm.weight; name what is to be coded in full, or leave it out",
     ),
-    "no weights": (targets(target_modules=["body", "act"]), "found 'act', which takes no weights; name what is to be"),
+    "no weights": (
+        targets(target_modules=["body", "act"]),
+        "found 'act', which takes no weights; name what is to be",
+    ),
     "sharing": (made(streams="network", sharing={"bdoy.weight": 2}), "near it: 'body.weight'; correct it"),
     "option": (made(target_module=["body"]), "check the spelling (near it: 'target_modules')"),
     "config": (

@@ -1,7 +1,6 @@
 """Which columns of data are texts: those that are named, or those that can be no others; and their texts."""
 
 import logging
-from pathlib import Path
 from typing import Any, Protocol
 
 from miracle_hub.errors import DataError
@@ -64,18 +63,20 @@ def text_columns(
     if len(found) == 1:
         return tuple(found)
     if len(found) == _MOST_COLUMNS and task != "causal-lm" and all(_are_sentences(rows, n) for n in found):
-        _LOGGER.warning("%s: texts are pairs of columns %r and %r (--text-columns names others)", where, *found)
+        _LOGGER.warning(
+            "%s: texts are pairs of columns %r and %r (--text-columns names others)", where, *found
+        )
         return tuple(found)
-    what = f"{len(found)} that may be ({', '.join(map(repr, found))})" if found else "none that is one for sure"
+    what = (
+        f"{len(found)} that may be ({', '.join(map(repr, found))})" if found else "none that is one for sure"
+    )
     raise DataError(
         f"{where}: expected one or two columns of text, found {what} in {rows.column_names}; name them with "
         "--text-columns, once for each"
     )
 
 
-def _named(
-    rows: Rows, where: str, wanted: list[str], label_column: str, task: str
-) -> tuple[str, ...]:
+def _named(rows: Rows, where: str, wanted: list[str], label_column: str, task: str) -> tuple[str, ...]:
     most = 1 if task == "causal-lm" else _MOST_COLUMNS
     if absent := [name for name in wanted if name not in rows.column_names]:
         raise DataError(

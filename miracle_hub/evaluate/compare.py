@@ -179,7 +179,6 @@ class _Side:
         share = torch.ones_like(hidden[..., :1]) if mask is None else mask[..., None].to(hidden)
         return (hidden * share).sum(1) / share.sum(1)
 
-
     def _outputs(self, inputs: dict[str, Tensor]) -> Any:
         """
         Raises:

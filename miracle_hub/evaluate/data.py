@@ -37,9 +37,7 @@ class Split:
     class_names: tuple[str, ...]
 
 
-def read_split(
-    data: str | Path, task: str, wanted: list[str] | None, label_column: str, seed: int
-) -> Split:
+def read_split(data: str | Path, task: str, wanted: list[str] | None, label_column: str, seed: int) -> Split:
     """Rows of a data set. Without a split for evaluation a twentieth is held back.
 
     Args:
@@ -92,9 +90,7 @@ def _data_set(
     found: dict[str, list] = dict(zip(TEXTS, (texts_of(rows, name, where) for name in columns), strict=False))
     if names:
         check_column(rows, label_column, where, "--label-column")
-        found["labels"] = class_numbers(
-            list(rows[label_column]), names, f"{where}: column {label_column!r}"
-        )
+        found["labels"] = class_numbers(list(rows[label_column]), names, f"{where}: column {label_column!r}")
     return Dataset.from_dict(found)
 
 
@@ -123,9 +119,7 @@ def read_examples(
     return [texts_of(rows, name, str(data)) for name in columns], labels
 
 
-def read_texts(
-    data: str | Path, split: str | None, wanted: list[str] | None, task: str
-) -> list[list[str]]:
+def read_texts(data: str | Path, split: str | None, wanted: list[str] | None, task: str) -> list[list[str]]:
     """One or two columns of the texts of one split; rows without any text are left out, which is logged.
 
     Raises:

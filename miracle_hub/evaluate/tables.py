@@ -166,7 +166,9 @@ def _table(rows: Numbered, path: Path) -> Table:
         return Table({header[0]: [row[0] if row else "" for _, row in _of_width(others, 1, path)]})
     kept = [(number, row) for number, row in others if row not in ([], [""])]
     columns = zip(*(row for _, row in _of_width(kept, len(header), path)), strict=True)
-    return Table(dict(zip(header, map(list, columns), strict=True)) if kept else {name: [] for name in header})
+    return Table(
+        dict(zip(header, map(list, columns), strict=True)) if kept else {name: [] for name in header}
+    )
 
 
 def _of_width(rows: Numbered, width: int, path: Path) -> Numbered:
@@ -191,7 +193,9 @@ def _txt(text: str, path: Path) -> Table:
 
 def _jsonl(text: str, path: Path) -> Table:
     lines = enumerate(text.split("\n"), 1)
-    return _records((_parsed(line, f"{path}: line {n}"), f"{path}: line {n}") for n, line in lines if line.strip())
+    return _records(
+        (_parsed(line, f"{path}: line {n}"), f"{path}: line {n}") for n, line in lines if line.strip()
+    )
 
 
 def _json(text: str, path: Path) -> Table:
@@ -225,7 +229,9 @@ def _records(rows: Iterable[tuple[Any, str]]) -> Table:
     found: list[dict[str, Any]] = []
     for row, where in rows:
         if not isinstance(row, dict | str):
-            raise DataError(f"{where}: expected an object of JSON per row, found {str(row)[:80]!r}; correct it")
+            raise DataError(
+                f"{where}: expected an object of JSON per row, found {str(row)[:80]!r}; correct it"
+            )
         found.append({"text": row} if isinstance(row, str) else row)
     names = dict.fromkeys(name for row in found for name in row)
     return Table({name: [row.get(name) for row in found] for name in names})

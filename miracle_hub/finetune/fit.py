@@ -241,7 +241,9 @@ def _pad_with_another(tokenizer: Any) -> None:
             "instead; set tokenizer.pad_token and save it beside the model"
         )
     tokenizer.pad_token = found
-    _LOGGER.warning("tokenizer: it has no pad token; %r pads texts, under a mask, and is written as such", found)
+    _LOGGER.warning(
+        "tokenizer: it has no pad token; %r pads texts, under a mask, and is written as such", found
+    )
 
 
 def _classification(source: Any, tokenizer: Any, splits: Split, max_length: int) -> tuple[Any, Any, Callable]:

@@ -19,10 +19,10 @@ from miracle_hub.codec.naming import STREAM
 from miracle_hub.codec.network import read_network
 from miracle_hub.codec.source import files_of_weights
 from miracle_hub.errors import DataError
-from miracle_hub.names import near, offer
 from miracle_hub.files.digests import sha256_of
 from miracle_hub.format.network import NetworkHeader, read_start
 from miracle_hub.format.spec import item_bits
+from miracle_hub.names import near, offer
 
 _PACKAGES = ("miracle-hub", "torch")
 

@@ -72,7 +72,10 @@ def test_a_guess_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        (["txet"], "found ['txet'] in ['text', 'label', 'n']; name them with --text-columns (near it: 'text')"),
+        (
+            ["txet"],
+            "found ['txet'] in ['text', 'label', 'n']; name them with --text-columns (near it: 'text')",
+        ),
         (["text", "text"], "none twice and none the labels ('label'), found ['text', 'text']"),
         (["text", "label"], "none the labels ('label'), found ['text', 'label']"),
         (["text", "n", "label"], "expected one or two columns of text, none twice"),
@@ -136,7 +139,11 @@ ODD = {
 
 @pytest.mark.parametrize(("name", "content"), [(n, c) for n, contents in ODD.items() for c in contents])
 def test_the_command_line_says_one_line_of_odd_data(
-    name: str, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str,
+    content: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = written(tmp_path / name, content)
     arguments = ["fit", "nowhere", str(tmp_path / "out"), "--data", str(path), "--rate", "1"]

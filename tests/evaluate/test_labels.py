@@ -27,7 +27,9 @@ from miracle_hub.evaluate.labels import class_names, class_numbers
     ],
     ids=str,
 )
-def test_classes_have_names_and_numbers(labels: list[Any], names: tuple[str, ...], numbers: list[int]) -> None:
+def test_classes_have_names_and_numbers(
+    labels: list[Any], names: tuple[str, ...], numbers: list[int]
+) -> None:
     assert class_names(labels, "d") == names and class_numbers(labels, names, "d") == numbers
 
 

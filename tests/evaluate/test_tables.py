@@ -14,7 +14,18 @@ from miracle_hub.evaluate.tables import read_table
 
 LIKE_NOTHING = ["NA", "N/A", "nan", "NaN", "null", "None", "", "#N/A", "-", "inf", "true", "007", "1e5"]
 DATES = ["2020-01-01", "2020-01-01T00:00:00Z"]
-ODD = [*LIKE_NOTHING, *DATES, " a ", "ä 漢 🙂", "x" * 200_000, "a\u2028b", "a\x0bb", "a\x00b", "\ufeffa", "it's"]
+ODD = [
+    *LIKE_NOTHING,
+    *DATES,
+    " a ",
+    "ä 漢 🙂",
+    "x" * 200_000,
+    "a\u2028b",
+    "a\x0bb",
+    "a\x00b",
+    "\ufeffa",
+    "it's",
+]
 QUOTED = ['"', '""', '"a"', 'say "hi"', '"a', "a,b", "a\tb", "a\nb", "a\r\nb", "\n"]
 
 
@@ -122,9 +133,17 @@ def test_a_table_of_one_column_has_blank_texts_where_lines_are_blank(tmp_path: P
 
 
 REFUSED: dict[str, tuple[str, bytes, str]] = {
-    "empty": ("d.csv", b"", "expected a file (.csv, .tsv, .json, .jsonl, .txt) with rows, found an empty one"),
+    "empty": (
+        "d.csv",
+        b"",
+        "expected a file (.csv, .tsv, .json, .jsonl, .txt) with rows, found an empty one",
+    ),
     "blank": ("d.json", b" \n\n", "found an empty one; look at the file"),
-    "long row": ("d.csv", b"text,label\na,1\nb,c,1\n", "line 3: expected 2 values, as line 1 has names, found 3"),
+    "long row": (
+        "d.csv",
+        b"text,label\na,1\nb,c,1\n",
+        "line 3: expected 2 values, as line 1 has names, found 3",
+    ),
     "short row": ("d.tsv", b"text\tlabel\nb\n", "line 2: expected 2 values, as line 1 has names, found 1"),
     "column twice": ("d.csv", b"text,text\na,b\n", "expected a name for every column, found 'text' twice"),
     "open quote": ("d.csv", b'text,label\n"a,1\nb,0\n', "expected rows of csv with quotes in pairs, found "),
@@ -134,7 +153,11 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "number": ("d.jsonl", b'{"text": "a"}\n5\n', "line 2: expected an object of JSON per row, found '5'"),
     "name twice": ("d.jsonl", b'{"text": "a", "text": "b"}', "expected each name once, found 'text' twice"),
     "nested": ("d.json", b"[" * 100_000, "expected JSON, found "),
-    "a quoted tsv": ("d.tsv", b'"text"\t"label"\n"a"\t"1"\n', "found what may be quoting in line 1; save the"),
+    "a quoted tsv": (
+        "d.tsv",
+        b'"text"\t"label"\n"a"\t"1"\n',
+        "found what may be quoting in line 1; save the",
+    ),
 }
 
 

@@ -7,8 +7,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel, RobertaConfig
-from transformers import RobertaModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2Model,
+    LlamaConfig,
+    LlamaModel,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from miracle_hub.errors import DataError, SourceError
 from miracle_hub.evaluate.batches import array_batches, check_fits, image_batches, tokenizer_of
@@ -72,7 +80,10 @@ def test_images_that_would_be_cut_or_half_read_are_refused(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.array([[1.0, np.nan]]), "x: expected finite numbers, found 1 of 2 that are NaN or infinite; repair"),
+        (
+            np.array([[1.0, np.nan]]),
+            "x: expected finite numbers, found 1 of 2 that are NaN or infinite; repair",
+        ),
         (np.array([[np.inf, -np.inf]], np.float16), "found 2 of 2 that are NaN"),
         (np.array([[1j]]), "x: expected real numbers, found complex128; save them as numbers"),
         (np.array([["a"]]), "x: expected real numbers, found <U1"),
@@ -121,11 +132,15 @@ def test_texts_fit_the_positions_and_tokens_the_embeddings(model: Any, most: int
                 check_fits(built, inputs)
                 built(torch.tensor(inputs["input_ids"][1:]))
             else:
-                with pytest.raises(DataError, match=rf"as the model has positions, found one of {length}; cut "):
+                with pytest.raises(
+                    DataError, match=rf"as the model has positions, found one of {length}; cut "
+                ):
                     check_fits(built, inputs)
                 with pytest.raises((IndexError, RuntimeError)):
                     built(torch.tensor(inputs["input_ids"][1:]))
-    with pytest.raises(SourceError, match="expected tokens below 9, of which the model has embeddings, found 9"):
+    with pytest.raises(
+        SourceError, match="expected tokens below 9, of which the model has embeddings, found 9"
+    ):
         check_fits(built, {"input_ids": [[1, 9]]})
 
 

@@ -33,7 +33,9 @@ def test_a_model_that_is_not_finite_becomes_none(parametrization: str, code: str
     for name, value in [*bad, ("1.running_var", math.nan)]:
         model = network()
         model.state_dict()[name].view(-1)[0] = value
-        with pytest.raises((OptionError, NonFiniteWeightError), match=f"^{name}: expected finite weights, found 1 "):
+        with pytest.raises(
+            (OptionError, NonFiniteWeightError), match=f"^{name}: expected finite weights, found 1 "
+        ):
             miracle_hub.make_variational(model, rate=2.0, window_bits=6, **options)
         assert type(model[0]) is nn.Linear  # as it was
 
