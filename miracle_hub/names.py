@@ -86,7 +86,7 @@ def _is_one_edit(a: str, b: str) -> bool:
 
 
 def offer(name: object, names: Iterable[str]) -> str:
-    """What an error says of a name that there is not: what it may have meant, or else which names there are."""
+    """What an error says of a name that there is not: what it may have meant, or else what there is."""
     names = list(names)
     if found := near(name, names):
         return f"near it: {', '.join(map(repr, found))}"

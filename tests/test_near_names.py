@@ -1,4 +1,4 @@
-"""A name that takes nothing is refused, and what it may have meant is offered: of modules, columns, options."""
+"""A name that takes nothing is refused, and what it may have meant is offered: modules, options."""
 
 from collections.abc import Callable
 from typing import Any

@@ -35,8 +35,8 @@ def check_column(rows: Rows, name: str, where: str, option: str) -> None:
     """
     if name not in rows.column_names:
         raise DataError(
-            f"{where}: expected a column {name!r}, found {rows.column_names}; {offer(name, rows.column_names)}; "
-            f"name it with {option}"
+            f"{where}: expected a column {name!r}, found {rows.column_names}; name it with {option} "
+            f"({offer(name, rows.column_names)})"
         )
 
 
@@ -92,17 +92,22 @@ def _named(rows: Rows, where: str, wanted: list[str], label_column: str, task: s
     return tuple(wanted)
 
 
-def texts_of(rows: Rows, name: str, where: str) -> list[str]:
+def texts_of(rows: Rows, name: str, where: str, *, blanks: bool = True) -> list[str]:
     """The texts of a column.
+
+    Args:
+        blanks: take a field of csv without anything in it for an empty text, not for a missing one.
 
     Raises:
         DataError: a row has none, a number, or what is no text in Unicode.
     """
-    texts = list(rows[name])
+    texts, nothing = list(rows[name]), None if blanks else getattr(rows, "nothing", None)
     for row, text in enumerate(texts):
         at = f"{where}: column {name!r}: row {row}"
-        if not isinstance(text, str):
-            found = "none" if text is None else f"{str(text)[:40]!r} ({type(text).__name__})"
+        if not isinstance(text, str) or text == nothing:
+            found = (
+                "none" if text is None or text == nothing else f"{str(text)[:40]!r} ({type(text).__name__})"
+            )
             raise DataError(f"{at}: expected a text, found {found}; complete it, or name another column")
         try:
             text.encode()

@@ -238,8 +238,8 @@ class _Tally:
         for side, answers in zip(sides, (a, b), strict=True):
             if n_bad := int((~torch.isfinite(answers)).sum()):
                 raise SourceError(
-                    f"{side.folder}: expected finite answers, found {n_bad} of {answers.numel()} that are NaN "
-                    "or infinite; repair the model, or compare in float32"
+                    f"{side.folder}: expected finite answers, found {n_bad} of {answers.numel()} that are "
+                    "NaN or infinite; repair the model, or compare in float32"
                 )
         self.predictions += len(a)
         if is_embedding:

@@ -87,7 +87,9 @@ def _data_set(
 
     for name in columns:
         check_column(rows, name, where, "--text-columns")
-    found: dict[str, list] = dict(zip(TEXTS, (texts_of(rows, name, where) for name in columns), strict=False))
+    found: dict[str, list] = dict(
+        zip(TEXTS, (texts_of(rows, name, where, blanks=not names) for name in columns), strict=False)
+    )
     if names:
         check_column(rows, label_column, where, "--label-column")
         found["labels"] = class_numbers(list(rows[label_column]), names, f"{where}: column {label_column!r}")
@@ -116,7 +118,7 @@ def read_examples(
         )
     labels = class_numbers(list(rows[label_column]), names, f"{data}: column {label_column!r}")
     columns = text_columns(rows, str(data), wanted, label_column, "text-classification")
-    return [texts_of(rows, name, str(data)) for name in columns], labels
+    return [texts_of(rows, name, str(data), blanks=False) for name in columns], labels
 
 
 def read_texts(data: str | Path, split: str | None, wanted: list[str] | None, task: str) -> list[list[str]]:

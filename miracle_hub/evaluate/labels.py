@@ -1,4 +1,4 @@
-"""Labels of a column as they were written → classes by name and number. What may mean two things is refused."""
+"""Labels as they were written → classes by name and number; what may mean two things is refused."""
 
 import logging
 import math
@@ -29,7 +29,8 @@ def class_names(labels: Sequence[Any], where: str) -> tuple[str, ...]:
         return tuple(sorted(found))
     if min(found) < 0 or max(found) >= _MAX_CLASSES:
         raise DataError(
-            f"{where}: expected whole numbers from 0 on, found {min(found)} to {max(found)}; number the classes"
+            f"{where}: expected whole numbers from 0 on, found {min(found)} to {max(found)}; number the "
+            "classes"
         )
     if absent := sorted(set(range(max(found))) - set(found)):
         _LOGGER.warning("%s: no row has the classes %s, which the model gets all the same", where, absent[:9])
@@ -48,24 +49,25 @@ def class_numbers(labels: Sequence[Any], names: tuple[str, ...], where: str) -> 
     are_names = all(isinstance(label, str) and label in numbers for label in plain)
     if are_names and any(_whole(label) is None for label in plain):
         return [numbers[label] for label in plain]
-    return [_class_number(label, numbers, f"{where}: row {i}") for i, label in enumerate(plain)]
+    return [_class_number(label, i, numbers, where) for i, label in enumerate(plain)]
 
 
-def _class_number(label: Any, numbers: dict[str, int], where: str) -> int:
-    named, number = numbers.get(str(label).strip()), _whole(label)
+def _class_number(label: Any, row: int, numbers: dict[str, int], where: str) -> int:
+    names, named, number = list(numbers), numbers.get(str(label)), _whole(label)
     is_numbered = number is not None and 0 <= number < len(numbers)
     if label is not None and named is not None and (not is_numbered or named == number):
         return named
-    names = list(numbers)
-    if named is not None:
+    shown = str(label) if _is_number(str(label)) else repr(label)
+    if named is not None and label is not None:
         raise DataError(
-            f"{where}: expected a label that means one class, found {label!r}, the name of class {named} and "
-            f"the number of class {names[number or 0]!r}; write names that are no numbers, or number from 0 on"
+            f"{where}: expected a label that means one class, found {shown} in row {row}, the name of class "
+            f"{named} and the number of class {names[number or 0]!r}; write names that are no numbers, or "
+            "number from 0 on"
         )
     if not is_numbered:
         raise DataError(
-            f"{where}: expected one of {tuple(names[:8])}, found {label!r}; {offer(label, names)}; complete "
-            "or correct the labels"
+            f"{where}: expected one of {tuple(names[:8])}, found {shown} in row {row}; "
+            f"{offer(label, names)}; complete or correct the labels"
         )
     assert number is not None
     return number
@@ -91,7 +93,8 @@ def _of_one_kind(labels: Sequence[Any], where: str) -> list[Any]:
     if other := next((i for i, label in enumerate(labels) if type(label) is not type(labels[0])), None):
         kinds = [f"{label!r} ({type(label).__name__})" for label in (labels[0], labels[other])]
         raise DataError(
-            f"{where}: expected labels of one kind, found {' and '.join(kinds)} in row {other}; write them alike"
+            f"{where}: expected labels of one kind, found {' and '.join(kinds)} in row {other}; write them "
+            "alike"
         )
     if isinstance(found[0], str):
         return _of_texts(found, plain, where)

@@ -23,9 +23,14 @@ Numbered = list[tuple[int, list[str]]]  # rows with the lines that they end in
 
 @dataclass(frozen=True)
 class Table:
-    """Columns by name, all of one length."""
+    """Columns by name, all of one length.
+
+    Attributes:
+        nothing: the text that stands for no value too, as an empty field does in csv; None where none does.
+    """
 
     columns: dict[str, list[Any]]
+    nothing: str | None = None
 
     @property
     def column_names(self) -> list[str]:
@@ -62,7 +67,13 @@ def read_table(path: Path, ending: str = "") -> Table:
         raise DataError(
             f"{path}: expected a file ({', '.join(READERS)}) with rows, found an empty one; look at the file"
         )
-    return READERS[kind](text, path)
+    table = READERS[kind](text, path)
+    if not len(table):
+        raise DataError(
+            f"{path}: expected a file ({', '.join(READERS)}) with rows, found names of columns alone "
+            f"({table.column_names}); look at the file"
+        )
+    return table
 
 
 def joined(tables: list[Table], where: str) -> Table:
@@ -78,7 +89,8 @@ def joined(tables: list[Table], where: str) -> Table:
                 f"{where}: expected files of the same columns, found {first} and {table.column_names}; give "
                 "them equal ones, or name one file"
             )
-    return Table({name: [value for table in tables for value in table[name]] for name in first})
+    columns = {name: [value for table in tables for value in table[name]] for name in first}
+    return Table(columns, tables[0].nothing)
 
 
 def _csv(text: str, path: Path) -> Table:
@@ -86,8 +98,8 @@ def _csv(text: str, path: Path) -> Table:
         return _table(_quoted(text, ","), path)
     except csv.Error as error:
         raise DataError(
-            f"{path}: expected rows of csv with quotes in pairs, found {error}; put texts with quotes, commas "
-            "or line breaks between quotes, and double the quotes in them"
+            f"{path}: expected rows of csv with quotes in pairs, found {error}; put texts with quotes, "
+            "commas or line breaks between quotes, and double the quotes in them"
         ) from error
 
 
@@ -162,13 +174,11 @@ def _table(rows: Numbered, path: Path) -> Table:
         raise DataError(
             f"{path}: expected a name for every column, found {twice[0]!r} twice in line 1; rename one"
         )
-    if len(header) == 1:
-        return Table({header[0]: [row[0] if row else "" for _, row in _of_width(others, 1, path)]})
-    kept = [(number, row) for number, row in others if row not in ([], [""])]
-    columns = zip(*(row for _, row in _of_width(kept, len(header), path)), strict=True)
-    return Table(
-        dict(zip(header, map(list, columns), strict=True)) if kept else {name: [] for name in header}
-    )
+    if len(header) > 1:
+        others = [(number, row) for number, row in others if row not in ([], [""])]
+    rows = _of_width(others, len(header), path)
+    columns = {name: [row[i] if row else "" for _, row in rows] for i, name in enumerate(header)}
+    return Table(columns, nothing="")
 
 
 def _of_width(rows: Numbered, width: int, path: Path) -> Numbered:

@@ -279,8 +279,8 @@ def _language_model(source: Any, tokenizer: Any, splits: Split, max_length: int)
         windows = rows.map(one, batched=True, remove_columns=rows.column_names)
         if not len(windows):
             raise DataError(
-                f"data: expected texts of at least two tokens, found none in {len(rows)} rows to train on or to "
-                "evaluate on; look at the file, or give more of them"
+                f"data: expected texts of at least two tokens, found none in {len(rows)} rows to train on or "
+                "to evaluate on; look at the file, or give more of them"
             )
         return windows
 

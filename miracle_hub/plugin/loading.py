@@ -97,7 +97,7 @@ class Loading:
         self._decoder.expected = expected_tensors(model, self.dtype)
 
     def _check_names(self, model: "PreTrainedModel", written: Any) -> None:
-        """Refuse a reader's names that take nothing; those in config.json are of the whole that was compressed.
+        """Refuse a reader's names that take nothing; those in config.json are of all that was compressed.
 
         Raises:
             OptionError: one does.

@@ -116,7 +116,7 @@ def test_a_folder_of_files_is_read_like_the_files(tmp_path: Path) -> None:
 def test_a_label_that_training_has_not_is_refused_in_the_evaluation(tmp_path: Path) -> None:
     written(tmp_path / "train.csv", "text,label\na,good\nb,bad\n")
     written(tmp_path / "test.csv", "text,label\na,goood\n")
-    with pytest.raises(DataError, match="test: column 'label': row 0: expected one of .* near it: 'good'"):
+    with pytest.raises(DataError, match="test: column 'label': expected one of .* in row 0; near it: 'good'"):
         read_split(tmp_path, "text-classification", None, "label", 0)
 
 
@@ -131,7 +131,8 @@ def test_classes_are_those_of_all_rows_though_some_are_held_back(tmp_path: Path)
 ODD = {
     "d.csv": ["", "text,label\n", "text,label\na,1\n", "text,label\na,1\nb\n", "text,label\na,1\nb,1\n",
               "text,label\na,0.5\nb,0.7\n", "text,label\na,\nb,1\n", "text,lable\na,0\nb,1\n", '"a\n'],
-    "d.json": ["{", "[1]", '{"text": ["a", "b"], "label": [1, "1"]}', '{"text": ["a", null], "label": [0, 1]}'],
+    "d.json": ["{", "[1]", '{"text": ["a", "b"], "label": [1, "1"]}',
+               '{"text": ["a", null], "label": [0, 1]}', '{"text": ["a", "b"]}'],
     "d.parquet": ["no parquet"],
     "d.tsv": ["text\tlabel\n" + '"a""b"\t0\nb\t1\n', "id\ttext\tlabel\nx1\ta b\t0\nx2\tc d\t1\n"],
 }  # fmt: skip

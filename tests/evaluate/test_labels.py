@@ -84,13 +84,13 @@ def test_classes_without_rows_are_told(caplog: pytest.LogCaptureFixture) -> None
 @pytest.mark.parametrize(
     ("label", "names", "message"),
     [
-        ("postive", ("negative", "positive"), "row 0: expected one of ('negative', 'positive'), found 'postive'; "
-         "near it: 'positive'"),
-        (2, ("a", "b"), "row 0: expected one of ('a', 'b'), found 2"),
+        ("postive", ("negative", "positive"), "d: expected one of ('negative', 'positive'), found 'postive' "
+         "in row 0; near it: 'positive'"),
+        (2, ("a", "b"), "d: expected one of ('a', 'b'), found 2 in row 0"),
         (-1, ("a", "b"), "found -1"),
         (None, ("None", "b"), "found None"),
-        ("1", ("1", "2"), "expected a label that means one class, found '1', the name of class 0 and the number "
-         "of class '2'"),
+        ("1", ("1", "2"), "expected a label that means one class, found 1 in row 0, the name of class 0 and "
+         "the number of class '2'"),
         (1, ("1", "2"), "expected a label that means one class, found 1"),
         (1.0, ("0", "1"), "found 1.0"),
     ],

@@ -19,6 +19,7 @@ from transformers import (
 
 import miracle_hub
 from miracle_hub.errors import DataError, MiracleError, SourceError, TrainingError
+from miracle_hub.evaluate.data import Split
 from miracle_hub.finetune.fit import _language_model
 from miracle_hub.training.config import PARAMETRIZATIONS
 
@@ -77,11 +78,8 @@ def test_the_end_of_a_text_is_learned_though_its_token_pads(source: Path) -> Non
     """And nothing of a corpus but a last token alone is left out."""
     import datasets
 
-    class Splits:
-        text_columns = ("text",)
-
     reader: Any = tokenizer(eos_token="<eos>", pad_token="<eos>")
-    _, collate, encode = _language_model(source, reader, Splits(), 4)
+    _, collate, encode = _language_model(source, reader, Split(None, None, ("text",), ()), 4)
     rows = encode(datasets.Dataset.from_dict({"text": ["a b <eos>", "good bad a"]}))
     assert rows["input_ids"][:] == [[2, 3, 1, 4], [5, 2]]
     batch = collate([rows[i] for i in range(2)])
@@ -92,13 +90,14 @@ def test_the_end_of_a_text_is_learned_though_its_token_pads(source: Path) -> Non
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
-        ([("", 0), *ROWS], {}, "expected a text of at least one token, found none in ''; complete it"),
-        ([("a " * 20, 0), *ROWS], {"max_length": 99}, "at most 16 tokens, as the model has positions, found one "
-         "of 20; cut them with --max-length 16"),
-        ([("a", 0), ("b", 1)], {"task": "causal-lm"}, "expected texts of at least two tokens, found none in 1 rows"),
+        ([("", 0), *ROWS], {}, "column 'text': row 0: expected a text, found none; complete it"),
+        ([(" ", 0), *ROWS], {}, "expected a text of at least one token, found none in ' '; complete it"),
+        ([("a " * 20, 0), *ROWS], {"max_length": 99}, "at most 16 tokens, as the model has positions, found "
+         "one of 20; cut them with --max-length 16"),
+        ([("a", 0), ("b", 1)], {"task": "causal-lm"}, "texts of at least two tokens, found none in 1 rows"),
         (ROWS, {"task": "causal-lm", "max_length": 17}, "at most 16 tokens"),
     ],
-    ids=["empty", "long", "one token", "long windows"],
+    ids=["none", "empty", "long", "one token", "long windows"],
 )  # fmt: skip
 def test_texts_that_the_model_cannot_take_are_refused(
     rows: list[tuple[str, int]], options: dict[str, Any], message: str, source: Path, tmp_path: Path
