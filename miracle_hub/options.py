@@ -151,7 +151,7 @@ class FitOptions:
     ] = "all-matrices"
     parametrization: Annotated[str, '"test-channel", "mean-kl" or "mean-var".'] = "test-channel"
     text_columns: Annotated[
-        list[str] | None, "One or two columns of text; by default the columns of strings."
+        list[str] | None, "One or two columns of text; by default those that can be no others."
     ] = None
     label_column: Annotated[str, "Of a classification: whole numbers from 0 on, or names of classes."] = (
         "label"

@@ -50,7 +50,7 @@ def certify(
             them; the size of its files then enters the bound. False promises that it was not.
         split: of the data, where they have several.
         delta: chance that the bound is wrong; chosen before looking.
-        text_columns: one or two columns of text; by default the columns of strings.
+        text_columns: one or two columns of text; by default those that can be no others.
         label_column: whole numbers from 0 on, or names of the model's classes.
         max_length: tokens of a text; part of the classifier, so that it is fixed before the data are seen.
 

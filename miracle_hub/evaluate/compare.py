@@ -103,7 +103,7 @@ def compare(
         data: texts (csv, tsv, json, jsonl, parquet, txt; a folder of `datasets`; a Hub id); for image models
             a folder of images, an image, or a txt of their paths; or an npz of the model's own inputs.
         split: of the data, where they have several.
-        text_columns: one or two columns of text; by default the columns of strings.
+        text_columns: one or two columns of text; by default those that can be no others.
         max_length: tokens of a text.
         revision_a, revision_b: branch, tag or commit of a Hub id.
 

@@ -1,7 +1,8 @@
 """Data for `miracle fit`, `certify` and `compare`: files, folders and Hub data sets, through `datasets`."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,14 +169,14 @@ def _load(data: str | Path) -> Mapping[str, Rows]:
             "data: expected the package datasets, found none; pip install 'miracle-hub[fit]'"
         ) from error
     path = Path(data)
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it says of a file is in our error
     ending = path.suffix.lower()
     if ending in READERS and path.is_file():
         return {"train": read_table(path)}
     try:
         if ending in ENDINGS and not path.exists():  # rather than ask the Hub for it
             raise FileNotFoundError("no such file")
-        return _by_library(data, path)
+        with _quiet("datasets"):  # what it says of a file is in our error
+            return _by_library(data, path)
     except DataError:
         raise
     except Exception as error:
@@ -186,6 +187,17 @@ def _load(data: str | Path) -> Mapping[str, Rows]:
             f"{type(error).__name__}: {str(error).partition(chr(10))[0]}; check the name"
             f"{f' ({offer(path.name, close)})' if close else ''} and the contents"
         ) from error
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _by_library(data: str | Path, path: Path) -> Mapping[str, Rows]:

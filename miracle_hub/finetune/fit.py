@@ -97,7 +97,7 @@ def fit(
         target_modules: what is coded: "all-matrices", "all-linear", "all", a regular expression that matches
             whole names of modules or parameters; or, in Python, a list of names or ends of names.
         parametrization: "test-channel", "mean-kl" or "mean-var".
-        text_columns: one or two columns of text; by default the columns of strings.
+        text_columns: one or two columns of text; by default those that can be no others.
         label_column: of a classification: whole numbers from 0 on, or names of classes.
         epochs: passes over the data.
         steps: of the optimizer; above 0 they count instead of epochs.

@@ -39,7 +39,8 @@ class AnnealingCallback(TrainerCallback):
         Raises:
             TrainingError: one is not; the step is not made.
         """
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        found = [p.grad for p in model.parameters() if p.grad is not None]
+        gradients = [gradient for gradient in found if not gradient.is_sparse]
         if gradients and not args.fp16:
             norms = torch.stack([g.sum(dtype=torch.float32).cpu() for g in gradients])
             check_finite(norms.sum(), f"step {state.global_step}", "gradient")
