@@ -217,5 +217,5 @@ def _by_library(data: str | Path, path: Path) -> Mapping[str, Rows]:
             str(split): joined([read_table(Path(file)) for file in names], str(data))
             for split, names in files.items()
         }
-    options = {"keep_default_na": False, "na_filter": False} if builder.name == "csv" else {}
+    options: dict[str, Any] = {"keep_default_na": False, "na_filter": False} if builder.name == "csv" else {}
     return dict(load_dataset(str(data), **options))

@@ -31,7 +31,7 @@ def test_a_model_that_is_not_finite_becomes_none(parametrization: str, code: str
     options: dict[str, Any] = dict(parametrization=parametrization, code=code, streams=streams)
     bad = itertools.product(("0.weight", "0.bias", "1.weight", "3.bias"), (math.nan, math.inf, -math.inf))
     for name, value in [*bad, ("1.running_var", math.nan)]:
-        model = network()
+        model: Any = network()
         model.state_dict()[name].view(-1)[0] = value
         with pytest.raises(
             (OptionError, NonFiniteWeightError), match=f"^{name}: expected finite weights, found 1 "
