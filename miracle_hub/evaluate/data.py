@@ -74,7 +74,7 @@ def _names(rows: Rows, data: str | Path, label_column: str) -> tuple[str, ...]:
             f"{data}: expected labels in a column {label_column!r}, found {rows.column_names}; name the "
             f"column with --label-column ({offer(label_column, rows.column_names)}), or take --task causal-lm"
         )
-    feature = getattr(rows, "features", {}).get(label_column)
+    feature: Any = getattr(rows, "features", {}).get(label_column)
     if hasattr(feature, "names"):
         return tuple(feature.names)
     return class_names(list(rows[label_column]), f"{data}: column {label_column!r}")
@@ -147,7 +147,7 @@ def _one_split(data: str | Path, split: str | None) -> Rows:
     sets = _load(data)
     if split is None and len(sets) == 1:
         split = next(iter(sets))
-    if split not in sets:
+    if split is None or split not in sets:
         close = f" ({offer(split, sets)})" if near(split, sets) else ""
         raise DataError(
             f"{data}: expected the name of a split among {', '.join(map(str, sets))}, found {split!r}; name "
@@ -203,11 +203,16 @@ def _quiet(name: str) -> Iterator[None]:
 def _by_library(data: str | Path, path: Path) -> Mapping[str, Rows]:
     from datasets import load_dataset, load_dataset_builder, load_from_disk
 
+    loaded: Any
     if path.is_file():
-        return dict(load_dataset("parquet", data_files=str(path)))
+        if path.suffix.lower() != _PARQUET:
+            raise ValueError(f"a file that ends in {path.suffix!r}")
+        loaded = load_dataset("parquet", data_files=str(path))
+        return {str(name): rows for name, rows in loaded.items()}
     if path.is_dir() and any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
         loaded = load_from_disk(str(path))
-        return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
+        sets = loaded if isinstance(loaded, dict) else {"train": loaded}
+        return {str(name): rows for name, rows in sets.items()}
     builder = load_dataset_builder(str(data))
     files: Mapping[Any, list[str]] = builder.config.data_files or {}
     described = path / "README.md"  # which may say how its files are to be read
@@ -218,4 +223,5 @@ def _by_library(data: str | Path, path: Path) -> Mapping[str, Rows]:
             for split, names in files.items()
         }
     options: dict[str, Any] = {"keep_default_na": False, "na_filter": False} if builder.name == "csv" else {}
-    return dict(load_dataset(str(data), **options))
+    loaded = load_dataset(str(data), **options)
+    return {str(name): rows for name, rows in loaded.items()}
