@@ -35,7 +35,7 @@ Dense = Annotated[str | None, typer.Option(help="The folder that was compressed,
 Split = Annotated[str | None, typer.Option(help="Of the data, where they have several.")]
 Stages = Annotated[int | None, typer.Option(help="Read so many stages only.")]
 Data = Annotated[str, typer.Option(help="csv, tsv, json, jsonl, parquet, txt; a folder; a Hub id.")]
-TextColumns = Annotated[list[str] | None, typer.Option(help="One or two; else those of strings.")]
+TextColumns = Annotated[list[str] | None, typer.Option(help="One or two; else those that can be no others.")]
 LabelColumn = Annotated[str, typer.Option(help="Of classes: numbers or names.")]
 
 

@@ -165,7 +165,8 @@ def _decide(
     refined = [refined_files(plans, request, stage, shard_bytes) for stage in range(2, options.stages + 1)]
     target = budget_bytes(options.bits_per_weight, options.size, n_weights)
     other_bytes = copied_bytes + sum(map(total_bytes, refined))
-    choices = meet_budget(plans, curves, Budget(target, other_bytes, n_weights, shard_bytes, stem))
+    budget = Budget(target, other_bytes, n_weights, shard_bytes, stem, options.bits_per_weight)
+    choices = meet_budget(plans, curves, budget)
     first = [Job(plans[name].source, contents[name], choices[name]) for name in sorted(choices)]
     jobs = [first]
     for _ in refined:

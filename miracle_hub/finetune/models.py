@@ -22,11 +22,12 @@ from miracle_hub.files.whole import temporary_beside, writing
 from miracle_hub.finetune.budget import within_budget
 from miracle_hub.format.network import NetworkHeader
 from miracle_hub.hub.card import write_card
-from miracle_hub.names import matches
+from miracle_hub.names import matches, offer
 from miracle_hub.options import CompressOptions
 from miracle_hub.training import convert
 from miracle_hub.training.config import VariationalConfig, refuse_old_names
 from miracle_hub.training.drawn import coded_names
+from miracle_hub.training.guard import check_model
 from miracle_hub.training.model import Variational, variational_of
 from miracle_hub.training.stream import message_of
 
@@ -74,7 +75,7 @@ def _from_keywords(options: dict[str, Any]) -> VariationalConfig:
     if unknown := sorted(set(options) - known):
         raise OptionError(
             f"make_variational: expected options among {', '.join(sorted(known))}, found {unknown[0]!r}; "
-            "check the spelling"
+            f"check the spelling ({offer(unknown[0], sorted(known))})"
         )
     return VariationalConfig(**options)
 
@@ -91,6 +92,7 @@ def save(model: nn.Module, path: str | Path) -> int:
         OutputWriteError: the file cannot be written.
     """
     variational, path = convert.check_evaluated(model), Path(path)
+    check_model(model)
     names = _names(model, variational)
     entries = _coded_entries(variational, names)
     dense = convert.posterior_mean(model)
@@ -131,6 +133,7 @@ def compress_model(
         )
     refuse_adapters(model)
     convert.check_evaluated(model)
+    check_model(model)
     payloads = _coded_entries(variational, _names(model, variational))
     dense, kept = convert.posterior_mean(model), variational.config.modules_to_save or []
     options = CompressOptions(
