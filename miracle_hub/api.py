@@ -77,6 +77,7 @@ def compress(
     options = chosen(CompressOptions, options, locals())
     from miracle_hub.codec.compress import compress_folder
     from miracle_hub.hub.card import write_card
+    from miracle_hub.plugin.roles import roles_of
 
     options.require_budget()  # before a Hub source is downloaded
     folder = local_folder(source, options.revision, taken=TO_COMPRESS)
@@ -87,6 +88,7 @@ def compress(
         options,
         card=lambda target, report: write_card(target, report, folder, base_model),
         not_downloaded=not_downloaded(source, options.revision, folder),
+        roles=roles_of,
     )
 
 

@@ -35,7 +35,7 @@ Dense = Annotated[str | None, typer.Option(help="The folder that was compressed,
 Split = Annotated[str | None, typer.Option(help="Of the data, where they have several.")]
 Stages = Annotated[int | None, typer.Option(help="Read so many stages only.")]
 Data = Annotated[str, typer.Option(help="csv, tsv, json, jsonl, parquet, txt; a folder; a Hub id.")]
-TextColumns = Annotated[list[str] | None, typer.Option(help="One or two; else those of strings.")]
+TextColumns = Annotated[list[str] | None, typer.Option(help="One or two; else those that can be no others.")]
 LabelColumn = Annotated[str, typer.Option(help="Of classes: numbers or names.")]
 
 
@@ -86,7 +86,9 @@ def compress(source: Source, out: Out, options: CompressOptions) -> None:
         f"{out}: {report.dense_bytes:,} → {report.compressed_bytes:,} bytes "
         f"({report.dense_bytes / report.compressed_bytes:.2f} times smaller), "
         f"{report.bits_per_weight:.4f} bits per weight, {report.seconds:.1f} s "
-        f"(backend {report.backend})"
+        f"(backend {report.backend})\n"
+        f"{len(report.plain) + len(report.exact)} tensors stay as they are: {report.kept_bytes:,} bytes, "
+        f"{report.kept_share:.1%} (weights and others told apart by {report.judged_by})"
     )
     _tell_files(report)
     typer.echo(f"digest {report.digest}")
@@ -239,7 +241,7 @@ def _row(tensor: TensorReport) -> tuple[str, ...]:
     name, shape = escape(_printable(tensor.name)), " × ".join(map(str, tensor.shape)) or "scalar"
     rate = f"{tensor.rate:.3f}"
     if tensor.reason:
-        return name, shape, tensor.dtype, f"plain: {tensor.reason}", "", "", rate, ""
+        return name, shape, tensor.dtype, f"{tensor.codec or 'plain'}: {tensor.reason}", "", "", rate, ""
     codes = " + ".join(dict.fromkeys(f"{c.window_bits},{c.step_bits},{c.step_weights}" for c in tensor.codes))
     scale = f"{tensor.scale:.3g} per {'row' if tensor.row_scales else 'tensor'}"
     rotation = str(tensor.rotation) if tensor.rotation > 1 else "none"

@@ -11,6 +11,7 @@
     ├── OptionError (ValueError)         a code, order or rotation that cannot exist
     ├── BackendError (RuntimeError)      a backend that cannot run here, or not this
     ├── TrainingError (RuntimeError)     a loss or a gradient that is not finite
+    ├── WrittenWeightError (RuntimeError) a weight whose posterior cannot follow what was done to it
     ├── OutputExistsError (FileExistsError)
     ├── OutputWriteError (OSError)       disk full, folder not writable
     ├── UploadError (OSError)            the Hub did not take a repository
@@ -66,6 +67,10 @@ class BackendError(MiracleError, RuntimeError):
 
 class TrainingError(MiracleError, RuntimeError):
     """Training cannot go on: a loss or a gradient is not finite."""
+
+
+class WrittenWeightError(MiracleError, RuntimeError):
+    """A weight of a variational model was written to, tied or replaced, and its posterior cannot follow."""
 
 
 class OutputExistsError(MiracleError, FileExistsError):

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from miracle_hub.codec.config import is_miracle, read_config
+from miracle_hub.code import QUANT_METHOD
+from miracle_hub.codec.config import read_config
 from miracle_hub.codec.guard import GUARD, GUARD_ALONE
+from miracle_hub.codec.inherited import is_inherited
 from miracle_hub.codec.kinds import Found, Kind, found, kind_of_names, refusal, told_by_names
 from miracle_hub.codec.naming import CONFIG
+from miracle_hub.codec.parts import remove_facts
 from miracle_hub.codec.payloads import has_magic
 from miracle_hub.codec.quantized import SIDECARS, method_of_config, method_of_tensors
 from miracle_hub.codec.source import SourceTensor, list_tensors, names_in, weight_files
@@ -77,9 +80,8 @@ def detect(path: Path, names: Sequence[str] | None = None) -> Found:
 
 def _of_config(path: Path, config: dict[str, Any], names: Sequence[str]) -> Found | None:
     """What config.json and other JSON files tell of a folder."""
-    facts = config.get("quantization_config")
-    if isinstance(facts, dict) and is_miracle(facts):
-        return _quantized(path / CONFIG, facts["quant_method"], Kind.COMPRESSED)
+    if remove_facts(config) and not is_inherited(path):
+        return _quantized(path / CONFIG, QUANT_METHOD, Kind.COMPRESSED)
     if "model_type" not in config:
         if "model_index.json" in names:
             return kind_of_names(str(path), names)

@@ -22,10 +22,11 @@ class TensorReport:
     """One tensor.
 
     Attributes:
-        reason: of a plain tensor, what the files prove of why; empty for a coded one.
+        reason: of a plain or exact tensor, what the files prove of why; empty for a coded one.
         n_bytes: that are stored of it.
         codes: of windows and steps, part after part.
-        relative_error: ‖decoded - source‖² / ‖source‖², measured by the encoder; 0 for plain ones.
+        relative_error: ‖decoded - source‖² / ‖source‖², in the dtype of the source, measured by the encoder;
+            0 for plain and exact ones.
         scale: median prior scale.
     """
 
@@ -126,6 +127,8 @@ def _report(tensor: StoredTensor, excluded: list[str]) -> TensorReport:
     if not tensor.is_coded:
         return TensorReport(*common, reason=_reason(tensor, excluded))
     first = tensor.facts[0]
+    if first.is_exact:
+        return TensorReport(*common, reason="every bit kept, in fewer bytes", codec=first.codec)
     return TensorReport(
         *common,
         reason="",

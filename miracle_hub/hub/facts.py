@@ -24,6 +24,7 @@ from miracle_hub.errors import DataError
 from miracle_hub.files.digests import sha256_of
 from miracle_hub.format.network import NetworkHeader, read_start
 from miracle_hub.format.spec import item_bits
+from miracle_hub.names import near, offer
 
 _PACKAGES = ("miracle-hub", "torch")
 
@@ -129,7 +130,9 @@ def _checked(given: object, where: str) -> dict[str, Any]:
         elif name in lists and isinstance(value, list):
             found[name] = tuple(lists[name](each, where) for each in value)
         else:
-            raise _unfit(where, f"facts named {', '.join(('sha256', *_CARRIED))}", {name: value})
+            known = ("sha256", *_CARRIED)
+            close = "" if name in known or not near(name, known) else f" ({offer(name, known)})"
+            raise _unfit(where, f"facts named {', '.join(known)}{close}", {name: value})
     return found
 
 
