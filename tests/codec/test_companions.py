@@ -23,7 +23,10 @@ from miracle_hub.errors import BudgetError, SourceError
 
 Compress = Callable[..., Report]
 SaveModel = Callable[..., Path]
-MODEL = {"first.weight": torch.linspace(-1, 1, 4096).view(64, 64), "first.bias": torch.ones(64)}
+MODEL = {
+    "first.weight": torch.randn(64, 64, generator=torch.Generator().manual_seed(0)),
+    "first.bias": torch.ones(64),
+}
 HEAD = save({"v_head.summary.weight": torch.ones(1, 64), "v_head.summary.bias": torch.ones(1)})
 
 TRAVELLING = (

@@ -16,7 +16,10 @@ from miracle_hub.codec.detector import detect
 from miracle_hub.codec.kinds import Kind
 from miracle_hub.errors import MissingWeightsError, PickleRefusedError, SourceError, SourceKindError
 
-WEIGHTS = {"layer.weight": torch.linspace(-1, 1, 4096).view(64, 64), "layer.bias": torch.ones(64)}
+WEIGHTS = {
+    "layer.weight": torch.randn(64, 64, generator=torch.Generator().manual_seed(0)),
+    "layer.bias": torch.ones(64),
+}
 BERT: dict[str, Any] = {"model_type": "bert"}
 WORDS = torch.zeros(16, 64, dtype=torch.int32)
 BYTES = torch.zeros(64, 32, dtype=torch.uint8)
