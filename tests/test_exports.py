@@ -69,6 +69,7 @@ def test_every_error_is_ours_and_of_the_standard_kind_that_callers_expect() -> N
     kinds: dict[type, type] = {
         errors.BackendError: RuntimeError,
         errors.TrainingError: RuntimeError,
+        errors.WrittenWeightError: RuntimeError,
         errors.OutputExistsError: FileExistsError,
         errors.OutputWriteError: OSError,
         errors.UploadError: OSError,

@@ -11,10 +11,10 @@ from miracle_hub.codec.payloads import codec_named, is_payload, is_stray_stream
 from miracle_hub.codec.rates import Choice
 from miracle_hub.codec.repository import OutputFile, sharded
 from miracle_hub.codec.source import NARROWED, SourceTensor, list_tensors
-from miracle_hub.errors import OptionError, SourceError
+from miracle_hub.errors import SourceError
 from miracle_hub.format.payload import DTYPES
 from miracle_hub.format.spec import TensorSpec, bytes_entry, item_bits
-from miracle_hub.names import matches, unmatched
+from miracle_hub.names import check_taken, matches
 
 # Below this a payload's header and scales (40 bytes and more) outweigh what coding saves at 2 bits and more.
 _SMALLEST_CODED = 1024
@@ -125,7 +125,7 @@ def plan_all(weights: list[Path], excluded: list[str] | str, coded: Mapping[str,
     Raises:
         SourceError: a tensor looks like a payload or has more dimensions than readers take, or a payload is
             that of no tensor.
-        OptionError: nothing is called as the user excludes it.
+        OptionError: a name that the user excludes takes nothing.
     """
     plans: dict[str, Plan] = {}
     for tensor in list_tensors(weights):
@@ -141,18 +141,8 @@ def plan_all(weights: list[Path], excluded: list[str] | str, coded: Mapping[str,
             f"not; it has {', '.join(sorted(plans)[:4])}, …"
         )
     if not coded:  # with payloads the names are those of a module, of which a file has tied ones once
-        _refuse_unmatched(excluded, sorted(plans))
+        check_taken(excluded, sorted(plans), "modules_to_not_convert", "the model")
     return plans
-
-
-def _refuse_unmatched(excluded: list[str] | str, names: list[str]) -> None:
-    """A misspelled name would have its tensor coded after all."""
-    if wrong := unmatched(excluded, names):
-        raise OptionError(
-            f"modules_to_not_convert: expected modules or tensors of the model, found {wrong[0]!r}, which "
-            f"takes none; it has {', '.join(names[:4])}, …: correct the name (give the option once for "
-            "each), or leave it out"
-        )
 
 
 def _refuse_coded(tensor: SourceTensor) -> None:

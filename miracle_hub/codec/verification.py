@@ -3,14 +3,16 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
+from miracle_hub.codec.companions import of_repository, of_source
 from miracle_hub.codec.comparing import check_finite, compare, compare_bits
 from miracle_hub.codec.config import read_quantization
+from miracle_hub.codec.detector import TO_COMPRESS, require
 from miracle_hub.codec.dtypes import TORCH_DTYPES, is_bytes
 from miracle_hub.codec.finite import NON_FINITE
 from miracle_hub.codec.guard import Contents
@@ -33,7 +35,7 @@ from miracle_hub.codec.stored import StoredTensor
 from miracle_hub.coding.backend import Backend, choose
 from miracle_hub.errors import ChecksumError, FormatError, MiracleError, SourceError
 from miracle_hub.files.container import files_kept_open
-from miracle_hub.files.digests import Hashes
+from miracle_hub.files.digests import Hashes, sha256_of
 from miracle_hub.format.network import read_start
 
 _HASH = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
@@ -87,10 +89,13 @@ class Verification:
 @files_kept_open()
 def verify_folder(path: Path, *, dense: Path | None = None, backend: str = "auto") -> Verification:
     """See `miracle_hub.verify`. Every file is read once; with `dense`, those of several stages twice."""
-    check = _Check(choose(backend), _originals(dense), _listed_as_non_finite(path))
+    copied = set() if path.is_file() else set(of_repository(path).weights)
+    check = _Check(choose(backend), _originals(dense), copied, _listed_as_non_finite(path))
     reading = read_all(path, check.look)
     reports = [check.report(file) for file in reading.files]
     defects, repository = [report.defect for report in reports if report.defect], None
+    if dense is not None and path.is_dir():
+        defects += _changed_companions(reading, dense)
     if not defects:  # else the whole could only repeat what is wrong with a part
         try:
             repository = _check_whole(reading, check)
@@ -103,7 +108,20 @@ def verify_folder(path: Path, *, dense: Path | None = None, backend: str = "auto
 
 
 def _originals(dense: Path | None) -> dict[str, SourceTensor] | None:
-    return None if dense is None else {tensor.name: tensor for tensor in list_tensors(weight_files(dense))}
+    if dense is None:
+        return None
+    require(dense, TO_COMPRESS)
+    return {tensor.name: tensor for tensor in list_tensors(weight_files(dense))}
+
+
+def _changed_companions(reading: Reading, dense: Path) -> Iterator[str]:
+    """What is wrong with files that the dense model has beside its weights, and that were to be copied."""
+    found = {file.name: file.hashes.sha256 for file in reading.files}
+    for name in of_source(dense, weight_files(dense)).carried:
+        if name not in found:
+            yield f"{reading.path}: expected {name} of {dense}, found none; compress the model again"
+        elif found[name] != sha256_of(dense / name):
+            yield f"{reading.path / name}: expected the bytes of {dense / name}, found others; copy it again"
 
 
 def _listed_as_non_finite(path: Path) -> list[str]:
@@ -124,9 +142,14 @@ class _Check:
     """What is asked of every tensor on the way, and of every file at its end."""
 
     def __init__(
-        self, backend: Backend, originals: dict[str, SourceTensor] | None, non_finite: Collection[str]
+        self,
+        backend: Backend,
+        originals: dict[str, SourceTensor] | None,
+        copied: set[Path],
+        non_finite: Collection[str],
     ) -> None:
-        self.backend, self.originals, self.non_finite = backend, originals, non_finite
+        self.backend, self.originals = backend, originals
+        self.copied, self.non_finite = copied, non_finite
         self.kinds: dict[Path, Counter[str]] = {}
 
     @property
@@ -144,7 +167,8 @@ class _Check:
         self.kinds.setdefault(path, Counter())[self._kind(tensor, payload, entry)] += 1
 
     def _kind(self, tensor: StoredTensor, payload: Payload | None, entry: Tensor) -> str:
-        original = (self.originals or {}).get(tensor.name)
+        is_copied = tensor.parts[0].path in self.copied  # its names are not those of the model
+        original = None if is_copied else (self.originals or {}).get(tensor.name)
         if payload is not None:
             # What stages add up to is known when all of them were read.
             is_whole = not is_of_stage(tensor.parts[0].path) or tensor.is_exact
