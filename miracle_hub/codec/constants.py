@@ -41,8 +41,8 @@ def constant_kind(values: Tensor, *, may_be_fitted: bool = False) -> Kind | None
         return None
     if may_be_fitted:
         return Kind.TABLE if is_table_of_sines(values) else None
-    few = _spread(values.flatten(), 4096).double()
-    if _are_few(few, values) and _are_few(values.double().flatten(), values):
+    few = _spread(values.flatten(), 4096)
+    if _are_few(few.double(), values) and _are_few(values.double().flatten(), values):
         return Kind.WHOLE if _are_whole(values) else Kind.FEW
     if _are_whole(few) and _are_whole(values):
         return Kind.WHOLE
@@ -60,9 +60,11 @@ def _are_few(values: Tensor, whole: Tensor) -> bool:
 
 
 def _are_whole(values: Tensor) -> bool:
-    if values.numel() < _SMALLEST_MASK:
+    """Whether all are whole, and enough of them are so small that their dtype has fractions there."""
+    size = values.double().abs()
+    if not bool((torch.isfinite(size) & (size == size.round())).all()):
         return False
-    return bool((torch.isfinite(values.float()) & (values.double() == values.double().round())).all())
+    return int(((size > 0) & (size < 1 / torch.finfo(values.dtype).eps)).sum()) >= _EVIDENCE_BITS
 
 
 def is_table(values: Tensor) -> bool:
