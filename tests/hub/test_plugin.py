@@ -187,7 +187,7 @@ def test_other_weights_would_have_another_digest(llama: Repository, expected: st
 def test_without_the_package_ignoring_mismatched_sizes_loads_random_weights(
     llama: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The limit that README, the card and the troubleshooting page tell: nothing of ours runs to refuse it."""
+    """The limit that README, cards and the troubleshooting page tell: nothing of ours runs to refuse it."""
     for mapping in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING):
         monkeypatch.delitem(mapping, "miracle")
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
