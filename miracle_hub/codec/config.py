@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from miracle_hub.code import FORMAT_VERSION, MAX_STAGES, QUANT_METHOD, check_format_version
+from miracle_hub.code import FORMAT_VERSION, MAX_STAGES, QUANT_METHOD, STAGED_VERSION, check_format_version
 from miracle_hub.codec.dtypes import TORCH_DTYPES
 from miracle_hub.codec.guard import with_guard
 from miracle_hub.codec.inherited import is_inherited
@@ -130,6 +130,7 @@ def write_config(
     tensors: Sequence[TensorSpec],
     digests: Sequence[str],
     guards: Sequence[str],
+    has_exact: bool = False,
 ) -> None:
     """config.json with the quantization_config that makes transformers call the plug-in; none where there
     was none.
@@ -139,6 +140,7 @@ def write_config(
         tensors: of the source.
         digests: of the payloads of the first n stages, for every n.
         guards: of all their tensors, likewise.
+        has_exact: whether one of the payloads is exact, which readers of before do not know.
 
     Raises:
         OutputWriteError: it cannot be written.
@@ -152,7 +154,7 @@ def write_config(
         config["dtype"] = main_dtype(tensors)
     if is_miracle(config.get("quantization_config")):  # inherited, and replaced
         config.pop("stages", None)
-    version = 1 if len(digests) == 1 else FORMAT_VERSION
+    version = FORMAT_VERSION if has_exact else STAGED_VERSION if len(digests) > 1 else 1
     config["quantization_config"] = {"quant_method": QUANT_METHOD, "format_version": version, **facts}
     if len(digests) > 1:
         # An attribute of the config, so that from_pretrained(..., stages=1) changes it.

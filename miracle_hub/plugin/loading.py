@@ -19,6 +19,7 @@ from miracle_hub.codec.source import indexed_files
 from miracle_hub.codec.stored import StoredTensor
 from miracle_hub.coding.backend import choose
 from miracle_hub.errors import OptionError
+from miracle_hub.names import check_taken
 from miracle_hub.plugin.compressed_linear import allow_casts, compressed_layers, saved_digest, saved_state
 from miracle_hub.plugin.config import MiracleConfig
 from miracle_hub.plugin.conversion import decode_leftovers, replace_layers, with_decoding, without_decoding
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
 
 _LOG = logging.getLogger(__name__)
+
+
+_NAMES = "modules_to_not_convert"
 
 
 class Loading:
@@ -91,6 +95,7 @@ class Loading:
 
         Raises:
             BackendError: the backend cannot run here.
+            OptionError: a name in `modules_to_not_convert` takes nothing of the model.
             FormatError: and its subclasses: a file is not sound; the message names the tensor.
         """
         if self.config.backend == "triton":
@@ -101,12 +106,25 @@ class Loading:
             self.config.keep_compressed = False
         elif paths:
             folder, digest = paths[0].parent, self._digests[self._stages - 1]
-            check_config(folder / CONFIG, read_config(folder))
+            check_config(folder / CONFIG, facts := read_config(folder))
+            self._check_names(model, facts.get("quantization_config"))
             self._stored = sound_tensors(paths, digest, self._stages, self._index(paths))
         self._decoder.take_refinements(self._stored)
         files[:] = [file for file in files if stage_of(Path(file)) == 1]
         self._model = model
         self._decoder.expected = expected_tensors(model, self.dtype)
+
+    def _check_names(self, model: "PreTrainedModel", written: Any) -> None:
+        """Refuse a reader's names that take nothing; those in config.json are of all that was compressed.
+
+        Raises:
+            OptionError: one does.
+        """
+        names = self.config.modules_to_not_convert
+        if names is not None and not (isinstance(written, dict) and names == written.get(_NAMES)):
+            held = (model.named_modules, model.named_parameters)
+            found = [name for named in held for name, _ in named(remove_duplicate=False) if name]
+            check_taken(names, found, _NAMES, type(model).__name__)
 
     def _index(self, files: list[Path]) -> Path | None:
         """That names these files, if one does: those of a variant have another."""
@@ -140,6 +158,7 @@ class Loading:
         if used is not None:
             model._weight_conversions = without_decoding(used)  # pyright: ignore[reportArgumentType]
         decode_leftovers(model, self._decoder)
+        self._decoder.warn_of_overflow()
         self._model, self._stored = None, []
         self._decoder.forget()
         is_staged = "stage_digests" in self._facts

@@ -126,6 +126,12 @@ class Message(nn.Module):
         self.values[at.to(device)], self.is_coded[at.to(device)] = z.to(device), True
         self.states[steps.to(device)] = states.to(self.states)
 
+    def is_sound(self) -> bool:
+        """Whether the windows of a message all of whose windows are chosen stand for the values."""
+        backend = choose(device=self.values.device)
+        z = backend.candidates(self.states.cpu().long(), self.code).flatten()[: self.n_values]
+        return torch.equal(z.to(self.values), self.values)
+
     def packed(self) -> Tensor:
         """The bytes of a message all of whose windows are chosen, uint8 `[bytes]`."""
         return pack_states(self.states.cpu().long().numpy(), self.code)

@@ -269,6 +269,14 @@ def test_modules_not_to_convert_are_dense(llama: Repository) -> None:
         assert_same_weights(model, llama.auto.from_pretrained(llama.compressed))
 
 
+def test_a_name_that_takes_nothing_of_the_model_is_refused_with_what_is_near(llama: Repository) -> None:
+    for wanted in (["lm_head", "q_porj"], "q_porj"):
+        with pytest.raises(OptionError, match="found 'q_porj', which takes none; near it: 'q_proj'"):
+            llama.auto.from_pretrained(
+                llama.compressed, quantization_config=keep(modules_to_not_convert=wanted)
+            )
+
+
 def test_a_readers_regular_expression_is_not_written_to_config_json(
     llama: Repository, tmp_path: Path
 ) -> None:
