@@ -3,6 +3,7 @@
     MiracleError
     ├── SourceError (ValueError)         the model to compress
     │   ├── MissingWeightsError          no safetensors file where one was expected
+    │   ├── SourceKindError              another kind of model than the verb takes
     │   ├── PickleRefusedError           weights exist only as pickle
     │   └── NonFiniteWeightError         NaN or infinity in a tensor
     ├── DataError (ValueError)           training data without what the task needs
@@ -34,6 +35,10 @@ class SourceError(MiracleError, ValueError):
 
 class MissingWeightsError(SourceError):
     """No safetensors weights were found."""
+
+
+class SourceKindError(SourceError):
+    """What was given is a model, but of another kind than this verb takes."""
 
 
 class PickleRefusedError(SourceError):

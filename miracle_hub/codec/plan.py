@@ -6,14 +6,15 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
+from miracle_hub.code import MAX_DIMENSIONS
 from miracle_hub.codec.payloads import codec_named, is_payload, is_stray_stream
 from miracle_hub.codec.rates import Choice
 from miracle_hub.codec.repository import OutputFile, sharded
 from miracle_hub.codec.source import NARROWED, SourceTensor, list_tensors
-from miracle_hub.errors import OptionError, SourceError
+from miracle_hub.errors import SourceError
 from miracle_hub.format.payload import DTYPES
 from miracle_hub.format.spec import TensorSpec, bytes_entry, item_bits
-from miracle_hub.names import matches, unmatched
+from miracle_hub.names import check_taken, matches
 
 # Below this a payload's header and scales (40 bytes and more) outweigh what coding saves at 2 bits and more.
 _SMALLEST_CODED = 1024
@@ -33,7 +34,12 @@ class Why(Enum):
     SHORT_VECTOR = f"a vector of fewer than {_SMALLEST_CODED_VECTOR} weights"
     SMALL = f"fewer than {_SMALLEST_CODED} weights"
     OUT_OF_RANGE = "root mean square outside 2^-40 … 2^40"
+    TOO_LARGE = "values near the end of the range of {dtype}, or beyond that of F32"
     NO_BUDGET = "no budget for it"
+    BUFFER = "a buffer of the model's class, kept exact"
+    WHOLE = "whole numbers, kept exact"
+    FEW = "few different values, kept exact"
+    TABLE = "a table, kept exact"
 
     def text(self, dtype: str) -> str:
         """For people."""
@@ -64,13 +70,33 @@ class Coded:
     source: SourceTensor
 
 
-Plan = Plain | Ready | Coded
+@dataclass(frozen=True)
+class Exact:
+    """A tensor that is no weight, every bit of it kept in fewer bytes than plain."""
+
+    source: SourceTensor
+    why: Why
+    payload: bytes
+
+
+Plan = Plain | Exact | Ready | Coded
 
 
 def plan_tensor(tensor: SourceTensor, excluded: list[str] | str) -> Plain | Coded:
-    """What happens to a tensor that nobody coded before, by its header alone."""
+    """What happens to a tensor that nobody coded before, by its header alone.
+
+    Raises:
+        SourceError: it has more dimensions than readers take.
+    """
     why = why_plain(tensor, excluded)
-    return Coded(tensor) if why is None else Plain(tensor, why)
+    if why is not None:
+        return Plain(tensor, why)
+    if len(tensor.shape) > MAX_DIMENSIONS:
+        raise SourceError(
+            f"{tensor.path}: {tensor.name}: expected at most {MAX_DIMENSIONS} dimensions, found shape "
+            f"{list(tensor.shape)}; reshape it, or leave it out with modules_to_not_convert"
+        )
+    return Coded(tensor)
 
 
 def why_plain(spec: TensorSpec, excluded: list[str] | str) -> Why | None:
@@ -97,16 +123,17 @@ def plan_all(weights: list[Path], excluded: list[str] | str, coded: Mapping[str,
         coded: payloads of tensors that are coded already.
 
     Raises:
-        SourceError: a tensor looks like a payload, or a payload is that of no tensor.
-        OptionError: nothing is called as the user excludes it.
+        SourceError: a tensor looks like a payload or has more dimensions than readers take, or a payload is
+            that of no tensor.
+        OptionError: a name that the user excludes takes nothing.
     """
     plans: dict[str, Plan] = {}
     for tensor in list_tensors(weights):
         _refuse_coded(tensor)
-        plan = plan_tensor(tensor, excluded)
         if tensor.name in coded:
             plans[tensor.name] = Ready(tensor, coded[tensor.name])
         else:
+            plan = plan_tensor(tensor, excluded)
             plans[tensor.name] = narrowed_if_exact(plan) if isinstance(plan, Plain) else plan
     if missing := sorted(set(coded) - set(plans)):
         raise SourceError(
@@ -114,18 +141,8 @@ def plan_all(weights: list[Path], excluded: list[str] | str, coded: Mapping[str,
             f"not; it has {', '.join(sorted(plans)[:4])}, …"
         )
     if not coded:  # with payloads the names are those of a module, of which a file has tied ones once
-        _refuse_unmatched(excluded, sorted(plans))
+        check_taken(excluded, sorted(plans), "modules_to_not_convert", "the model")
     return plans
-
-
-def _refuse_unmatched(excluded: list[str] | str, names: list[str]) -> None:
-    """A misspelled name would have its tensor coded after all."""
-    if wrong := unmatched(excluded, names):
-        raise OptionError(
-            f"modules_to_not_convert: expected modules or tensors of the model, found {wrong[0]!r}, which "
-            f"takes none; it has {', '.join(names[:4])}, …: correct the name (give the option once for "
-            "each), or leave it out"
-        )
 
 
 def _refuse_coded(tensor: SourceTensor) -> None:
@@ -165,7 +182,7 @@ def entry_of(plan: Plan, choices: Mapping[str, Choice]) -> TensorSpec:
     match plan:
         case Plain():
             return TensorSpec(source.name, "F16" if plan.is_narrowed else source.dtype, source.shape)
-        case Ready():
+        case Ready() | Exact():
             return bytes_entry(source.name, len(plan.payload))
         case Coded():
             choice = choices[source.name]

@@ -28,7 +28,7 @@ from miracle_hub.errors import BudgetError
 from miracle_hub.format.network import NetworkHeader, SharedSpec, encode_network
 from miracle_hub.format.payload import SCALE_BYTES, Header, Segment
 from miracle_hub.format.spec import TensorSpec, bytes_entry
-from miracle_hub.options import DEFAULT_SHARD_SIZE, budget_bytes, parse_size
+from miracle_hub.options import DEFAULT_SHARD_SIZE, amount, asked_for, budget_bytes, parse_size
 from miracle_hub.training.config import VariationalConfig
 from miracle_hub.training.convert import sharing_factors, sharing_of
 from miracle_hub.training.layout import scale_columns
@@ -57,22 +57,26 @@ def within_budget(model: nn.Module, config: VariationalConfig) -> VariationalCon
                 return candidate
         except BudgetError:  # a rate at which some stream has no code
             continue
-    raise _impossible(budget, sizes, n_weights)
+    asked, in_bits = asked_for(config.bits_per_weight, budget), config.bits_per_weight is not None
+    raise _impossible(asked, in_bits, sizes, n_weights)
 
 
-def _impossible(budget: int, sizes: list[int], n_weights: int) -> BudgetError:
+def _impossible(asked: str, in_bits: bool, sizes: list[int], n_weights: int) -> BudgetError:
     if not sizes:
         return BudgetError(
             "budget: expected streams that some rate suits, found none; share weights, choose shorter "
             "windows, or code fewer modules"
         )
     unit = n_weights / 8 / 10_000  # rates are rounded inwards, so that asking for the printed one works
-    least, most = min(sizes), max(sizes)
+    ends = (
+        (min(sizes), math.ceil(min(sizes) / unit) / 10_000, "at the lowest rate, what is not coded plain"),
+        (max(sizes), math.floor(max(sizes) / unit) / 10_000, "at the highest rate"),
+    )
+    least, most = (amount(n_bytes, rate, why, in_bits=in_bits) for n_bytes, rate, why in ends)
+    least = least if in_bits else least.replace(" bytes", "", 1)  # which the other end says
     return BudgetError(
-        f"size: {budget:,} bytes were asked for, but the file of this model can have {least:,} "
-        f"({math.ceil(least / unit) / 10_000} bits per weight: at the lowest rate, what is not coded plain) "
-        f"to {most:,} bytes ({math.floor(most / unit) / 10_000} bits per weight: at the highest rate); ask "
-        "for a size in between, or code other modules"
+        f"{asked}, but the file of this model can have {least} to {most}; ask for "
+        f"{'bits' if in_bits else 'a size'} in between, or code other modules"
     )
 
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from miracle_hub.codec.compress import compress_folder
 from miracle_hub.codec.decompress import load_state_dict
+from miracle_hub.codec.handed_out import require_finite
+from miracle_hub.codec.keeping import Roles
 from miracle_hub.codec.modules import module_tensors, read_state
 from miracle_hub.codec.naming import STREAM
 from miracle_hub.codec.network import encode_stream_entry, spec_of, write_network
@@ -20,11 +22,12 @@ from miracle_hub.files.whole import temporary_beside, writing
 from miracle_hub.finetune.budget import within_budget
 from miracle_hub.format.network import NetworkHeader
 from miracle_hub.hub.card import write_card
-from miracle_hub.names import matches
+from miracle_hub.names import matches, offer
 from miracle_hub.options import CompressOptions
 from miracle_hub.training import convert
 from miracle_hub.training.config import VariationalConfig, refuse_old_names
 from miracle_hub.training.drawn import coded_names
+from miracle_hub.training.guard import check_model
 from miracle_hub.training.model import Variational, variational_of
 from miracle_hub.training.stream import message_of
 
@@ -72,7 +75,7 @@ def _from_keywords(options: dict[str, Any]) -> VariationalConfig:
     if unknown := sorted(set(options) - known):
         raise OptionError(
             f"make_variational: expected options among {', '.join(sorted(known))}, found {unknown[0]!r}; "
-            "check the spelling"
+            f"check the spelling ({offer(unknown[0], sorted(known))})"
         )
     return VariationalConfig(**options)
 
@@ -89,6 +92,7 @@ def save(model: nn.Module, path: str | Path) -> int:
         OutputWriteError: the file cannot be written.
     """
     variational, path = convert.check_evaluated(model), Path(path)
+    check_model(model)
     names = _names(model, variational)
     entries = _coded_entries(variational, names)
     dense = convert.posterior_mean(model)
@@ -129,6 +133,7 @@ def compress_model(
         )
     refuse_adapters(model)
     convert.check_evaluated(model)
+    check_model(model)
     payloads = _coded_entries(variational, _names(model, variational))
     dense, kept = convert.posterior_mean(model), variational.config.modules_to_save or []
     options = CompressOptions(
@@ -159,7 +164,17 @@ def _write_repository(
         return compress_folder(
             folder, out, options, coded=payloads,
             card=lambda target, report: write_card(target, report, folder, base),
+            roles=lambda _: _roles_in(dense),
         )  # fmt: skip
+
+
+def _roles_in(model: nn.Module) -> Roles:
+    """Which tensors of a module are parameters, and which are buffers."""
+    buffers, parameters = (
+        frozenset(name for name, _ in named(remove_duplicate=False))
+        for named in (model.named_buffers, model.named_parameters)
+    )
+    return Roles(buffers, parameters, type(model).__name__)
 
 
 def _require_same(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -218,8 +233,10 @@ def _coded_entries(variational: Variational, names: Mapping[tuple[int, int], str
                 for m, own in enumerate(stream.members)
             ]
             header = NetworkHeader(stream.code, tuple(specs))
-            entries[STREAM], _ = encode_stream_entry(header, scales, message)
+            entries[STREAM], weights = encode_stream_entry(header, scales, message)
+            for m, own in enumerate(stream.members):
+                require_finite(weights[names[i, m]].to(own.dtype), names[i, m])
         else:
-            own = stream.members[0]
-            entries[names[i, 0]] = payload_of_stream(own.shape, own.dtype, stream.code, scales, message)
+            own, name = stream.members[0], names[i, 0]
+            entries[name] = payload_of_stream(own.shape, own.dtype, stream.code, scales, message, name)
     return entries

@@ -31,6 +31,20 @@ _REFIT_RATES = {True: 5.0, False: 1 / 3}
 class AnnealingCallback(TrainerCallback):
     """Tells posteriors of every step of the optimizer, after which some move the weight of their KL."""
 
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        """See `TrainerCallback`. Of a loss that is finite, gradients may not be; scaled ones are passed over.
+
+        Raises:
+            TrainingError: one is not; the step is not made.
+        """
+        found = [p.grad for p in model.parameters() if p.grad is not None]
+        gradients = [gradient for gradient in found if not gradient.is_sparse]
+        if gradients and not args.fp16:
+            norms = torch.stack([g.sum(dtype=torch.float32).cpu() for g in gradients])
+            check_finite(norms.sum(), f"step {state.global_step}", "gradient")
+
     def on_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from miracle_hub.coding.sharing import Sharing
 from miracle_hub.errors import OptionError, WrittenWeightError
-from miracle_hub.names import is_named
+from miracle_hub.names import is_named, near_selection, offer
 from miracle_hub.training.config import VariationalConfig
 from miracle_hub.training.drawn import (
     Drawn,
@@ -22,7 +22,7 @@ from miracle_hub.training.model import Variational, variational_of
 from miracle_hub.training.passes import ATTRIBUTE, install, uninstall
 from miracle_hub.training.start import stream_of
 from miracle_hub.training.stream import Stream
-from miracle_hub.training.targets import Target, find_targets
+from miracle_hub.training.targets import Target, check_weights, find_targets
 
 
 def make_variational(model: nn.Module, config: VariationalConfig) -> nn.Module:
@@ -37,11 +37,13 @@ def make_variational(model: nn.Module, config: VariationalConfig) -> nn.Module:
     Raises:
         OptionError: nothing matches, a parameter cannot be converted, or the model is variational already.
         BudgetError: the budget is below what the code can use.
+        NonFiniteWeightError: a weight that is not coded is NaN or infinite.
 
     Source: Havasi et al. 2019, section 3.3, with the kinds of `posteriors`.
     """
     _refuse_variational(model)
     targets = find_targets(model, config)
+    check_weights(model)
     factors = sharing_factors(targets, config)
     groups = [targets] if config.streams == "network" else [[target] for target in targets]
     streams: list[Stream] = []
@@ -193,8 +195,8 @@ def sharing_factors(targets: list[Target], config: VariationalConfig) -> dict[st
         found = [name for name in factors if is_named(name, [end])]
         if not found:
             raise OptionError(
-                f"sharing: expected (the end of) the name of a coded parameter, found {end!r}; the names are "
-                f"{', '.join(factors)}"
+                f"sharing: expected (the end of) the name of a coded parameter, found {end!r}; "
+                f"{near_selection([end], factors) or offer('', factors)}; correct it, or leave it out"
             )
         factors |= {name: float(factor) for name in found}
     return factors
