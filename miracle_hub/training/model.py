@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from miracle_hub.errors import OptionError
 from miracle_hub.training.config import VariationalConfig
+from miracle_hub.training.noise import noise_seed
 from miracle_hub.training.stream import Stream
 
 ATTRIBUTE = "_miracle"  # where a model has it, in a tuple: Sequential would run a child of its own
@@ -65,7 +66,7 @@ class Variational(nn.Module):
 
     def seed(self) -> Tensor:
         """Of the noise: another one for every draw, and for every process of a distributed run."""
-        return self.draw_number + ((self.config.seed % 2**16) * 2**47 + (_rank() % 2**7) * 2**40)
+        return self.draw_number + noise_seed(self.config.seed, _rank())
 
     def weight(self, stream: int, member: int) -> Tensor:
         """The weights of a tensor in the draw, or their mean."""
