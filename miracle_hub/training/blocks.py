@@ -21,7 +21,7 @@ class Budget:
 
     Attributes:
         block_weights: values of a block; the last one of a stream may have fewer.
-        block_kl_nats: of a block, however short it is: its message costs the same bits.
+        block_kl_nats: of a block, however short it is: under the block code its message costs the same bits.
     """
 
     block_weights: int

@@ -1,5 +1,7 @@
 """Seeds of the noise of training: another one for every seed of a model, process and draw."""
 
+import torch
+
 _WORD = 2**64
 _STEP = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio, odd: neighbors are far apart, none is met twice
 
@@ -21,3 +23,12 @@ def noise_seed(seed: int, rank: int) -> int:
     word = (word ^ word >> 27) * 0x94D049BB133111EB % _WORD
     word ^= word >> 31
     return word - _WORD if word >= _WORD // 2 else word
+
+
+def generator(seed: int, number: int = 0) -> torch.Generator:
+    """The source of the choices of an encoder, or of a stream's order, by the seed of a model.
+
+    torch takes the low 32 bits of a seed alone: all bits of larger ones are mixed into these first.
+    """
+    word = seed + number
+    return torch.Generator().manual_seed(word if word < 2**32 else noise_seed(seed, number) % 2**32)

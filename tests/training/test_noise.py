@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from miracle_hub.coding import draw_cpu
 from miracle_hub.coding.draw import draw_mean_var
 from miracle_hub.training import model as model_room
-from miracle_hub.training.noise import noise_seed
+from miracle_hub.training.noise import generator, noise_seed
 
 from .networks import part_of, variational_net
 
@@ -79,3 +79,12 @@ def test_a_seed_at_the_end_of_the_words_goes_on_at_the_other() -> None:
     part.draw_number = torch.tensor(2**63 - 1)
     part.next_draw()
     assert bool(noise(int(part.seed())).isfinite().all())
+
+
+def test_encoders_and_orders_have_sources_of_their_own_for_every_seed() -> None:
+    """torch's generator takes the low 32 bits alone; smaller seeds are what they were."""
+    seeds = (0, 5, 2**32, 2**32 + 5, 2**63, 2**64 - 1)
+    drawn = [int(torch.randint(2**62, (), generator=generator(seed))) for seed in seeds]
+    assert len(set(drawn)) == len(seeds)
+    assert drawn[1] == int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(5)))
+    assert generator(2**64 - 1, 3).initial_seed() != generator(2**64 - 1, 2).initial_seed()
