@@ -73,7 +73,7 @@ def test_a_budget_above_nineteen_bits_per_value_is_met_by_variances_alone() -> N
 def test_all_blocks_together_have_the_bits_of_the_message(
     n_values: int, rate: float, window: int, wanted: int, code: str
 ) -> None:
-    """Of the block code exactly; of a sliding one a hundredth more at most, or the first window's bits less."""
+    """Of the block code exactly; else a hundredth more at most, or the first window's bits less."""
     config = VariationalConfig(rate=rate, window_bits=window, code=code, kl_block_weights=wanted)
     assume(rate * n_values > 4 * window and rate * 200 > window)  # or the budget allows no message
     made = config.code_for(n_values, "w")
