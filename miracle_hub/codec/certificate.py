@@ -91,7 +91,7 @@ class Certificate:
     @property
     def description_bits(self) -> int:
         """What the choice of the network cost: its files' bits if it may depend on the sample, else none."""
-        return description_bits(self.n_bytes) if self.fitted else 0
+        return description_bits(int(self.n_bytes)) if self.fitted else 0
 
     @property
     def bound(self) -> float:

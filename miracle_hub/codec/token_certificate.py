@@ -60,6 +60,7 @@ class TokenCertificate:
         delta: chance that the bound is wrong; chosen before.
         sha256: of the files, one after the other.
         texts: that the tokens are of, and `repeated` how many of these repeat an earlier one.
+        window: tokens that a prediction and its context can have together; 0 for any number.
     """
 
     tokens: int
@@ -74,6 +75,7 @@ class TokenCertificate:
     sha256: str = ""
     texts: int = 1
     repeated: int = 0
+    window: int = 0
 
     def __post_init__(self) -> None:
         """
@@ -91,6 +93,7 @@ class TokenCertificate:
         for name, low in (("vocabulary", 2), ("n_bytes", 1), ("texts", 1)):
             check_count(name, getattr(self, name), low)
         check_count("repeated", self.repeated, 0, self.texts)
+        check_count("window", self.window, 0)
         for name, grid in (("alpha", ALPHAS), ("bet", BETS)):
             if getattr(self, name) not in grid:
                 raise OptionError(
@@ -120,14 +123,13 @@ class TokenCertificate:
     @property
     def description_bits(self) -> int:
         """What the choice of the model cost: its files' bits if it may depend on the tokens, else none."""
-        return description_bits(self.n_bytes) if self.fitted else 0
+        return description_bits(int(self.n_bytes)) if self.fitted else 0
 
     @property
     def bound(self) -> float:
         """The next token costs at most this many nats in the mean, with probability 1 - delta."""
-        nats = self.description_bits * math.log(2) - math.log(self.delta) + math.log(len(ALPHAS) * len(BETS))
-        low, high = self.range_nats
-        return low + (high - low) * betting_bound(self.mean_log, self.bet, nats / self.tokens)
+        nats = _nats(self.n_bytes, self.fitted, self.delta) / self.tokens
+        return _bound(self.range_nats, self.bet, self.mean_log, nats)
 
     @property
     def bits_per_token(self) -> float:
@@ -148,14 +150,15 @@ class TokenCertificate:
             kind = f"Occam bound from the {self.tokens:,} tokens that it may be fitted to"
             kind += f" and its {self.description_bits:,} bits"
             fixed = "architecture, tokenizer and decoder were fixed without them"
+        kind += f" in windows of {self.window:,}" if self.window else ""
         vacuous = "Vacuous. " if self.is_vacuous else ""
         return (
             f"{vacuous}With probability {1 - self.delta:.10g}, the next token costs at most "
             f"{_up(self.bound)} nats ({_up(self.bits_per_token)} bits) in the mean (guessing: "
             f"{math.log(self.vocabulary):.4f} nats). {kind}, at {self.nats_per_token:.4f} nats each with a "
-            f"uniform guess mixed in by {self.alpha:.4g}: {self._formula}. {self._repetitions}The mean is over "
-            "the contexts of these tokens, and of each over the token that may come next, given all before it. "
-            f"It holds for tokens of any origin if {fixed}."
+            f"uniform guess mixed in by {self.alpha:.4g}: {self._formula}. {self._repetitions}The mean is "
+            "over the contexts of these tokens, and of each over the token that may come next, given all "
+            f"before it. It holds for tokens of any origin if {fixed}."
         )
 
     @property
@@ -181,6 +184,17 @@ def cost_range(alpha: float, vocabulary: int) -> tuple[float, float]:
     return -math.log(1 - alpha + alpha / vocabulary), math.log(vocabulary / alpha)
 
 
+def _nats(n_bytes: int, fitted: bool, delta: float) -> float:
+    """The numerator of the bound: what the choice of file, α and λ cost, and confidence."""
+    bits = description_bits(int(n_bytes)) if fitted else 0
+    return bits * math.log(2) + math.log(len(ALPHAS) * len(BETS)) - math.log(delta)
+
+
+def _bound(range_nats: tuple[float, float], bet: float, mean_log: float, nats: float) -> float:
+    low, high = range_nats
+    return low + (high - low) * betting_bound(mean_log, bet, nats)
+
+
 def _up(number: float) -> str:
     return f"{math.ceil(1e4 * number) / 1e4:.4f}"
 
@@ -195,6 +209,7 @@ def token_certificate_of_files(
     delta: float,
     texts: int = 1,
     repeated: int = 0,
+    window: int = 0,
 ) -> TokenCertificate:
     """The certificate of the language model that files hold.
 
@@ -212,7 +227,7 @@ def token_certificate_of_files(
     if bool(is_repeated.any()):
         found.append(_best(p[~is_repeated], vocabulary, *whole))
     larger = max(found, key=lambda certificate: certificate.bound)
-    return replace(larger, texts=texts, repeated=repeated)
+    return replace(larger, texts=texts, repeated=repeated, window=window)
 
 
 def _best(
@@ -226,17 +241,15 @@ def _best(
     if not len(p):
         raise DataError("certificate: expected at least one token to predict, found 0; give longer texts")
 
-    def made(some: Tensor, alpha: float, bets: Sequence[float]) -> list[TokenCertificate]:
-        nats, logs = _means(some, alpha, bets, vocabulary)
-        whole = (len(p), vocabulary, n_bytes, fitted, alpha)
-        return [
-            TokenCertificate(*whole, b, nats, log, delta, sha256) for b, log in zip(bets, logs, strict=True)
-        ]
-
-    some = p[:: -(-len(p) // _CHOSEN_ON)]
-    tried = [certificate for alpha in ALPHAS for certificate in made(some, alpha, BETS)]
-    best = min(tried, key=lambda certificate: certificate.bound)
-    return made(p, best.alpha, [best.bet])[0]
+    some, nats = p[:: -(-len(p) // _CHOSEN_ON)], _nats(n_bytes, fitted, delta) / len(p)
+    tried = [
+        (_bound(cost_range(alpha, vocabulary), bet, log, nats), alpha, bet)
+        for alpha in ALPHAS
+        for bet, log in zip(BETS, _means(some, alpha, BETS, vocabulary)[1], strict=True)
+    ]
+    _, alpha, bet = min(tried)
+    cost, (log,) = _means(p, alpha, [bet], vocabulary)
+    return TokenCertificate(len(p), vocabulary, n_bytes, fitted, alpha, bet, cost, log, delta, sha256)
 
 
 def _means(p: Tensor, alpha: float, bets: Sequence[float], vocabulary: int) -> tuple[float, list[float]]:

@@ -60,8 +60,8 @@ def certify(
         delta: chance that the bound is wrong; chosen before looking.
         text_columns: one or two columns of text; by default the columns of strings. One for a language model.
         label_column: of a classifier: whole numbers from 0 on, or names of the model's classes.
-        max_length: tokens of a text, or of a language model's window; part of the model, so that it is fixed
-            before the data are seen.
+        max_length: tokens of a text, or of a language model's window, which has no more than the model has
+            positions; part of the model, so that it is fixed before the data are seen.
 
     Raises:
         SourceError: the repository is not compressed, neither classifier nor causal language model, or its
@@ -80,7 +80,7 @@ def certify(
         said = token_probabilities(model, tokenizer, texts, max_length, str(folder), progress=progress)
         return token_certificate_of_files(
             weight_files(folder), said.probabilities, said.is_repeated, said.vocabulary, fitted=fitted,
-            delta=delta, texts=len(texts), repeated=said.repeated_texts,
+            delta=delta, texts=len(texts), repeated=said.repeated_texts, window=said.window,
         )  # fmt: skip
     names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
     texts, labels = read_examples(data, split, text_columns, label_column, names)
@@ -224,9 +224,10 @@ def wrong_rows(logits: Tensor, labels: Tensor, where: str) -> Bool[Tensor, " exa
         )
     is_whole = not labels.is_floating_point() and not labels.is_complex()
     if len(labels) and (not is_whole or not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]):
+        real = labels.real if labels.is_complex() else labels
         raise DataError(
             f"{where}: expected labels that are whole numbers from 0 to {logits.shape[1] - 1}, found "
-            f"{labels.dtype} from {labels.min()} to {labels.max()}; number the classes as the model does"
+            f"{labels.dtype} from {real.min()} to {real.max()}; number the classes as the model does"
         )
     return _wrong(logits, labels.to(logits.device, torch.int64)).cpu()
 

@@ -25,7 +25,7 @@ from miracle_hub.codec.modules import module_tensors
 from miracle_hub.errors import SourceError
 
 _SETTINGS = 64  # numbers of an attribute, or of a constant of the code, that pass for settings: a choice
-_LETTERS = 8  # of a text that count as one number
+_LETTERS = 4  # of a text that count as one number: a choice
 # What nn.Module keeps of itself; tensors and modules in them are looked at by name.
 _OWN = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 _LEAVES = (Tensor, np.ndarray, bool, int, float, complex, str, bytes, bytearray, np.generic, type(None))
@@ -125,12 +125,19 @@ def _numbers(value: Any, inside: set[int], modules: set[int], most_in_tensors: i
         elif isinstance(leaf, np.ndarray):
             if leaf.size > most_in_tensors:
                 yield f"an array of {leaf.size:,} numbers"
-        elif isinstance(leaf, str | bytes | bytearray):
-            count += -(-len(leaf) // _LETTERS)
-        elif leaf is not None:
-            count += max(1, leaf.bit_length() // 64) if isinstance(leaf, int) else 1
+        else:
+            count += _size(leaf)
     if count > _SETTINGS:
         yield f"{count:,} numbers"
+
+
+def _size(leaf: Any) -> int:
+    """How many numbers a plain value counts as: one for every bit beyond a word's of a whole number."""
+    if isinstance(leaf, str):
+        return -(-len(leaf) // _LETTERS)
+    if isinstance(leaf, bytes | bytearray):
+        return len(leaf)
+    return max(1, leaf.bit_length() - 63) if isinstance(leaf, int) else int(leaf is not None)
 
 
 def _leaves(value: Any, modules: set[int]) -> Iterator[Any]:

@@ -26,12 +26,14 @@ class Said:
         probabilities: of the tokens that came, but for every text's first one; windows by their lengths.
         is_repeated: which of them are of texts that repeat an earlier one, of which there are so many.
         vocabulary: tokens that the model chooses among.
+        window: tokens of the longest windows that there could be.
     """
 
     probabilities: Float64[Tensor, " tokens"]
     is_repeated: Bool[Tensor, " tokens"]
     repeated_texts: int
     vocabulary: int
+    window: int
 
 
 @torch.inference_mode()
@@ -40,43 +42,43 @@ def token_probabilities(
 ) -> Said:
     """The probability of every token given those before it in its window.
 
-    Texts are cut into windows of `max_length` tokens that share one: every token but a text's first is
-    predicted once.
+    Texts are cut into windows of `max_length` tokens, or of as many as the model has positions, that share one:
+    every token but a text's first is predicted once.
 
     Raises:
-        OptionError: windows are too short, or longer than the model's.
+        OptionError: windows are too short.
         DataError: there is no token to predict.
         SourceError: an answer depends on later tokens, on other rows, or changes from call to call.
     """
-    _check_length(model, max_length)
-    tokens = [list(ids) for ids in tokenizer(list(texts))["input_ids"]]
+    length = _length(model, max_length)
+    tokens = [list(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
     again = _repeated(tokens)
-    windows = [(w, again[text]) for text, ids in enumerate(tokens) for w in _windows(ids, max_length)]
+    windows = [(w, again[text]) for text, ids in enumerate(tokens) for w in _windows(ids, length)]
     if not windows:
         raise DataError("data: expected texts of two tokens or more, found none; give longer texts")
     inputs, flags = {"input_ids": [ids for ids, _ in windows]}, torch.tensor([flag for _, flag in windows])
     found, repeated, ask = [], [], _Ask(model, where)
     with tqdm(total=len(windows), unit="windows", desc="certify", disable=not progress) as bar:
-        for rows, batch in equal_lengths(inputs, _step(model, max_length)):
+        for rows, batch in equal_lengths(inputs, _step(model, length)):
             p = _of_next(ask.twice(batch["input_ids"]), batch["input_ids"])
             found.append(p.flatten())
             repeated.append(flags[rows, None].expand_as(p).flatten())
             bar.update(len(rows))
-    return Said(torch.cat(found), torch.cat(repeated), sum(again), ask.vocabulary)
+    return Said(torch.cat(found), torch.cat(repeated), sum(again), ask.vocabulary, length)
 
 
-def _check_length(model: Any, max_length: int) -> None:
-    most = getattr(model.config, "max_position_embeddings", None)
-    if not isinstance(max_length, int) or max_length < 2 or (most is not None and max_length > most):
+def _length(model: Any, max_length: int) -> int:
+    if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 2:
         raise OptionError(
-            f"max_length: expected 2 to {most or 'as many as the model takes'} tokens of a window, found "
+            f"max_length: expected 2 tokens of a window or more, one to predict from the other, found "
             f"{max_length!r}; choose another length (--max-length)"
         )
+    return min(max_length, getattr(model.config, "max_position_embeddings", None) or max_length)
 
 
-def _step(model: Any, max_length: int) -> int:
+def _step(model: Any, length: int) -> int:
     """Windows that are asked together."""
-    return max(1, min(_BATCH, _LOGITS // (max_length * getattr(model.config, "vocab_size", 1))))
+    return max(1, min(_BATCH, _LOGITS // (length * getattr(model.config, "vocab_size", 1))))
 
 
 def _repeated(texts: list[list[int]]) -> list[bool]:
