@@ -42,8 +42,8 @@ def token_probabilities(
 ) -> Said:
     """The probability of every token given those before it in its window.
 
-    Texts are cut into windows of `max_length` tokens, or of as many as the model has positions, that share one:
-    every token but a text's first is predicted once.
+    Texts are cut into windows of `max_length` tokens, or of as many as the model has positions, that share
+    one: every token but a text's first is predicted once.
 
     Raises:
         OptionError: windows are too short.

@@ -109,6 +109,16 @@ def test_a_classifier_is_certified_by_its_errors_and_its_whole_file(
     assert 0 < errors < 50 and found.is_vacuous == fitted
 
 
+def test_rows_that_are_there_again_are_counted_and_stated(source: Path, tmp_path: Path) -> None:
+    once = list(dict(rows(30)).items())
+    data = table(tmp_path / "d.tsv", once * 3)
+    found: Any = miracle_hub.certify(source, data=data, fitted=False, progress=False)
+    wrong = n_errors(source, once)
+    assert (found.examples, found.errors) == (3 * len(once), 3 * wrong)
+    assert (found.repeated, found.repeated_errors) == (2 * len(once), 2 * wrong)
+    assert f"{found.repeated:,} of the examples repeat earlier ones" in found.statement
+
+
 def test_shards_count_like_one_file(dense: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     miracle_hub.compress(dense, out, bits_per_weight=7, window_bits=8, max_shard_size="8kB", progress=False)
