@@ -134,7 +134,8 @@ def test_counts_that_are_none_are_refused(name: str, bad: Any) -> None:
 
 
 def test_counts_of_numpy_are_counts() -> None:
-    assert Certificate(*map(np.int64, (1, 10, 2, 8)), True).bound == Certificate(1, 10, 2, 8, True).bound
+    counts: Any = [np.int64(count) for count in (1, 10, 2, 8)]
+    assert Certificate(*counts, fitted=True).bound == Certificate(1, 10, 2, 8, True).bound
 
 
 @pytest.mark.parametrize("fitted", ["no", 0, 1, None, "--fitted"])

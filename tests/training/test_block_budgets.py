@@ -69,7 +69,7 @@ def test_a_budget_above_nineteen_bits_per_value_is_met_by_variances_alone() -> N
     wanted=st.sampled_from([1, 16, 64, 128, 1024]),
     code=st.sampled_from(["sliding", "block"]),
 )
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 def test_all_blocks_together_have_the_bits_of_the_message(
     n_values: int, rate: float, window: int, wanted: int, code: str
 ) -> None:
