@@ -75,7 +75,7 @@ def certify(
     folder = local_folder(source, revision)
     config = _config(folder)
     if _is_language_model(config):
-        texts = read_texts(data, split, text_columns, "causal-lm")[0]
+        texts = _one_column(read_texts(data, split, text_columns, "causal-lm"), text_columns)
         model, tokenizer = _model(folder, config, AutoModelForCausalLM), read_tokenizer(folder)
         said = token_probabilities(model, tokenizer, texts, max_length, str(folder), progress=progress)
         return token_certificate_of_files(
@@ -96,6 +96,19 @@ def certify(
             tally.add(batch, given[rows])
             bar.update(len(rows))
         return tally.certificate(weight_files(folder), fitted, delta)
+
+
+def _one_column(columns: list[list[str]], names: list[str] | None) -> list[str]:
+    """
+    Raises:
+        DataError: there are two.
+    """
+    if len(columns) > 1:
+        raise DataError(
+            f"data: expected one column of text for a language model, found {names}; name one with "
+            "--text-columns"
+        )
+    return columns[0]
 
 
 def certify_network(

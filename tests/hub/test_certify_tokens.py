@@ -96,6 +96,13 @@ def test_the_order_of_texts_changes_nothing_and_copies_are_counted(source: Path,
     assert copies.bound == pytest.approx(once.bound, abs=1e-9)
 
 
+def test_two_columns_of_text_are_refused(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("first,second\na film,the movie\n")
+    options: dict[str, Any] = dict(data=tmp_path / "t.csv", text_columns=["first", "second"])
+    with pytest.raises(DataError, match="expected one column of text for a language model, found .'first', "):
+        miracle_hub.certify(source, **options, fitted=True, progress=False)
+
+
 def test_windows_are_no_longer_than_the_model_and_the_statement_says_how_long(
     source: Path, tmp_path: Path
 ) -> None:
