@@ -214,14 +214,18 @@ def certify(
     delta: Annotated[float, typer.Option(help="Chance that the bound is wrong.")] = 0.05,
     text_columns: TextColumns = None,
     label_column: LabelColumn = "label",
-    max_length: Annotated[int, typer.Option(help="Tokens of a text.")] = 128,
+    training: Annotated[
+        str | None, typer.Option(help="What SOURCE was fitted to; its rows are no news.")
+    ] = None,
+    max_length: Annotated[int, typer.Option(help="Tokens of a text, or of a window.")] = 128,
     revision: Revision = None,
     progress: Progress = True,
 ) -> None:
     """Bound the error of a text classifier, or the nats per token of a language model, from DATA and size."""
     certificate = miracle_hub.certify(
         source, data=data, fitted=fitted, split=split, delta=delta, text_columns=text_columns,
-        label_column=label_column, max_length=max_length, revision=revision, progress=progress,
+        label_column=label_column, training=training, max_length=max_length, revision=revision,
+        progress=progress,
     )  # fmt: skip
     typer.echo(
         f"{source}: {certificate.n_bytes:,} bytes, sha256 {certificate.sha256}\n{certificate.statement}"

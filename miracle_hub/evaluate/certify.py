@@ -43,6 +43,7 @@ def certify(
     delta: float = 0.05,
     text_columns: list[str] | None = None,
     label_column: str = "label",
+    training: str | Path | None = None,
     max_length: int = 128,
     revision: str | None = None,
     progress: bool = True,
@@ -60,6 +61,8 @@ def certify(
         delta: chance that the bound is wrong; chosen before looking.
         text_columns: one or two columns of text; by default the columns of strings. One for a language model.
         label_column: of a classifier: whole numbers from 0 on, or names of the model's classes.
+        training: data that the network was fitted to, with the same columns: rows that are among them count
+            as repeated, so that held-out ones which are not held out tighten nothing.
         max_length: tokens of a text, or of a language model's window, which has no more than the model has
             positions; part of the model, so that it is fixed before the data are seen.
 
@@ -77,7 +80,10 @@ def certify(
     if _is_language_model(config):
         texts = _one_column(read_texts(data, split, text_columns, "causal-lm"), text_columns)
         model, tokenizer = _model(folder, config, AutoModelForCausalLM), read_tokenizer(folder)
-        said = token_probabilities(model, tokenizer, texts, max_length, str(folder), progress=progress)
+        known = read_texts(training, None, text_columns, "causal-lm")[0] if training else []
+        said = token_probabilities(
+            model, tokenizer, texts, max_length, str(folder), known=known, progress=progress
+        )
         return token_certificate_of_files(
             weight_files(folder), said.probabilities, said.is_repeated, said.vocabulary, fitted=fitted,
             delta=delta, texts=len(texts), repeated=said.repeated_texts, window=said.window,
@@ -85,9 +91,14 @@ def certify(
     names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
     texts, labels = read_examples(data, split, text_columns, label_column, names)
     model = _model(folder, config, AutoModelForSequenceClassification)
-    inputs, given = tokenized(read_tokenizer(folder), texts, max_length), torch.tensor(labels)
+    tokenizer = read_tokenizer(folder)
+    inputs, given = tokenized(tokenizer, texts, max_length), torch.tensor(labels)
     step = _BATCH if getattr(config, "pad_token_id", None) is not None else 1  # some models insist
     tally = _Tally(_logits_of(model), str(folder))
+    if training:
+        texts, labels = read_examples(training, None, text_columns, label_column, names)
+        for rows, batch in equal_lengths(tokenized(tokenizer, texts, max_length), _BATCH):
+            tally.seen.repeated(batch, torch.tensor(labels)[rows])
     with (
         torch.inference_mode(),
         tqdm(total=len(labels), unit="rows", desc="certify", disable=not progress) as bar,

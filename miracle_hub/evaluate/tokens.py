@@ -38,12 +38,22 @@ class Said:
 
 @torch.inference_mode()
 def token_probabilities(
-    model: nn.Module, tokenizer: Any, texts: Sequence[str], max_length: int, where: str, *, progress: bool
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    max_length: int,
+    where: str,
+    *,
+    known: Sequence[str] = (),
+    progress: bool,
 ) -> Said:
     """The probability of every token given those before it in its window.
 
     Texts are cut into windows of `max_length` tokens, or of as many as the model has positions, that share
     one: every token but a text's first is predicted once.
+
+    Args:
+        known: texts that count as earlier ones.
 
     Raises:
         OptionError: windows are too short.
@@ -52,7 +62,7 @@ def token_probabilities(
     """
     length = _length(model, max_length)
     tokens = [list(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
-    again = _repeated(tokens)
+    again = _repeated(tokens, tokenizer(list(known), verbose=False)["input_ids"] if known else ())
     windows = [(w, again[text]) for text, ids in enumerate(tokens) for w in _windows(ids, length)]
     if not windows:
         raise DataError("data: expected texts of two tokens or more, found none; give longer texts")
@@ -81,9 +91,9 @@ def _step(model: Any, length: int) -> int:
     return max(1, min(_BATCH, _LOGITS // (length * getattr(model.config, "vocab_size", 1))))
 
 
-def _repeated(texts: list[list[int]]) -> list[bool]:
-    """Which texts are equal to an earlier one."""
-    seen: set[tuple[int, ...]] = set()
+def _repeated(texts: list[list[int]], known: Sequence[list[int]]) -> list[bool]:
+    """Which texts are equal to a known one, or to an earlier one."""
+    seen: set[tuple[int, ...]] = set(map(tuple, known))
     found = []
     for ids in map(tuple, texts):
         found.append(ids in seen)

@@ -119,6 +119,20 @@ def test_rows_that_are_there_again_are_counted_and_stated(source: Path, tmp_path
     assert f"{found.repeated:,} of the examples repeat earlier ones" in found.statement
 
 
+def test_held_out_rows_that_were_in_training_are_counted_and_tighten_nothing(
+    source: Path, tmp_path: Path
+) -> None:
+    once = list(dict(rows(60)).items())
+    data, seen = table(tmp_path / "d.tsv", once), table(tmp_path / "t.tsv", once[: len(once) // 2])
+    rest = table(tmp_path / "r.tsv", once[len(once) // 2 :])
+    found, own = (
+        miracle_hub.certify(source, data=data, training=train, fitted=False, progress=False)
+        for data, train in ((data, seen), (rest, None))
+    )
+    assert isinstance(found, Certificate) and found.repeated == len(once) // 2
+    assert found.bound >= own.bound
+
+
 def test_shards_count_like_one_file(dense: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     miracle_hub.compress(dense, out, bits_per_weight=7, window_bits=8, max_shard_size="8kB", progress=False)

@@ -96,6 +96,16 @@ def test_the_order_of_texts_changes_nothing_and_copies_are_counted(source: Path,
     assert copies.bound == pytest.approx(once.bound, abs=1e-9)
 
 
+def test_texts_that_were_in_training_are_counted(source: Path, tmp_path: Path) -> None:
+    given = list(dict.fromkeys(texts(20)))
+    data, seen = lines(tmp_path / "t.txt", given), lines(tmp_path / "s.txt", given[:7])
+    found: Any = miracle_hub.certify(source, data=data, training=seen, fitted=False, progress=False)
+    rest: Any = miracle_hub.certify(
+        source, data=lines(tmp_path / "r.txt", given[7:]), fitted=False, progress=False
+    )
+    assert found.repeated == 7 and found.bound >= rest.bound - 1e-9
+
+
 def test_two_columns_of_text_are_refused(source: Path, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("first,second\na film,the movie\n")
     options: dict[str, Any] = dict(data=tmp_path / "t.csv", text_columns=["first", "second"])
