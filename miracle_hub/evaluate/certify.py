@@ -4,7 +4,7 @@ The network is built from the counted files alone, whatever else lies in the rep
 depend on nothing that the certificate's bits leave out. Answers are asked for twice (asked.py).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,35 +78,50 @@ def certify(
     folder = local_folder(source, revision)
     config = _config(folder)
     if _is_language_model(config):
-        texts = _one_column(read_texts(data, split, text_columns, "causal-lm"), text_columns)
-        model, tokenizer = _model(folder, config, AutoModelForCausalLM), read_tokenizer(folder)
-        known = read_texts(training, None, text_columns, "causal-lm")[0] if training else []
-        said = token_probabilities(
-            model, tokenizer, texts, max_length, str(folder), known=known, progress=progress
+        texts, known = (
+            _one_column(read_texts(some, part, text_columns, "causal-lm"), text_columns) if some else []
+            for some, part in ((data, split), (training, None))
         )
+        model = _model(folder, config, AutoModelForCausalLM)
+        given = (model, read_tokenizer(folder), texts, max_length, str(folder))
+        said = token_probabilities(*given, known=known, progress=progress)
         return token_certificate_of_files(
             weight_files(folder), said.probabilities, said.is_repeated, said.vocabulary, fitted=fitted,
             delta=delta, texts=len(texts), repeated=said.repeated_texts, window=said.window,
         )  # fmt: skip
     names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
-    texts, labels = read_examples(data, split, text_columns, label_column, names)
+    columns = (text_columns, label_column, names)
+    rows = read_examples(data, split, *columns)
+    known = read_examples(training, None, *columns) if training else None
+    tally = _classified(folder, config, rows, known, max_length, progress)
+    return tally.certificate(weight_files(folder), fitted, delta)
+
+
+_Examples = tuple[list[list[str]], list[int]]
+
+
+@torch.inference_mode()
+def _classified(
+    folder: Path, config: Any, rows: _Examples, known: _Examples | None, max_length: int, progress: bool
+) -> "_Tally":
+    """Errors of a repository's classifier on rows, some of which are known."""
     model = _model(folder, config, AutoModelForSequenceClassification)
-    tokenizer = read_tokenizer(folder)
-    inputs, given = tokenized(tokenizer, texts, max_length), torch.tensor(labels)
+    tokenizer, tally = read_tokenizer(folder), _Tally(_logits_of(model), str(folder))
+
+    def batches(examples: _Examples, step: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        labels = torch.tensor(examples[1])
+        inputs = tokenized(tokenizer, examples[0], max_length)
+        return ((batch, labels[at]) for at, batch in equal_lengths(inputs, step))
+
+    for batch, labels in batches(known, _BATCH) if known else ():
+        tally.seen.repeated(batch, labels)
     step = _BATCH if getattr(config, "pad_token_id", None) is not None else 1  # some models insist
-    tally = _Tally(_logits_of(model), str(folder))
-    if training:
-        texts, labels = read_examples(training, None, text_columns, label_column, names)
-        for rows, batch in equal_lengths(tokenized(tokenizer, texts, max_length), _BATCH):
-            tally.seen.repeated(batch, torch.tensor(labels)[rows])
-    with (
-        torch.inference_mode(),
-        tqdm(total=len(labels), unit="rows", desc="certify", disable=not progress) as bar,
-    ):
-        for rows, batch in equal_lengths(inputs, step):
-            tally.add(batch, given[rows])
-            bar.update(len(rows))
-        return tally.certificate(weight_files(folder), fitted, delta)
+    with tqdm(total=len(rows[1]), unit="rows", desc="certify", disable=not progress) as bar:
+        for batch, labels in batches(rows, step):
+            tally.add(batch, labels)
+            bar.update(len(labels))
+        tally.asked.finish()
+    return tally
 
 
 def _one_column(columns: list[list[str]], names: list[str] | None) -> list[str]:
@@ -155,7 +170,8 @@ def certify_network(
     with torch.inference_mode():
         for inputs, labels in batches:
             tally.add(inputs, labels)
-        return tally.certificate([Path(path)], fitted, delta)
+        tally.asked.finish()
+    return tally.certificate([Path(path)], fitted, delta)
 
 
 def _module(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
@@ -211,13 +227,11 @@ class _Tally:
         """
         Raises:
             DataError: there are no examples.
-            SourceError: a row is answered otherwise than before.
         """
         if not self.examples or self.classes is None:
             raise DataError(
                 "batches: expected at least one example, found none; an iterator can be used once"
             )
-        self.asked.finish()
         counts = (self.errors, self.examples, self.classes)
         return certificate_of_files(
             files, *counts, fitted=fitted, delta=delta, repeated=self.repeated,
