@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from miracle_hub.codec.inspection import Inspection as Inspection
     from miracle_hub.codec.modules import load as load
     from miracle_hub.codec.report import Report as Report
+    from miracle_hub.codec.token_certificate import TokenCertificate as TokenCertificate
     from miracle_hub.codec.verification import Verification as Verification
     from miracle_hub.evaluate.certify import certify as certify
     from miracle_hub.evaluate.certify import certify_network as certify_network
@@ -64,6 +65,7 @@ __all__ = [
     "MiracleTrainer",
     "PushReport",
     "Report",
+    "TokenCertificate",
     "VariationalConfig",
     "Verification",
     "anneal",
@@ -108,6 +110,7 @@ _HOMES = {
     "MiracleTrainer": "miracle_hub.finetune.trainer",
     "PushReport": "miracle_hub.hub.push",
     "Report": "miracle_hub.codec.report",
+    "TokenCertificate": "miracle_hub.codec.token_certificate",
     "VariationalConfig": "miracle_hub.training.config",
     "Verification": "miracle_hub.codec.verification",
     "anneal": "miracle_hub.training.model",

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperCommand
 
 import miracle_hub
 from miracle_hub.codec.inspection import Inspection, TensorReport
@@ -197,7 +198,21 @@ def compare(
     typer.echo(f"A {a}: {found.bytes_a:,} bytes\nB {b}: {found.bytes_b:,} bytes\n{found.statement}")
 
 
-@app.command()
+class _Certify(TyperCommand):
+    """Exactly one of two flags, which the parser would take one after the other, or ask for by one name."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = [flag for flag in ("--fitted", "--held-out") if flag in args]
+        if len(given) != 1 and "--help" not in args and not ctx.resilient_parsing:
+            ctx.fail(
+                "certify: expected either --fitted (SOURCE was fitted to these rows, or made or chosen with "
+                f"a view to them) or --held-out (it was not), found {' and '.join(given) or 'neither'}; give "
+                "one of them"
+            )
+        return super().parse_args(ctx, args)
+
+
+@app.command(cls=_Certify)
 def certify(
     source: Source,
     data: Data,
@@ -212,14 +227,18 @@ def certify(
     delta: Annotated[float, typer.Option(help="Chance that the bound is wrong.")] = 0.05,
     text_columns: TextColumns = None,
     label_column: LabelColumn = "label",
-    max_length: Annotated[int, typer.Option(help="Tokens of a text.")] = 128,
+    training: Annotated[
+        str | None, typer.Option(help="What SOURCE was fitted to; its rows are no news.")
+    ] = None,
+    max_length: Annotated[int, typer.Option(help="Tokens of a text, or of a window.")] = 128,
     revision: Revision = None,
     progress: Progress = True,
 ) -> None:
-    """Bound the error of a compressed text classifier on further rows, by its errors on DATA and its size."""
+    """Bound the error of a text classifier, or the nats per token of a language model, from DATA and size."""
     certificate = miracle_hub.certify(
         source, data=data, fitted=fitted, split=split, delta=delta, text_columns=text_columns,
-        label_column=label_column, max_length=max_length, revision=revision, progress=progress,
+        label_column=label_column, training=training, max_length=max_length, revision=revision,
+        progress=progress,
     )  # fmt: skip
     typer.echo(
         f"{source}: {certificate.n_bytes:,} bytes, sha256 {certificate.sha256}\n{certificate.statement}"

@@ -149,7 +149,9 @@ class FitOptions:
         'What is coded: "all-matrices", "all-linear", "all", a regular expression that matches whole names '
         "of modules or parameters; or, in Python, a list of names or ends of names.",
     ] = "all-matrices"
-    parametrization: Annotated[str, '"test-channel", "mean-kl" or "mean-var".'] = "test-channel"
+    parametrization: Annotated[
+        str, '"test-channel" (no noise in the fit), "mean-kl" (for far less than 1 bit) or "mean-var".'
+    ] = "test-channel"
     text_columns: Annotated[
         list[str] | None, "One or two columns of text; by default those that can be no others."
     ] = None

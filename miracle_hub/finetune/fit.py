@@ -106,7 +106,8 @@ def fit(
         rate: bits per coded value instead; headers, scales and plain tensors come on top.
         target_modules: what is coded: "all-matrices", "all-linear", "all", a regular expression that matches
             whole names of modules or parameters; or, in Python, a list of names or ends of names.
-        parametrization: "test-channel", "mean-kl" or "mean-var".
+        parametrization: "test-channel" (no noise in the fit), "mean-kl" (for far less than 1 bit) or
+            "mean-var".
         text_columns: one or two columns of text; by default those that can be no others.
         label_column: of a classification: whole numbers from 0 on, or names of classes.
         epochs: passes over the data.

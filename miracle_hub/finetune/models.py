@@ -41,10 +41,12 @@ _LOGGER = logging.getLogger("miracle_hub")
 def make_variational(
     model: nn.Module, config: "MiracleConfig | VariationalConfig | None" = None, **options: Any
 ) -> nn.Module:
-    """Give a model's weights Gaussian posteriors, in place, and return it.
+    """Make a model one whose weights can be coded, in place, and return it.
 
-    Make the optimizer after this: the parameters are others. In training mode every forward pass has a draw
-    of the weights (the test channel has no noise), in evaluation mode they are the posterior's means.
+    Make the optimizer after this: the parameters are others. With Mean-KL and Mean-Var weights have Gaussian
+    posteriors: in training mode every forward pass has a draw of them, in evaluation mode they are the means.
+    The test channel, the default of streams of tensors, is no variational inference: its weights are plain
+    ones, fitted without noise, and become Gaussians when they are coded.
 
     Args:
         config: or the same as keywords: `make_variational(model, bits_per_weight=1.0)`. A budget of the whole

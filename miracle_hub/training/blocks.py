@@ -10,6 +10,9 @@ from miracle_hub.code import Code
 from miracle_hub.coding.scales import carried_share
 
 MAX_BLOCK_WEIGHTS = 1024  # of the draws' kernels
+# Of a stream's steps, how many its last block may lack; else other lengths are tried, and blocks get less. A
+# choice: without it, blocks of the worst of 3,600 random streams had 46 % more KL than the message has bits.
+_EMPTY_SHARE = 0.01
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class Budget:
 
     Attributes:
         block_weights: values of a block; the last one of a stream may have fewer.
-        block_kl_nats: of a block, however short it is: its message costs the same bits.
+        block_kl_nats: of a block, however short it is: under the block code its message costs the same bits.
     """
 
     block_weights: int
@@ -49,9 +52,15 @@ class Budget:
 
 
 def budget_of(code: Code, n_values: int, wanted: int) -> Budget:
-    """The budget of a stream under a code, in blocks of about as many values as wanted."""
+    """The budget of a stream under a code, in blocks of about as many values as wanted.
+
+    Blocks of the block code have the bits of their message. Of a sliding code a short last block pays for its
+    own steps only, where its budget is that of a whole one: all blocks together may have a hundredth more
+    than the message, no further. Mostly the first window has the difference beyond its step.
+    """
     block_weights = _block_weights(code, n_values, wanted)
-    return Budget(block_weights, block_weights * code.rate * math.log(2))
+    most = (1 + _EMPTY_SHARE) * code.message_bits(n_values) / -(-n_values // block_weights)
+    return Budget(block_weights, min(block_weights * code.rate, most) * math.log(2))
 
 
 def _block_weights(code: Code, n_values: int, wanted: int) -> int:
@@ -59,7 +68,8 @@ def _block_weights(code: Code, n_values: int, wanted: int) -> int:
 
     A block is whole steps, so that coding never ends inside one, where what is coded would have a share of
     the rest's budget. Of the lengths near the wanted one that is taken which nearly fills the last block,
-    whose budget is the same however short it is.
+    whose budget is the same however short it is; where none does, as in streams of few blocks, that which
+    divides the stream most evenly.
     """
     if not code.overlap_bits:
         return code.step_weights
@@ -67,4 +77,8 @@ def _block_weights(code: Code, n_values: int, wanted: int) -> int:
     middle = min(max(1, round(wanted / code.step_weights)), n_steps)
     lengths = range(max(1, middle * 3 // 4), max(1, min(middle * 5 // 4, most)) + 1)
     length = min(lengths, key=lambda steps: (-n_steps % steps, abs(steps - middle)))
+    if -n_steps % length > _EMPTY_SHARE * n_steps:
+        fewest = -(-n_steps // lengths[-1])
+        even = [-(-n_steps // n) for n in range(fewest, 2 * n_steps // middle + 1)]
+        length = min([length, *even], key=lambda steps: (-n_steps % steps, abs(steps - middle)))
     return length * code.step_weights

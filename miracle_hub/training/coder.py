@@ -18,6 +18,7 @@ from miracle_hub.training.guard import check_finite, check_model, undone_if_not_
 from miracle_hub.training.journal import Journal, Row
 from miracle_hub.training.message import Chosen, Selector
 from miracle_hub.training.model import variational_of
+from miracle_hub.training.noise import generator
 from miracle_hub.training.schedule import ORDERS, Schedule
 
 _LOGGER = logging.getLogger("miracle_hub")
@@ -116,7 +117,7 @@ class _Coder:
         self.variational = variational_of(model)
         self.streams, config = list(self.variational.streams), self.variational.config
         self.schedule = Schedule(self.streams, options.groups, options.order, config.seed)
-        self.selector = Selector(config.selection, torch.Generator().manual_seed(config.seed))
+        self.selector = Selector(config.selection, generator(config.seed))
         self.group, self.step, self.last_loss = 0, 0, math.nan
         self.checkpoint: Checkpoint | None = None
         self.optimizer: torch.optim.Adam | None = None

@@ -44,9 +44,11 @@ class VariationalConfig:
         exclude_modules: a regular expression or a list, of modules that stay as they are.
         modules_to_save: a regular expression or a list, of modules that stay as they are, are trained, and
             are stored as they are.
-        parametrization: "mean-kl" (the KL is fixed by construction), "mean-var" (annealed, as published) or
-            "test-channel" (fitted without noise; each group becomes a posterior when it is coded). None means
-            "mean-kl" for a network's stream and "test-channel" for streams of tensors.
+        parametrization: "mean-kl" (Gaussians that are drawn in every step; the KL of every block is fixed by
+            construction), "mean-var" (the same, with a KL that is annealed, as published) or "test-channel",
+            which is no variational inference: weights are fitted without noise, and each group becomes
+            Gaussians when it is coded, whose KL is the rate in the mean. None means "mean-kl" for a network's
+            stream and "test-channel" for streams of tensors, which suits 1 bit per weight and more.
         streams: "tensor", one message per tensor, for hub models; "network", one for all, for small networks.
         scales: of the prior: "row" (one for every row of at least 128 weights, else one per tensor) or
             "tensor"; a network's stream has one per tensor.

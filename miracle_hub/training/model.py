@@ -12,6 +12,7 @@ from miracle_hub.errors import OptionError, WrittenWeightError
 from miracle_hub.training.config import VariationalConfig
 from miracle_hub.training.loans import Loans, Seen, is_wrapped
 from miracle_hub.training.passes import ATTRIBUTE, install
+from miracle_hub.training.noise import noise_seed
 from miracle_hub.training.stream import Stream
 
 
@@ -86,7 +87,7 @@ class Variational(nn.Module):
 
     def seed(self) -> Tensor:
         """Of the noise: another one for every draw, and for every process of a distributed run."""
-        return self.draw_number + ((self.config.seed % 2**16) * 2**47 + (_rank() % 2**7) * 2**40)
+        return self.draw_number + noise_seed(self.config.seed, _rank())
 
     def weight(self, stream: int, member: int) -> Tensor:
         """The weights of a tensor in the draw, or their mean.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from miracle_hub.training.noise import generator
 from miracle_hub.training.stream import Stream
 
 ORDERS = ("random", "largest-kl")
@@ -68,6 +69,6 @@ class Schedule:
             return left
         if self.order == "largest-kl":
             return left[stream.kl_nats().detach().cpu()[left].argsort(descending=True, stable=True)]
-        seed = torch.Generator().manual_seed(self.seed + stream.number)
-        order = torch.randperm(stream.code.steps(stream.n_values), generator=seed)
+        source = generator(self.seed, stream.number)
+        order = torch.randperm(stream.code.steps(stream.n_values), generator=source)
         return order[torch.isin(order, left)]
