@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from miracle_hub.errors import OptionError, WrittenWeightError
 from miracle_hub.training.config import VariationalConfig
 from miracle_hub.training.loans import Loans, Seen, is_wrapped
-from miracle_hub.training.passes import ATTRIBUTE, install
 from miracle_hub.training.noise import noise_seed
+from miracle_hub.training.passes import ATTRIBUTE, install
 from miracle_hub.training.stream import Stream
 
 
