@@ -10,6 +10,7 @@
     ├── OptionError (ValueError)         a code, order or rotation that cannot exist
     ├── BackendError (RuntimeError)      a backend that cannot run here, or not this
     ├── TrainingError (RuntimeError)     a loss or a gradient that is not finite
+    ├── ProcessError (RuntimeError)      another process of a distributed run failed, or has ended
     ├── OutputExistsError (FileExistsError)
     ├── OutputWriteError (OSError)       disk full, folder not writable
     ├── UploadError (OSError)            the Hub did not take a repository
@@ -61,6 +62,10 @@ class BackendError(MiracleError, RuntimeError):
 
 class TrainingError(MiracleError, RuntimeError):
     """Training cannot go on: a loss or a gradient is not finite."""
+
+
+class ProcessError(MiracleError, RuntimeError):
+    """Another process of a distributed run failed, has ended, or has another model."""
 
 
 class OutputExistsError(MiracleError, FileExistsError):

@@ -15,6 +15,13 @@ from miracle_hub.training.model import ATTRIBUTE, Variational, variational_of
 from miracle_hub.training.start import stream_of
 from miracle_hub.training.stream import Stream
 from miracle_hub.training.targets import Target, find_targets
+from miracle_hub.training.wrapping import (
+    check_pass,
+    do_not_send_tables,
+    forget_tables,
+    refuse_wrapped,
+    with_penalty,
+)
 
 
 class Drawn(nn.Module):
@@ -49,12 +56,14 @@ def make_variational(model: nn.Module, config: VariationalConfig) -> nn.Module:
         config: what is coded, how, and within which budget.
 
     Raises:
-        OptionError: nothing matches, a parameter cannot be converted, or the model is variational already.
+        OptionError: nothing matches, a parameter cannot be converted, the model is variational already, or
+            something wraps or shards it for several devices.
         BudgetError: the budget is below what the code can use.
 
     Source: Havasi et al. 2019, section 3.3, with the kinds of `posteriors`.
     """
     _refuse_variational(model)
+    refuse_wrapped(model)
     targets = find_targets(model, config)
     factors = sharing_factors(targets, config)
     groups = [targets] if config.streams == "network" else [[target] for target in targets]
@@ -71,7 +80,9 @@ def make_variational(model: nn.Module, config: VariationalConfig) -> nn.Module:
                 _attach(module, name, Drawn(variational, s, m, is_first, siblings[id(module)]))
                 is_first = False
     setattr(model, ATTRIBUTE, (variational.train(model.training),))
+    do_not_send_tables(model, variational)
     model.register_forward_pre_hook(_begin_pass)
+    model.register_forward_hook(_end_pass)
     return model
 
 
@@ -136,8 +147,10 @@ def _make_dense(model: nn.Module, values: dict[int, Tensor]) -> nn.Module:
     for module in model.modules():
         if hasattr(module, ATTRIBUTE):
             delattr(module, ATTRIBUTE)
-        for key in [k for k, hook in module._forward_pre_hooks.items() if hook is _begin_pass]:
-            del module._forward_pre_hooks[key]
+            forget_tables(module)
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [k for k, hook in hooks.items() if hook in (_begin_pass, _end_pass)]:
+                del hooks[key]
     return model
 
 
@@ -151,7 +164,13 @@ def _begin_pass(model: nn.Module, arguments: tuple) -> None:
     variational: Variational = getattr(model, ATTRIBUTE)[0]
     if variational.training != model.training:  # a module that holds it was frozen, as embeddings may be
         variational.train(model.training)
+    check_pass(model, variational)
     variational.begin_pass()
+
+
+def _end_pass(model: nn.Module, arguments: tuple, output: Any) -> Any:
+    variational: Variational = getattr(model, ATTRIBUTE)[0]
+    return with_penalty(variational, output)
 
 
 def _attach(module: nn.Module, name: str, drawn: Drawn) -> None:
