@@ -31,7 +31,7 @@ from miracle_hub.finetune.trainer import MiracleTrainer
 from miracle_hub.options import TASKS, FitOptions, chosen
 from miracle_hub.training.coding_options import CodingOptions
 from miracle_hub.training.config import VariationalConfig
-from miracle_hub.training.processes import Processes, all_processes
+from miracle_hub.training.processes import Processes, all_processes, n_launched
 
 _FULL_BYTES = 1 << 16  # with less of it left, the disk is why torch.save failed, which does not say so
 
@@ -279,6 +279,10 @@ def _arguments(folder: Path, options: FitOptions) -> TrainingArguments:
         learning_rate=options.learning_rate, warmup_steps=0.06, seed=options.seed,
         logging_steps=50, save_steps=200, save_total_limit=1, report_to=[],
         disable_tqdm=not options.progress, dataloader_pin_memory=torch.cuda.is_available(),
+        # Or transformers multiplies losses by the number of processes, also where models took their means.
+        average_tokens_across_devices=False,
+        # Without a GPU accelerate has processes meet only where this says so.
+        use_cpu=n_launched() > 1 and not torch.accelerator.is_available(),
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from miracle_hub.training.coding_options import CodingOptions
 from miracle_hub.training.guard import check_finite, undone_if_not_finite
 from miracle_hub.training.journal import Journal
 from miracle_hub.training.model import Variational, variational_of
-from miracle_hub.training.processes import Processes, all_processes
+from miracle_hub.training.processes import Processes, all_processes, n_launched
 
 # Of refits, in learning rates of the fit. MiniLM on SST-2 at 1 bit, 400 steps and 725 of refits, accuracy on
 # test: towards a teacher (hidden states counting once) 82.0 (1), 83.7 (5), 84.7 (10); towards labels 81.7
@@ -71,6 +71,11 @@ class MiracleTrainer(Trainer):
             "DeepSpeed": self.is_deepspeed_enabled,
             "nn.DataParallel over several GPUs in one process": self.args.n_gpu > 1,
         }
+        if n_launched() > 1 and self.args.world_size == 1:
+            raise OptionError(
+                f"args: expected a run of {n_launched()} processes, as the launcher says, found that each "
+                "trains on its own; on CPUs pass TrainingArguments(use_cpu=True)"
+            )
         if found := [name for name, is_wanted in wanted.items() if is_wanted]:
             raise OptionError(
                 f"args: expected one device, or processes with DistributedDataParallel, found {found[0]}; "

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -265,6 +266,11 @@ def written_once(path: Path, number: int, write: Callable[[], T]) -> T:
         raise
     _store().set(key, json.dumps({"value": found}))
     return found
+
+
+def n_launched() -> int:
+    """How many processes torchrun, or accelerate launch, has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _is_distributed() -> bool:
