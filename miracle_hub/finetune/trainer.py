@@ -167,55 +167,69 @@ class MiracleTrainer(Trainer):
         options = options or CodingOptions()
         if options.learning_rate is None:
             options = replace(options, learning_rate=self.refit_learning_rate(distill))
+        state = None if checkpoint is None else Path(checkpoint)
+        budget: dict[str, Any] = {"size": size, "bits_per_weight": bits_per_weight}
         with all_processes() as processes:
             with processes.together():
                 if processes.is_first:
                     refuse_existing(Path(out), overwrite)
-            loss, crc = self._refits(options, distill, checkpoint, processes)
-            with processes.together():
-                self._check_data(loss, validate)
-            model, progress = self._plain_model(), not self.args.disable_tqdm
-            journal = code_model(
-                model, loss, options=options, validate=self._eval_loss if validate else None,
-                journal=Journal(Path(log_folder) if log_folder is not None else None),
-                checkpoint=Checkpoint(checkpoint, loss=crc) if checkpoint is not None else None,
-                progress=progress,
-            )  # fmt: skip
+            journal = self._coded(options, distill, validate, state, log_folder, processes)
             report = compress_model(
-                model, out, size=size, bits_per_weight=bits_per_weight, tokenizer=self.processing_class,
-                overwrite=overwrite, progress=progress,
+                self._plain_model(), out, tokenizer=self.processing_class, overwrite=overwrite,
+                progress=not self.args.disable_tqdm, **budget,
             )  # fmt: skip
-            if validate and not (size is None and bits_per_weight is None):  # others were coded since
+            if validate and any(value is not None for value in budget.values()):  # others were coded since
                 row = replace(journal.rows[-1], validation=self._eval_loss())
                 with processes.together():
-                    journal.replace_last(row) if processes.is_first else None
-            if checkpoint is not None and processes.is_first:
-                Path(checkpoint).unlink(missing_ok=True)
-                Path(f"{checkpoint}-teacher").unlink(missing_ok=True)
+                    if processes.is_first:
+                        journal.replace_last(row)
+            if state is not None and processes.is_first:
+                state.unlink(missing_ok=True)
+                _teacher_beside(state).unlink(missing_ok=True)
         return report
+
+    def _coded(
+        self,
+        options: CodingOptions,
+        distill: bool,
+        validate: bool,
+        state: Path | None,
+        log_folder: str | Path | None,
+        processes: Processes,
+    ) -> Journal:
+        """Code the model with refits; see `compress`."""
+        loss, crc = self._refits(options, distill, state, processes)
+        with processes.together():
+            self._check_data(loss, validate)
+        return code_model(
+            self._plain_model(), loss, options=options, validate=self._eval_loss if validate else None,
+            journal=Journal(Path(log_folder) if log_folder is not None else None),
+            checkpoint=Checkpoint(state, loss=crc) if state is not None else None,
+            progress=not self.args.disable_tqdm,
+        )  # fmt: skip
 
     def _eval_loss(self) -> float:
         return self.evaluate()["eval_loss"]
 
     def _refits(
-        self, options: CodingOptions, distill: bool, checkpoint: str | Path | None, processes: Processes
+        self, options: CodingOptions, distill: bool, state: Path | None, processes: Processes
     ) -> tuple[Callable[[int], Tensor] | None, str]:
         """The loss of the refits, if there are any, and what tells it from others in a checkpoint."""
         if self.train_dataset is None or options.refit_steps == 0:
             return None, ""
         with processes.together():
             batches = RefitBatches(self)
-        teacher = self._teacher_of(checkpoint, processes) if distill else None
-        crc = teacher.crc if teacher and checkpoint else ""
+        teacher = self._teacher_of(state, processes) if distill else None
+        crc = teacher.crc if teacher and state else ""
         return partial(self._loss_of_batch, batches=batches, teacher=teacher), crc
 
-    def _teacher_of(self, checkpoint: str | Path | None, processes: Processes) -> Teacher:
+    def _teacher_of(self, state: Path | None, processes: Processes) -> Teacher:
         """What the model was before it was coded, though an attempt before has coded a part of it."""
-        path = None if checkpoint is None else Path(f"{checkpoint}-teacher")
+        path = None if state is None else _teacher_beside(state)
         has_begun = any(stream.message is not None for stream in self.variational.streams)
         with processes.together():
             if self._teacher is None or not has_begun:
-                is_resumed = checkpoint is not None and processes.is_first and Path(checkpoint).exists()
+                is_resumed = state is not None and processes.is_first and state.exists()
                 self._teacher = Teacher(self._plain_model(), path if is_resumed else None)
         assert self._teacher is not None
         processes.make_equal(self._teacher.tensors())
@@ -270,3 +284,8 @@ class MiracleTrainer(Trainer):
                 return teacher.loss(model, inputs)
             loss: Any = super().compute_loss(model, inputs)
         return loss
+
+
+def _teacher_beside(state: Path) -> Path:
+    """The file of the teacher of a run that has its state there."""
+    return state.with_name(f"{state.name}-teacher")
