@@ -48,7 +48,7 @@ def adopt(model: nn.Module, loaded: nn.Module) -> list[str]:
 def _unsaved(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Buffers that no file holds, which a loaded model works out by itself: full name, module, own name."""
     for where, module in model.named_modules():
-        for key in module._non_persistent_buffers_set:
+        for key in sorted(module._non_persistent_buffers_set):
             if module._buffers.get(key) is not None and "parametrizations" not in where:
                 yield f"{where}.{key}".lstrip("."), module, key
 
