@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from miracle_hub.options import LoadOptions as LoadOptions
     from miracle_hub.plugin.config import MiracleConfig as MiracleConfig
     from miracle_hub.training.checkpoint import Checkpoint as Checkpoint
-    from miracle_hub.training.coder import CodingOptions as CodingOptions
     from miracle_hub.training.coder import code_model as code_model
+    from miracle_hub.training.coding_options import CodingOptions as CodingOptions
     from miracle_hub.training.config import VariationalConfig as VariationalConfig
     from miracle_hub.training.convert import posterior_mean as posterior_mean
     from miracle_hub.training.convert import posterior_samples as posterior_samples
@@ -96,7 +96,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Certificate": "miracle_hub.codec.certificate",
     "Checkpoint": "miracle_hub.training.checkpoint",
-    "CodingOptions": "miracle_hub.training.coder",
+    "CodingOptions": "miracle_hub.training.coding_options",
     "Comparison": "miracle_hub.evaluate.compare",
     "CompressOptions": "miracle_hub.options",
     "DecompressOptions": "miracle_hub.options",

@@ -1,5 +1,6 @@
 """The command line: the verbs of the package, with the same names and defaults."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -106,6 +107,8 @@ def decompress(source: Source, out: Out, options: DecompressOptions) -> None:
 def fit(source: Source, out: Out, data: Data, options: FitOptions) -> None:
     """Fine-tune SOURCE on a data set within a budget of bits, and write OUT, which from_pretrained loads."""
     found = miracle_hub.fit(source, out, data=data, options=options)
+    if os.environ.get("RANK", "0") != "0":  # as torchrun numbers processes: one of them speaks
+        return
     size = f"{found.report.compressed_bytes:,} bytes, {found.report.bits_per_weight:.4f} bits per weight"
     typer.echo(f"{out}: {size}\nbefore coding {_figures(found.fitted)}; as written {_figures(found.coded)}")
     _tell_files(found.report)

@@ -12,6 +12,7 @@
     ├── BackendError (RuntimeError)      a backend that cannot run here, or not this
     ├── TrainingError (RuntimeError)     a loss or a gradient that is not finite
     ├── WrittenWeightError (RuntimeError) a weight whose posterior cannot follow what was done to it
+    ├── ProcessError (RuntimeError)      another process of a distributed run failed, or has ended
     ├── OutputExistsError (FileExistsError)
     ├── OutputWriteError (OSError)       disk full, folder not writable
     ├── UploadError (OSError)            the Hub did not take a repository
@@ -71,6 +72,10 @@ class TrainingError(MiracleError, RuntimeError):
 
 class WrittenWeightError(MiracleError, RuntimeError):
     """A weight of a variational model was written to, tied or replaced, and its posterior cannot follow."""
+
+
+class ProcessError(MiracleError, RuntimeError):
+    """Another process of a distributed run failed, has ended, or has another model."""
 
 
 class OutputExistsError(MiracleError, FileExistsError):

@@ -160,7 +160,7 @@ class FitOptions:
     )
     epochs: Annotated[float, "Passes over the data."] = 1.0
     steps: Annotated[int, "Of the optimizer; above 0 they count instead of epochs."] = -1
-    batch_size: Annotated[int, "Rows of a step."] = 32
+    batch_size: Annotated[int, "Rows of a step, in every process."] = 32
     learning_rate: Annotated[float, "That of a dense fine-tuning; refits have their own."] = 1e-4
     max_length: Annotated[int, "Tokens of a text, or of a language model's window."] = 128
     groups: Annotated[int, "Groups that are coded one after the other."] = 40

@@ -11,6 +11,7 @@ from miracle_hub.codec.payloads import codec_named, is_payload, is_stray_stream
 from miracle_hub.codec.rates import Choice
 from miracle_hub.codec.repository import OutputFile, sharded
 from miracle_hub.codec.source import NARROWED, SourceTensor, list_tensors
+from miracle_hub.coding.narrowing import half_holds, is_narrowable
 from miracle_hub.errors import SourceError
 from miracle_hub.format.payload import DTYPES
 from miracle_hub.format.spec import TensorSpec, bytes_entry, item_bits
@@ -20,8 +21,6 @@ from miracle_hub.names import check_taken, matches
 _SMALLEST_CODED = 1024
 # Vectors are norms and biases, to which models are sensitive: choices, not measured.
 _SMALLEST_CODED_VECTOR = 1 << 15
-# Relative squared error of rounding to 11 bits, with room for a few subnormal elements.
-_NARROWING_ERROR = 2.0**-22
 
 
 class Why(Enum):
@@ -164,16 +163,13 @@ def _refuse_coded(tensor: SourceTensor) -> None:
 def narrowed_if_exact(plan: Plain) -> Plain:
     """Store a float32 weight or bias vector in 16 bits when float16 holds it to about 11 bits.
 
-    Other vectors (running statistics, rotary frequencies) keep their 32 bits: models can be sensitive to
-    their last digits. So do tensors that the user wants to stay as they are.
+    Tensors that the user wants to stay as they are keep their 32 bits.
     """
     source = plan.source
-    is_affine = source.name.endswith((".weight", ".bias")) and len(source.shape) == 1 and source.n_weights
-    if plan.why is Why.EXCLUDED or source.dtype != "F32" or not is_affine:
+    is_kept = plan.why is Why.EXCLUDED or source.dtype != "F32"
+    if is_kept or not is_narrowable(source.name, source.shape):
         return plan
-    values = source.load().double()
-    error = (values.half().double() - values).square().sum()
-    return replace(plan, is_narrowed=bool(error <= _NARROWING_ERROR * values.square().sum()))
+    return replace(plan, is_narrowed=half_holds(source.load()))
 
 
 def entry_of(plan: Plan, choices: Mapping[str, Choice]) -> TensorSpec:

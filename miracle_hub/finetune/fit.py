@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
+    Trainer,
     TrainingArguments,
     set_seed,
 )
@@ -37,9 +38,10 @@ from miracle_hub.finetune.models import make_variational
 from miracle_hub.finetune.trainer import MiracleTrainer
 from miracle_hub.hub.resolve import file_names, require_kind
 from miracle_hub.options import TASKS, FitOptions, chosen
-from miracle_hub.training.coder import CodingOptions
+from miracle_hub.training.coding_options import CodingOptions
 from miracle_hub.training.config import VariationalConfig
 from miracle_hub.training.guard import check_finite
+from miracle_hub.training.processes import Processes, all_processes, n_launched
 
 _LOGGER = logging.getLogger("miracle_hub")
 # As the Trainer's save_model leaves them: weights are new, and what belongs to the old ones need not fit.
@@ -54,7 +56,7 @@ class FitReport:
     Attributes:
         report: of the repository.
         fitted: the evaluation's figures at the posterior's means, before coding.
-        coded: the same of what was written.
+        coded: the same of what `from_pretrained` loads from what was written.
     """
 
     report: Report
@@ -94,7 +96,7 @@ def fit(
     Exactly one of `bits_per_weight`, `size` and `rate` is the budget. That of the whole files is met by the
     highest rate whose files stay within it: they may be smaller, and the report says how large they are.
     What an interrupted fit goes on from, and coding.csv, coding.json and coding.png, are in the folder `out`
-    with "-fit" appended.
+    with "-fit" appended. In a distributed run (`torchrun`) all processes call this, on disks that they share.
 
     Args:
         source: a folder or a Hub id of a dense model with its tokenizer.
@@ -112,7 +114,7 @@ def fit(
         label_column: of a classification: whole numbers from 0 on, or names of classes.
         epochs: passes over the data.
         steps: of the optimizer; above 0 they count instead of epochs.
-        batch_size: rows of a step.
+        batch_size: rows of a step, in every process.
         learning_rate: that of a dense fine-tuning; refits have their own.
         max_length: tokens of a text, or of a language model's window.
         groups: groups that are coded one after the other.
@@ -133,6 +135,7 @@ def fit(
         TrainingError: a loss is not finite.
         OutputExistsError: `out` exists, or another process is fitting it.
         OutputWriteError: it, or a checkpoint, cannot be written.
+        ProcessError: another process failed, or has ended.
     """
     return _fit(source, out, data, chosen(FitOptions, options, locals()))
 
@@ -142,11 +145,16 @@ def _fit(source: str | Path, out: str | Path, data: str | Path, options: FitOpti
     require_kind(source, TO_FINE_TUNE)
     read_model_config(source)
     config, folder = _config(options), Path(f"{out}-fit")
-    splits = read_split(data, options.task, options.text_columns, options.label_column, options.seed)
-    with alone_in(folder):
-        trainer = _trainer(source, splits, _arguments(folder, options), config, options.max_length)
+    arguments = _arguments(folder, options)  # with them the processes of a distributed run meet
+    with all_processes() as processes, ExitStack() as until_the_end:
+        wanted = (data, options.task, options.text_columns, options.label_column, options.seed)
+        splits = processes.in_turn(lambda: read_split(*wanted))
+        with processes.together():
+            if processes.is_first:
+                until_the_end.enter_context(alone_in(folder))
+        trainer = processes.in_turn(lambda: _trainer(source, splits, arguments, config, options.max_length))
         checkpoint = folder / "coding.safetensors"
-        fitted = _train(trainer, folder, checkpoint, options.resume)
+        fitted = _train(trainer, folder, checkpoint, options.resume, processes)
         set_seed(options.seed)  # or where coding begins would depend on how often training was interrupted
         rate = trainer.refit_learning_rate(options.distill)
         report = trainer.compress(
@@ -154,7 +162,8 @@ def _fit(source: str | Path, out: str | Path, data: str | Path, options: FitOpti
             checkpoint=checkpoint, log_folder=folder, overwrite=options.overwrite,
         )  # fmt: skip
         left_out = {name: _OF_THE_BASE for name in file_names(source) if not (Path(out) / name).exists()}
-        return FitReport(replace(report, left_out=left_out), fitted, _figures(trainer))
+        found = _figures(_reader(out, trainer, splits))
+        return FitReport(replace(report, left_out=left_out), fitted, found)
 
 
 def _config(options: FitOptions) -> VariationalConfig:
@@ -164,21 +173,29 @@ def _config(options: FitOptions) -> VariationalConfig:
     )  # fmt: skip
 
 
-def _train(trainer: MiracleTrainer, folder: Path, checkpoint: Path, resume: bool) -> dict[str, float]:
+def _train(
+    trainer: MiracleTrainer, folder: Path, checkpoint: Path, resume: bool, processes: Processes
+) -> dict[str, float]:
     """Train, or go on training, unless coding has begun; the evaluation's figures."""
-    figures = folder / "fitted.json"
-    if not resume:
-        checkpoint.unlink(missing_ok=True)
-    if checkpoint.exists() and figures.exists():
-        return json.loads(figures.read_text(encoding="utf-8"))
-    last = _last_checkpoint(folder) if resume else None
+    figures, found, last = folder / "fitted.json", None, None
+    with processes.together():
+        if processes.is_first:
+            if not resume:
+                checkpoint.unlink(missing_ok=True)
+            if checkpoint.exists() and figures.exists():
+                found = json.loads(figures.read_text(encoding="utf-8"))
+            last = _last_checkpoint(folder) if resume else None
+    found, last = processes.first((found, last))
+    if found is not None:
+        return found
     if last is not None and last.is_done:
         trainer._load_from_checkpoint(str(last.folder))  # train() would make a step more
     else:
         _train_or_name_a_full_disk(trainer, folder, last)
     found = _figures(trainer)
-    with writing(figures):
-        figures.write_text(json.dumps(found), encoding="utf-8")
+    with processes.together(), writing(figures):
+        if processes.is_first:
+            figures.write_text(json.dumps(found), encoding="utf-8")
     return found
 
 
@@ -311,6 +328,10 @@ def _arguments(folder: Path, options: FitOptions) -> TrainingArguments:
         learning_rate=options.learning_rate, warmup_steps=0.06, seed=options.seed,
         logging_steps=50, save_steps=200, save_total_limit=1, report_to=[],
         disable_tqdm=not options.progress, dataloader_pin_memory=torch.cuda.is_available(),
+        # Or transformers multiplies losses by the number of processes, also where models took their means.
+        average_tokens_across_devices=False,
+        # Without a GPU accelerate has processes meet only where this says so.
+        use_cpu=n_launched() > 1 and not torch.accelerator.is_available(),
     )  # fmt: skip
 
 
@@ -318,7 +339,17 @@ def _accuracy(predictions: Any) -> dict[str, float]:
     return {"accuracy": float((predictions.predictions.argmax(-1) == predictions.label_ids).mean())}
 
 
-def _figures(trainer: MiracleTrainer) -> dict[str, float]:
+def _reader(out: str | Path, trainer: MiracleTrainer, splits: Split) -> Trainer:
+    """What evaluates the model that a stranger loads."""
+    kind: Any = AutoModelForSequenceClassification if splits.class_names else AutoModelForCausalLM
+    return Trainer(
+        model=kind.from_pretrained(out), args=trainer.args, eval_dataset=trainer.eval_dataset,
+        data_collator=trainer.data_collator, processing_class=trainer.processing_class,
+        compute_metrics=trainer.compute_metrics,
+    )  # fmt: skip
+
+
+def _figures(trainer: Trainer) -> dict[str, float]:
     found = trainer.evaluate()
     check_finite(torch.tensor(found["eval_loss"]), "evaluation")
     return {

@@ -1,15 +1,16 @@
 """Variational models as users make them, and the small files and repositories they become."""
 
 import logging
+import zlib
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from miracle_hub.codec.compress import compress_folder
-from miracle_hub.codec.decompress import load_state_dict
 from miracle_hub.codec.handed_out import require_finite
 from miracle_hub.codec.keeping import Roles
 from miracle_hub.codec.modules import module_tensors, read_state
@@ -17,8 +18,9 @@ from miracle_hub.codec.naming import STREAM
 from miracle_hub.codec.network import encode_stream_entry, spec_of, write_network
 from miracle_hub.codec.report import Report
 from miracle_hub.codec.trellis import payload_of_stream
-from miracle_hub.errors import ChecksumError, OptionError, WrittenWeightError
+from miracle_hub.errors import OptionError, ProcessError, WrittenWeightError
 from miracle_hub.files.whole import temporary_beside, writing
+from miracle_hub.finetune.agreement import adopt, require_same, say_other_dtypes, say_what_changed
 from miracle_hub.finetune.budget import within_budget
 from miracle_hub.format.network import NetworkHeader
 from miracle_hub.hub.card import write_card
@@ -29,6 +31,8 @@ from miracle_hub.training.config import VariationalConfig, refuse_old_names
 from miracle_hub.training.drawn import coded_names
 from miracle_hub.training.guard import check_model
 from miracle_hub.training.model import Variational, variational_of
+from miracle_hub.training.processes import written_once
+from miracle_hub.training.rounding import round_as_written, unwrapped
 from miracle_hub.training.stream import message_of
 
 if TYPE_CHECKING:
@@ -93,7 +97,8 @@ def save(model: nn.Module, path: str | Path) -> int:
         ChecksumError: what was written does not decode to the model's weights.
         OutputWriteError: the file cannot be written.
     """
-    variational, path = convert.check_evaluated(model), Path(path)
+    model, path = unwrapped(model), Path(path)
+    variational = convert.check_evaluated(model)
     check_model(model)
     names = _names(model, variational)
     entries = _coded_entries(variational, names)
@@ -101,7 +106,7 @@ def save(model: nn.Module, path: str | Path) -> int:
     plain = {name: t for name, t in module_tensors(dense).items() if name not in names.values()}
 
     def check(written: Path) -> None:
-        _require_same(path, read_state(written, dense), module_tensors(dense))
+        require_same(path, read_state(written, dense), module_tensors(dense))
 
     return write_network(path, entries, plain, check)
 
@@ -118,6 +123,13 @@ def compress_model(
 ) -> Report:
     """Write a coded transformers model as a repository that plain `from_pretrained` loads.
 
+    Afterwards the model in memory is what the file decodes to: vectors that it holds in 16 bits are rounded,
+    as `code_model` has done already, and with a budget the other tensors are as they were coded. What changed
+    is logged, as are tensors that `from_pretrained` gives in another dtype.
+
+    In a distributed run the first process writes. Others may call this too: they wait, and load what it
+    wrote.
+
     Args:
         size, bits_per_weight: of the whole files; tensors that are not variational are then coded without
             training to meet it. None means that they stay plain.
@@ -126,8 +138,9 @@ def compress_model(
         OptionError: the model is not coded, or has one stream for the whole network, or adapters on top.
         WrittenWeightError: evaluation has other weights than those that were coded.
         ChecksumError: what was written does not decode to the model's weights.
+        ProcessError: the first process does not write, or the file is not to be seen from this one.
     """
-    variational = variational_of(model)
+    model, variational = unwrapped(model), variational_of(model)
     if variational.config.streams != "tensor":
         raise OptionError(
             "streams: expected 'tensor' for a repository, found 'network'; use save and load, or "
@@ -137,15 +150,37 @@ def compress_model(
     convert.check_evaluated(model)
     check_model(model)
     payloads = _coded_entries(variational, _names(model, variational))
-    dense, kept = convert.posterior_mean(model), variational.config.modules_to_save or []
+    rounded = round_as_written(model)
+    dense: Any = convert.posterior_mean(model)
+    kept = variational.config.modules_to_save or []
     options = CompressOptions(
         size=size, bits_per_weight=bits_per_weight, overwrite=overwrite, progress=progress,
         modules_to_not_convert=[name for name in module_tensors(dense) if matches(name, kept)],
     )  # fmt: skip
-    report = _write_repository(dense, Path(out).absolute(), tokenizer, options, payloads)
+    number = zlib.crc32(b"".join(payloads.values()))
+    report = written_once(
+        Path(out), number,
+        lambda: asdict(_write_repository(dense, Path(out).absolute(), tokenizer, options, payloads)),
+    )  # fmt: skip
+    _require_there(Path(out))
+    loaded = type(dense).from_pretrained(out)  # as a stranger does
     coded = {name: tensor for name, tensor in module_tensors(dense).items() if name in payloads}
-    _require_same(Path(out), load_state_dict(out), coded)
-    return report
+    require_same(Path(out), loaded.state_dict(), coded)
+    say_what_changed(Path(out), [*rounded, *adopt(model, loaded)])
+    say_other_dtypes(Path(out), dense, loaded)
+    return Report(**report)
+
+
+def _require_there(out: Path) -> None:
+    """
+    Raises:
+        ProcessError: the first process wrote to another disk.
+    """
+    if not out.exists():
+        raise ProcessError(
+            f"{out}: expected what the first process wrote, found nothing; write to a disk that all "
+            "processes share, or call compress_model in the first one alone"
+        )
 
 
 def _write_repository(
@@ -177,18 +212,6 @@ def _roles_in(model: nn.Module) -> Roles:
         for named in (model.named_buffers, model.named_parameters)
     )
     return Roles(buffers, parameters, type(model).__name__)
-
-
-def _require_same(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """
-    Raises:
-        ChecksumError: what was written does not decode to the model's weights.
-    """
-    for name, tensor in expected.items():
-        if not torch.equal(found[name].cpu(), tensor.cpu()):
-            raise ChecksumError(
-                f"{path}: {name}: what was written does not decode to the model's weights; report this"
-            )
 
 
 def refuse_adapters(model: Any) -> None:

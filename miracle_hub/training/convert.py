@@ -23,6 +23,7 @@ from miracle_hub.training.passes import ATTRIBUTE, install, uninstall
 from miracle_hub.training.start import stream_of
 from miracle_hub.training.stream import Stream
 from miracle_hub.training.targets import Target, check_weights, find_targets
+from miracle_hub.training.wrapping import refuse_wrapped
 
 
 def make_variational(model: nn.Module, config: VariationalConfig) -> nn.Module:
@@ -35,13 +36,15 @@ def make_variational(model: nn.Module, config: VariationalConfig) -> nn.Module:
         config: what is coded, how, and within which budget.
 
     Raises:
-        OptionError: nothing matches, a parameter cannot be converted, or the model is variational already.
+        OptionError: nothing matches, a parameter cannot be converted, the model is variational already, or
+            something wraps or shards it for several devices.
         BudgetError: the budget is below what the code can use.
         NonFiniteWeightError: a weight that is not coded is NaN or infinite.
 
     Source: Havasi et al. 2019, section 3.3, with the kinds of `posteriors`.
     """
     _refuse_variational(model)
+    refuse_wrapped(model)
     targets = find_targets(model, config)
     check_weights(model)
     factors = sharing_factors(targets, config)

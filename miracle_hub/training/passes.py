@@ -12,11 +12,13 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from miracle_hub.training.wrapping import Streams, check_pass, with_penalty
+
 ATTRIBUTE = "_miracle"  # where a model has its variational part, in a tuple: it is no child to be run
 _BEFORE = "_miracle_forward"  # the forward that an instance had of its own
 
 
-class Part(Protocol):
+class Part(Streams, Protocol):
     """What is told of passes."""
 
     n_passes: int  # that have begun, and not ended
@@ -55,9 +57,10 @@ def _telling(model: Any, has_own: bool) -> Callable[..., Any]:
         part.begin_pass(self.training)
         if torch.compiler.is_compiling():
             return run(*arguments, **keywords)
+        check_pass(self, part)
         part.n_passes += 1
         try:
-            return run(*arguments, **keywords)
+            return with_penalty(part, run(*arguments, **keywords))
         finally:
             part.n_passes -= 1
 

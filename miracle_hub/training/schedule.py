@@ -27,7 +27,7 @@ class Schedule:
     def __init__(self, streams: Sequence[Stream], groups: int, order: str, seed: int) -> None:
         """
         Args:
-            order: "random" or "largest-kl"; see `coder.CodingOptions`.
+            order: "random" or "largest-kl"; see `coding_options.CodingOptions`.
             seed: of the random order of blocks.
         """
         self.streams, self.groups, self.order, self.seed = list(streams), groups, order, seed

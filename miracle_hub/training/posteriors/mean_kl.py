@@ -29,6 +29,7 @@ class MeanKL(Fitted):
     """
 
     has_noise: ClassVar[bool] = True
+    has_penalty: ClassVar[bool] = False
 
     def __init__(self, start: Start) -> None:
         super().__init__(start)

@@ -23,6 +23,7 @@ class MeanVar(Fitted):
     """
 
     has_noise: ClassVar[bool] = True
+    has_penalty: ClassVar[bool] = True
 
     def __init__(self, start: Start) -> None:
         super().__init__(start)

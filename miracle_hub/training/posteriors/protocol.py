@@ -37,10 +37,12 @@ class Posterior(Protocol):
 
     Attributes:
         has_noise: whether training draws weights, instead of using one value of each.
+        has_penalty: whether `penalty` is something.
         budget: the KL that the message pays for.
     """
 
     has_noise: ClassVar[bool]
+    has_penalty: ClassVar[bool]
     budget: Budget
 
     def scales(self) -> Tensor:

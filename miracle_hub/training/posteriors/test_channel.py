@@ -29,6 +29,7 @@ class TestChannel(Scaled):
     """
 
     has_noise: ClassVar[bool] = False
+    has_penalty: ClassVar[bool] = False
     curvature: Tensor
 
     def __init__(self, start: Start) -> None:
