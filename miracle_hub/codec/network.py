@@ -1,6 +1,6 @@
 """A whole network's stream ⇄ its tensors, and the one file that holds it with whatever is stored plainly."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -48,12 +48,7 @@ def decode_stream_entry(data: bytes, tensors: tuple[SharedSpec, ...], where: str
     header, raw_scales, raw_message = decode_network(data, tensors, where)
     start = len(data) - len(raw_message) - len(raw_scales)
     check_scale_words(np.frombuffer(raw_scales, "<u2"), start, where)
-    unused = -header.code.message_bits(header.n_values) % 8
-    if raw_message[-1] & ((1 << unused) - 1):
-        raise FormatError(
-            f"{where}: byte {len(data) - 1}: expected the last {unused} bits of the message to be 0, found "
-            f"{raw_message[-1]:08b}; the file is damaged: download it again"
-        )
+    _check_padding(header, raw_message, len(data) - len(raw_message), where)
     scales = torch.frombuffer(bytearray(raw_scales), dtype=torch.bfloat16)
     weights = _weights(header, scales, torch.frombuffer(bytearray(raw_message), dtype=torch.uint8))
     if (found := _digest(weights)) != header.digest:
@@ -64,9 +59,25 @@ def decode_stream_entry(data: bytes, tensors: tuple[SharedSpec, ...], where: str
     return {t.name: weights[t.name].to(TORCH_DTYPES[t.dtype]) for t in header.tensors}
 
 
+def _check_padding(header: NetworkHeader, message: bytes, start: int, where: str) -> None:
+    """
+    Raises:
+        FormatError: the last byte of a message is not filled with zero bits.
+    """
+    end = 0
+    for n_values, code in header.code.segments(header.n_values):
+        end += code.message_bytes(n_values)
+        unused = -code.message_bits(n_values) % 8
+        if message[end - 1] & ((1 << unused) - 1):
+            raise FormatError(
+                f"{where}: byte {start + end - 1}: expected the last {unused} bits of the message to be 0, "
+                f"found {message[end - 1]:08b}; the file is damaged: download it again"
+            )
+
+
 def _weights(header: NetworkHeader, scales: Tensor, message: Tensor) -> dict[str, Tensor]:
     """Every tensor's float32 weights: candidates, permuted, times scale, shared."""
-    z = torch.as_tensor(decode_stream(message, header.code, header.n_values))
+    z = torch.cat(list(_candidates(header, message)))
     values = torch.empty_like(z).index_copy_(0, permutation(header.n_values, header.code), z)
     weights, first = {}, 0
     for number, (tensor, scale) in enumerate(zip(header.tensors, scales.float(), strict=True)):
@@ -78,6 +89,15 @@ def _weights(header: NetworkHeader, scales: Tensor, message: Tensor) -> dict[str
             own = own[places] * signs
         weights[tensor.name] = own.view(tensor.shape)
     return weights
+
+
+def _candidates(header: NetworkHeader, message: Tensor) -> Iterator[Tensor]:
+    """What the message of each code stands for."""
+    start = 0
+    for n_values, code in header.code.segments(header.n_values):
+        end = start + code.message_bytes(n_values)
+        yield decode_stream(message[start:end], code, n_values)
+        start = end
 
 
 def _digest(weights: Mapping[str, Tensor]) -> int:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from miracle_hub.code import Code
+from miracle_hub.code import StreamCode
 from miracle_hub.coding.matrix import ROW_SCALE_COLUMNS, matrix_columns
 from miracle_hub.coding.order import permutation
 from miracle_hub.coding.sharing import Sharing, expand
@@ -115,7 +115,7 @@ class Joint(nn.Module):
     order: Tensor
     owner: Tensor
 
-    def __init__(self, members: Sequence[Member], code: Code) -> None:
+    def __init__(self, members: Sequence[Member], code: StreamCode) -> None:
         """
         Args:
             code: whose seed fixes the permutation and which weights share a value.
@@ -159,7 +159,7 @@ class Joint(nn.Module):
         return own.view(self.members[number].shape).to(self.members[number].dtype)
 
 
-def layout_of(members: Sequence[Member], code: Code, has_row_scales: bool) -> Matrix | Joint:
+def layout_of(members: Sequence[Member], code: StreamCode, has_row_scales: bool) -> Matrix | Joint:
     """One tensor without sharing lies in its own order; all others are permuted together.
 
     Args:
