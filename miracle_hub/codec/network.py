@@ -1,6 +1,6 @@
 """A whole network's stream ⇄ its tensors, and the one file that holds it with whatever is stored plainly."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +11,9 @@ from miracle_hub.codec.body import check_scale_words
 from miracle_hub.codec.dtypes import DTYPE_NAMES, TORCH_DTYPES, dtype_name, is_bytes, raw_bytes
 from miracle_hub.codec.guard import GUARD_ALONE, is_stream_alone, read_contents
 from miracle_hub.codec.naming import STREAM
+from miracle_hub.codec.plan import narrowing_metadata
 from miracle_hub.codec.repository import OutputFile
-from miracle_hub.codec.source import list_tensors
+from miracle_hub.codec.source import list_tensors, narrowed_names
 from miracle_hub.coding.cpu import decode_stream
 from miracle_hub.coding.digest import digest
 from miracle_hub.coding.order import permutation
@@ -126,10 +127,12 @@ def write_network(
     coded: Mapping[str, bytes],
     plain: Mapping[str, Tensor],
     check: Callable[[Path], None] = lambda written: None,
+    half: Collection[str] = (),
 ) -> int:
     """One safetensors file of coded entries and plain tensors; returns its bytes.
 
     Args:
+        half: names of float32 tensors among them to store in 16 bits.
         check: called on what was written before it gets its name, which it does not if this raises.
 
     Raises:
@@ -138,8 +141,10 @@ def write_network(
     """
     if STREAM in plain:
         raise FormatError(f"{STREAM}: this name is that of the stream; give the module's tensor another one")
-    raw = {name: raw_bytes(tensor.detach().cpu()) for name, tensor in plain.items()}
-    file = network_file(path.name, network_entries(plain, {name: len(data) for name, data in coded.items()}))
+    plain = {name: t.detach().half() if name in half else t.detach() for name, t in plain.items()}
+    raw = {name: raw_bytes(tensor.cpu()) for name, tensor in plain.items()}
+    entries = network_entries(plain, {name: len(data) for name, data in coded.items()})
+    file = network_file(path.name, entries, half)
     everything = {**raw, **coded}
     with temporary_beside(path) as temporary:
         written = temporary / file.name
@@ -151,9 +156,14 @@ def write_network(
     return n_bytes
 
 
-def network_file(name: str, entries: list[TensorSpec]) -> OutputFile:
-    """A network's file, with a guard unless a stream, which checks itself, is all that it holds."""
-    return OutputFile(name, entries, {}, "" if is_stream_alone(entries) else GUARD_ALONE)
+def network_file(name: str, entries: list[TensorSpec], half: Collection[str] = ()) -> OutputFile:
+    """A network's file, with a guard unless a stream, which checks itself, is all that it holds.
+
+    Args:
+        half: names of entries in 16 bits that stand for 32.
+    """
+    metadata = narrowing_metadata(entries, set(half))
+    return OutputFile(name, entries, metadata, "" if is_stream_alone(entries) else GUARD_ALONE)
 
 
 def network_entries(plain: Mapping[str, Tensor], coded: Mapping[str, int]) -> list[TensorSpec]:
@@ -179,7 +189,11 @@ def read_network(path: Path) -> tuple[bytes | None, dict[str, Tensor]]:
     """
     with files_kept_open():
         read_contents(path).check()
+        narrow = narrowed_names(path)
         tensors = {tensor.name: tensor.load() for tensor in list_tensors([path])}
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.float16 and (narrow is None or name in narrow):
+            tensors[name] = tensor.float()
     stream = tensors.pop(STREAM, None)
     if stream is not None and not is_bytes(stream):
         raise FormatError(

@@ -1,10 +1,13 @@
 """What happens to each tensor: it is coded here, coded already, or stays plain, and why."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from miracle_hub.codec.payloads import codec_named, is_payload, is_stray_stream
 from miracle_hub.codec.rates import Choice
@@ -90,11 +93,17 @@ def why_plain(spec: TensorSpec, excluded: list[str] | str) -> Why | None:
     return Why.SMALL if spec.n_weights < _SMALLEST_CODED else None
 
 
-def plan_all(weights: list[Path], excluded: list[str] | str, coded: Mapping[str, bytes]) -> dict[str, Plan]:
+def plan_all(
+    weights: list[Path],
+    excluded: list[str] | str,
+    coded: Mapping[str, bytes],
+    half: Set[str] | None = None,
+) -> dict[str, Plan]:
     """The plan of every tensor of the source.
 
     Args:
         coded: payloads of tensors that are coded already.
+        half: see `narrowed`.
 
     Raises:
         SourceError: a tensor looks like a payload, or a payload is that of no tensor.
@@ -107,7 +116,7 @@ def plan_all(weights: list[Path], excluded: list[str] | str, coded: Mapping[str,
         if tensor.name in coded:
             plans[tensor.name] = Ready(tensor, coded[tensor.name])
         else:
-            plans[tensor.name] = narrowed_if_exact(plan) if isinstance(plan, Plain) else plan
+            plans[tensor.name] = narrowed(plan, half) if isinstance(plan, Plain) else plan
     if missing := sorted(set(coded) - set(plans)):
         raise SourceError(
             f"payloads: expected those of tensors of the source, found one of {missing[0]!r}, which it has "
@@ -144,19 +153,39 @@ def _refuse_coded(tensor: SourceTensor) -> None:
         )
 
 
-def narrowed_if_exact(plan: Plain) -> Plain:
-    """Store a float32 weight or bias vector in 16 bits when float16 holds it to about 11 bits.
+def narrowed(plan: Plain, half: Set[str] | None = None) -> Plain:
+    """Store a float32 weight or bias vector in 16 bits when float16 holds it; see `holds_in_half`.
 
-    Other vectors (running statistics, rotary frequencies) keep their 32 bits: models can be sensitive to
-    their last digits. So do tensors that the user wants to stay as they are.
+    Tensors that the user wants to stay as they are do.
+
+    Args:
+        half: names of the vectors to store so, where that was decided before.
     """
     source = plan.source
-    is_affine = source.name.endswith((".weight", ".bias")) and len(source.shape) == 1 and source.n_weights
-    if plan.why is Why.EXCLUDED or source.dtype != "F32" or not is_affine:
+    if half is not None:
+        return replace(plan, is_narrowed=source.name in half)
+    if plan.why is Why.EXCLUDED or not _may_be_half(source):
         return plan
-    values = source.load().double()
-    error = (values.half().double() - values).square().sum()
-    return replace(plan, is_narrowed=bool(error <= _NARROWING_ERROR * values.square().sum()))
+    return replace(plan, is_narrowed=holds_in_half(source.name, source.load()))
+
+
+def holds_in_half(name: str, values: Tensor) -> bool:
+    """Whether it is a float32 weight or bias vector that float16 holds to about 11 bits.
+
+    Other vectors (running statistics, rotary frequencies) keep their 32 bits: models can be sensitive to
+    their last digits.
+    """
+    dtype = "F32" if values.dtype == torch.float32 else ""
+    if not _may_be_half(TensorSpec(name, dtype, tuple(values.shape))):
+        return False
+    exact = values.detach().double()
+    error = (exact.half().double() - exact).square().sum()
+    return bool(error <= _NARROWING_ERROR * exact.square().sum())
+
+
+def _may_be_half(spec: TensorSpec) -> bool:
+    is_affine = spec.name.endswith((".weight", ".bias")) and len(spec.shape) == 1
+    return is_affine and spec.dtype == "F32" and spec.n_weights > 0
 
 
 def entry_of(plan: Plan, choices: Mapping[str, Choice]) -> TensorSpec:
@@ -177,15 +206,22 @@ def lay_out(
 ) -> list[OutputFile]:
     """The output files. Plain tensors come first, widest dtype first, so that they stay aligned."""
     entries = [entry_of(plan, choices) for plan in plans.values()]
-    entries.sort(key=lambda e: (not isinstance(plans[e.name], Plain), -item_bits(e.dtype), e.name))
+    coded = sorted((e for e in entries if not isinstance(plans[e.name], Plain)), key=lambda e: e.name)
+    entries = [*in_order([e for e in entries if isinstance(plans[e.name], Plain)]), *coded]
     files = sharded(entries, max_shard_bytes, stem)
-    return [replace(file, metadata=file.metadata | _narrowed(file.entries, plans)) for file in files]
+    half = {n for n, plan in plans.items() if isinstance(plan, Plain) and plan.is_narrowed}
+    return [replace(f, metadata=f.metadata | narrowing_metadata(f.entries, half)) for f in files]
 
 
-def _narrowed(entries: Iterable[TensorSpec], plans: Mapping[str, Plan]) -> dict[str, str]:
+def in_order(plain: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """Plain tensors as a file has them, widest dtype first."""
+    return sorted(plain, key=lambda entry: (-item_bits(entry.dtype), entry.name))
+
+
+def narrowing_metadata(entries: Iterable[TensorSpec], narrowed: Set[str]) -> dict[str, str]:
     """The metadata that say which F16 tensors of a file were F32 in the source."""
     half = [entry.name for entry in entries if entry.dtype == "F16"]
-    found = [name for name in half if isinstance(plan := plans[name], Plain) and plan.is_narrowed]
+    found = [name for name in half if name in narrowed]
     if not found:
         return {}
     return {NARROWED: "*" if found == half else json.dumps(found)}

@@ -14,6 +14,7 @@ class Report:
         digest: of the payloads.
         backend: as chosen.
         plain: tensors that are stored plainly, and why.
+        budget_bytes: that were asked for; None where a rate was.
     """
 
     dense_bytes: int
@@ -24,3 +25,4 @@ class Report:
     digest: str
     backend: str
     plain: Mapping[str, str] = field(default_factory=dict)
+    budget_bytes: int | None = None

@@ -1,6 +1,8 @@
 """Variational models as users make them, and the small files and repositories they become."""
 
+import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,18 +18,21 @@ from miracle_hub.codec.report import Report
 from miracle_hub.codec.trellis import payload_of_stream
 from miracle_hub.errors import ChecksumError, OptionError
 from miracle_hub.files.whole import temporary_beside, writing
-from miracle_hub.finetune.budget import within_budget
+from miracle_hub.finetune.budget import plan_file
 from miracle_hub.format.network import NetworkHeader
 from miracle_hub.hub.card import write_card
 from miracle_hub.names import matches
 from miracle_hub.options import CompressOptions
 from miracle_hub.training import convert
+from miracle_hub.training.codes import FilePlan
 from miracle_hub.training.config import VariationalConfig, refuse_old_names
 from miracle_hub.training.model import Variational, variational_of
 from miracle_hub.training.stream import message_of
 
 if TYPE_CHECKING:
     from miracle_hub.plugin.config import MiracleConfig
+
+_LOGGER = logging.getLogger("miracle_hub")
 
 
 def make_variational(
@@ -56,9 +61,8 @@ def make_variational(
         config = _from_keywords(options)
     elif not isinstance(config, VariationalConfig):
         config = config.variational()
-    if config.is_of_files:
-        config = within_budget(model, config)
-    return convert.make_variational(model, config)
+    plan = plan_file(model, config) if config.is_of_files else None
+    return convert.make_variational(model, config, plan)
 
 
 def _from_keywords(options: dict[str, Any]) -> VariationalConfig:
@@ -84,6 +88,7 @@ def save(model: nn.Module, path: str | Path) -> int:
     """
     variational, path = variational_of(model), Path(path)
     messages = [message_of(stream) for stream in variational.streams]
+    half = _round_vectors(model, variational.plan) or frozenset()
     dense = convert.posterior_mean(model)
     coded = {member.name for stream in variational.streams for member in stream.members}
     entries = _coded_entries(variational, messages)
@@ -92,7 +97,7 @@ def save(model: nn.Module, path: str | Path) -> int:
     def check(written: Path) -> None:
         _require_same(path, read_state(written, dense), module_tensors(dense))
 
-    return write_network(path, entries, plain, check)
+    return write_network(path, entries, plain, check, half & set(plain))
 
 
 def compress_model(
@@ -123,19 +128,45 @@ def compress_model(
         )
     messages = [message_of(stream) for stream in variational.streams]
     payloads = _coded_entries(variational, messages)
+    half = _round_vectors(model, variational.plan)
     dense, kept = convert.posterior_mean(model), variational.config.modules_to_save or []
     options = CompressOptions(
         size=size, bits_per_weight=bits_per_weight, overwrite=overwrite, progress=progress,
         modules_to_not_convert=[name for name in module_tensors(dense) if matches(name, kept)],
     )  # fmt: skip
-    report = _write_repository(dense, Path(out).absolute(), tokenizer, options, payloads)
+    report = _write_repository(dense, Path(out).absolute(), tokenizer, options, payloads, half)
     coded = {name: tensor for name, tensor in module_tensors(dense).items() if name in payloads}
     _require_same(Path(out), load_state_dict(out), coded)
-    return report
+    if variational.plan is None or options.has_budget:
+        return report
+    return replace(report, budget_bytes=variational.plan.budget_bytes)
+
+
+def _round_vectors(model: nn.Module, plan: FilePlan | None) -> frozenset[str] | None:
+    """Round what the plan of the file has in 16 bits, in place; the names of what could be rounded."""
+    if plan is None or plan.half is None:
+        return None
+    tensors = {name: t for name, t in model.state_dict(keep_vars=True).items() if name in plan.half}
+    half = frozenset(name for name, tensor in tensors.items() if bool(tensor.detach().half().isfinite().all()))
+    for name in sorted(set(tensors) - half):
+        _LOGGER.warning(
+            "%s: expected numbers that float16 holds, as at the start, found larger ones after training: it is "
+            "stored in 32 bits, by which the file exceeds its budget; ask for less, or exclude it",
+            name,
+        )
+    with torch.no_grad():
+        for name in half:
+            tensors[name].copy_(tensors[name].half())
+    return half
 
 
 def _write_repository(
-    dense: Any, out: Path, tokenizer: Any, options: CompressOptions, payloads: Mapping[str, bytes]
+    dense: Any,
+    out: Path,
+    tokenizer: Any,
+    options: CompressOptions,
+    payloads: Mapping[str, bytes],
+    half: frozenset[str] | None,
 ) -> Report:
     """Save an ordinary model beside the output and compress that, with the payloads that training made."""
     with writing(out):
@@ -150,7 +181,7 @@ def _write_repository(
         base = getattr(dense.config, "_name_or_path", None) or None
         base = None if base is None or Path(base).exists() else base
         return compress_folder(
-            folder, out, options, coded=payloads,
+            folder, out, options, coded=payloads, half=half,
             card=lambda target, report: write_card(target, report, folder, base),
         )  # fmt: skip
 

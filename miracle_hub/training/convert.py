@@ -6,11 +6,13 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from miracle_hub.code import StreamCode
 from miracle_hub.coding.sharing import Sharing
 from miracle_hub.errors import OptionError
 from miracle_hub.names import is_named
+from miracle_hub.training.codes import FilePlan, Unit, codes_of
 from miracle_hub.training.config import VariationalConfig
-from miracle_hub.training.layout import Member
+from miracle_hub.training.layout import Member, row_values
 from miracle_hub.training.model import ATTRIBUTE, Variational, variational_of
 from miracle_hub.training.start import stream_of
 from miracle_hub.training.stream import Stream
@@ -39,7 +41,9 @@ class Drawn(nn.Module):
         return self.holder[0].weight(self.stream, self.member)
 
 
-def make_variational(model: nn.Module, config: VariationalConfig) -> nn.Module:
+def make_variational(
+    model: nn.Module, config: VariationalConfig, plan: FilePlan | None = None
+) -> nn.Module:
     """Give a model's weights Gaussian posteriors, in place, and return it.
 
     The optimizer must be made after this: the parameters are others. The means start at the weights.
@@ -47,6 +51,7 @@ def make_variational(model: nn.Module, config: VariationalConfig) -> nn.Module:
     Args:
         model: on any device, with weights to start from.
         config: what is coded, how, and within which budget.
+        plan: of the file, where the budget is that of one.
 
     Raises:
         OptionError: nothing matches, a parameter cannot be converted, or the model is variational already.
@@ -56,13 +61,15 @@ def make_variational(model: nn.Module, config: VariationalConfig) -> nn.Module:
     """
     _refuse_variational(model)
     targets = find_targets(model, config)
-    factors = sharing_factors(targets, config)
     groups = [targets] if config.streams == "network" else [[target] for target in targets]
+    units = units_of(targets, config)
+    codes = codes_of(units, config) if plan is None else plan.codes
+    sharings = iter(sharings_of(targets, config))
     streams: list[Stream] = []
-    for group in groups:
-        sharings = [sharing_of(target, factors[target.name], config) for target in group]
-        streams.append(_stream(group, sharings, config, len(streams)))
-    variational = Variational(streams, config)
+    for group, unit in zip(groups, units, strict=True):
+        own = [next(sharings) for _ in group]
+        streams.append(_stream(group, own, config, codes[unit.name], len(streams)))
+    variational = Variational(streams, config, plan)
     siblings = {id(module): tuple(module._parameters) for t in targets for module, _ in t.owners}
     is_first = True
     for s, group in enumerate(groups):
@@ -200,18 +207,41 @@ def _copy_rnn(module: nn.RNNBase, memo: dict[int, Any]) -> nn.RNNBase:
     return twin
 
 
-def _stream(group: list[Target], sharings: list[Sharing], config: VariationalConfig, number: int) -> Stream:
+def _stream(
+    group: list[Target], sharings: list[Sharing], config: VariationalConfig, code: StreamCode, number: int
+) -> Stream:
     members = [
         Member(target.name, tuple(target.parameter.shape), target.parameter.dtype, sharing)
         for target, sharing in zip(group, sharings, strict=True)
     ]
-    stream = stream_of(members, [target.parameter for target in group], config, number)
+    stream = stream_of(members, [target.parameter for target in group], config, code, number)
     if not any(target.parameter.requires_grad for target in group):
         stream.requires_grad_(False)  # who froze a tensor wants it coded as it is
     return stream
 
 
-def sharing_of(target: Target, factor: float, config: VariationalConfig) -> Sharing:
+def units_of(targets: list[Target], config: VariationalConfig) -> list[Unit]:
+    """What has a stream of its own: every tensor, or the network."""
+    sharings = sharings_of(targets, config)
+    if config.streams == "network":
+        name = targets[0].name if len(targets) == 1 else f"{len(targets)} tensors"
+        return [Unit(name, sum(sharing.n_values for sharing in sharings))]
+    shapes = [tuple(target.parameter.shape) for target in targets]
+    rows = [row_values(shape, config.scales == "row") for shape in shapes]
+    return [Unit(t.name, t.parameter.numel(), width) for t, width in zip(targets, rows, strict=True)]
+
+
+def sharings_of(targets: list[Target], config: VariationalConfig) -> list[Sharing]:
+    """How the weights of every target share values.
+
+    Raises:
+        OptionError: a name in `sharing` is that of no target.
+    """
+    factors = _sharing_factors(targets, config)
+    return [_sharing_of(target, factors[target.name], config) for target in targets]
+
+
+def _sharing_of(target: Target, factor: float, config: VariationalConfig) -> Sharing:
     """How a target's weights share values, by its factor."""
     n_weights = target.parameter.numel()
     n_values = max(1, round(n_weights / factor))
@@ -219,7 +249,7 @@ def sharing_of(target: Target, factor: float, config: VariationalConfig) -> Shar
     return Sharing(kind, n_values, n_weights)
 
 
-def sharing_factors(targets: list[Target], config: VariationalConfig) -> dict[str, float]:
+def _sharing_factors(targets: list[Target], config: VariationalConfig) -> dict[str, float]:
     """The factor of every target.
 
     Raises:

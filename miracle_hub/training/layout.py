@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from miracle_hub.code import StreamCode
-from miracle_hub.coding.matrix import ROW_SCALE_COLUMNS, matrix_columns
+from miracle_hub.coding.matrix import FEWEST_ROWS, ROW_SCALE_COLUMNS, matrix_columns
 from miracle_hub.coding.order import permutation
 from miracle_hub.coding.sharing import Sharing, expand
 
@@ -174,6 +174,19 @@ def scale_columns(shape: tuple[int, ...]) -> int:
     """The length of rows that have a scale of their own; 0 where they are short."""
     columns = matrix_columns(shape)
     return columns if columns >= ROW_SCALE_COLUMNS and columns < math.prod(shape) else 0
+
+
+def row_values(shape: tuple[int, ...], has_row_scales: bool) -> int:
+    """Values of a tensor that two codes do not share between them: a row that has a scale, or else a row of
+    one of 64 at least, which meets sizes to 0.4 % between rates that are a quarter apart.
+    """
+    if has_row_scales and (columns := scale_columns(shape)):
+        return columns
+    columns, n_values = matrix_columns(shape), math.prod(shape)
+    if n_values // columns >= FEWEST_ROWS:
+        return columns
+    small = [width for width in range(1, n_values // FEWEST_ROWS + 1) if columns % width == 0]
+    return max(small, default=1)
 
 
 def _shared_values(weights: Tensor, sharing: Sharing, seed: int, number: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from miracle_hub.errors import OptionError
+from miracle_hub.training.codes import FilePlan
 from miracle_hub.training.config import VariationalConfig
 from miracle_hub.training.stream import Stream
 
@@ -24,9 +25,15 @@ class Variational(nn.Module):
     evaluation the weights are the posterior's means, without gradients. The test channel has no noise.
     """
 
-    def __init__(self, streams: Sequence[Stream], config: VariationalConfig) -> None:
+    def __init__(
+        self, streams: Sequence[Stream], config: VariationalConfig, plan: FilePlan | None = None
+    ) -> None:
+        """
+        Args:
+            plan: of the file, where the budget is that of one.
+        """
         super().__init__()
-        self.config = config
+        self.config, self.plan = config, plan
         self.streams = cast(Sequence[Stream], nn.ModuleList(streams))
         # On the CPU wherever the model is: a kernel's launch must not wait for the device to read it.
         self.draw_number = torch.zeros((), dtype=torch.int64)

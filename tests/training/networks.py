@@ -87,9 +87,19 @@ def in_stream_order(model: nn.Module, stream: Stream) -> Tensor:
     return values[stream.layout.order] if isinstance(stream.layout, Joint) else values
 
 
+def candidates_of(stream: Stream) -> Tensor:
+    """What the message of every code of a coded stream stands for."""
+    segments, message, parts = stream.code.segments(stream.n_values), message_of(stream), []
+    for n_values, code in segments:
+        own, message = message.tensor_split([code.message_bytes(n_values)])
+        parts.append(torch.as_tensor(decode_stream(own, code, n_values)))
+    assert not len(message)
+    return torch.cat(parts)
+
+
 def decoded(stream: Stream) -> list[Tensor]:
     """The float32 weights of every member of a coded stream, from its message and scales alone."""
-    z = torch.as_tensor(decode_stream(message_of(stream), stream.code, stream.n_values))
+    z = candidates_of(stream)
     scales = stream.scales()
     if not isinstance(stream.layout, Joint):
         rows = z.view(scales.numel(), -1)
