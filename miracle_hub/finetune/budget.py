@@ -22,6 +22,7 @@ from miracle_hub.codec.network import network_entries, network_file, spec_of
 from miracle_hub.codec.plan import holds_in_half, in_order, narrowing_metadata
 from miracle_hub.codec.repository import sharded, total_bytes
 from miracle_hub.codec.trellis import header_of_stream
+from miracle_hub.coding.matrix import FEWEST_ROWS
 from miracle_hub.errors import BudgetError
 from miracle_hub.format.network import NetworkHeader, SharedSpec, encode_network
 from miracle_hub.format.payload import SCALE_BYTES
@@ -46,17 +47,38 @@ def plan_file(model: nn.Module, config: VariationalConfig) -> FilePlan:
     targets = find_targets(model, config)
     n_weights = sum(parameter.numel() for parameter in model.parameters())
     budget = budget_bytes(config.bits_per_weight, config.size, n_weights)
-    units, ladder = units_of(targets, config), list(config.codes())
     file = _network_of(model, targets, config) if config.streams == "network" else _files(model, targets, config)
-    least, most = (
-        file.n_bytes({unit.name: unit.fitted(code) for unit in units}) for code in (ladder[-1], ladder[0])
-    )
+    plan = _plan(file, units_of(targets, config), config, (budget, n_weights))
+    few = file.few_rows
+    if plan.n_bytes < USED_UP * budget and few:
+        file, units = file.with_one_scale(few), units_of(targets, config, few)
+        plan = _plan(file, units, config, (budget, n_weights))
+    if plan.n_bytes < USED_UP * budget:
+        raise _between(budget, plan.n_bytes, _next_size(file, units_of(targets, config), config, budget))
+    return plan
+
+
+def _plan(
+    file: "_File", units: Sequence[Unit], config: VariationalConfig, wanted: tuple[int, int]
+) -> FilePlan:
+    """What fills the budget best.
+
+    Args:
+        wanted: the budget in bytes, and the number of weights.
+
+    Raises:
+        BudgetError: it is below the least or above the most.
+    """
+    (budget, n_weights), ladder = wanted, list(config.codes())
+    least, most = (file.n_bytes(_uniform(units, code)) for code in (ladder[-1], ladder[0]))
     codes = codes_within(units, ladder, file.n_bytes, budget) if least <= budget <= most else None
     if codes is None:
         raise _impossible(budget, least, most, n_weights)
-    if (n_bytes := file.n_bytes(codes)) < USED_UP * budget:
-        raise _between(budget, n_bytes, _next_size(units, ladder, file, budget))
-    return FilePlan(codes, budget, n_bytes, file.half)
+    return FilePlan(codes, budget, file.n_bytes(codes), file.half, file.one_scale)
+
+
+def _uniform(units: Sequence[Unit], code: Code) -> Codes:
+    return {unit.name: unit.fitted(code) for unit in units}
 
 
 def _impossible(budget: int, least: int, most: int, n_weights: int) -> BudgetError:
@@ -77,10 +99,10 @@ def _between(budget: int, below: int, above: int) -> BudgetError:
     )
 
 
-def _next_size(units: Sequence[Unit], ladder: Sequence[Code], file: "_File", budget: int) -> int:
-    """The smallest size above a budget that is found."""
-    high = next(c for c in reversed(ladder) if file.n_bytes({u.name: u.fitted(c) for u in units}) > budget)
-    return file.n_bytes({unit.name: unit.fitted(high) for unit in units})
+def _next_size(file: "_File", units: Sequence[Unit], config: VariationalConfig, budget: int) -> int:
+    """The smallest size of one rate for all above a budget."""
+    sizes = [file.n_bytes(_uniform(units, code)) for code in config.codes()]
+    return min(size for size in sizes if size > budget)
 
 
 class _File(Protocol):
@@ -88,7 +110,21 @@ class _File(Protocol):
 
     @property
     def half(self) -> frozenset[str] | None:
-        """Vectors that it holds in 16 bits; None where their values decide."""
+        """See `FilePlan`."""
+        ...
+
+    @property
+    def one_scale(self) -> frozenset[str]:
+        """See `FilePlan`."""
+        ...
+
+    @property
+    def few_rows(self) -> frozenset[str]:
+        """Tensors whose rows have a scale each, but are too few to meet a size by."""
+        ...
+
+    def with_one_scale(self, names: frozenset[str]) -> "_File":
+        """The same, but rows of some tensors share a scale."""
         ...
 
     def n_bytes(self, codes: Codes) -> int:
@@ -103,6 +139,12 @@ class _Network:
     specs: tuple[SharedSpec, ...]
     plain: Mapping[str, Tensor]
     half: None = None
+    one_scale: frozenset[str] = frozenset()
+    few_rows: frozenset[str] = frozenset()
+
+    def with_one_scale(self, names: frozenset[str]) -> "_Network":
+        """Every tensor has one scale in any case."""
+        return self
 
     def n_bytes(self, codes: Codes) -> int:
         """Exact."""
@@ -132,7 +174,7 @@ class _Files:
         coded: shape and dtype of the coded tensors, by name.
         plain: all others, as `save` writes them.
         stored: the entries of all others in a repository; empty for a module that becomes none.
-        half: see `FilePlan`.
+        half, one_scale: see `FilePlan`.
         has_row_scales: whether rows that are long have a scale each.
     """
 
@@ -141,11 +183,26 @@ class _Files:
     stored: Sequence[TensorSpec]
     half: frozenset[str] | None
     has_row_scales: bool
+    one_scale: frozenset[str] = frozenset()
+
+    @property
+    def few_rows(self) -> frozenset[str]:
+        """See `_File`."""
+        return frozenset(name for name in self.coded if 0 < self._n_row_scales(name) < FEWEST_ROWS)
+
+    def _n_row_scales(self, name: str) -> int:
+        shape, _ = self.coded[name]
+        columns = scale_columns(shape) if self.has_row_scales and name not in self.one_scale else 0
+        return math.prod(shape) // columns if columns else 0
+
+    def with_one_scale(self, names: frozenset[str]) -> "_Files":
+        """See `_File`."""
+        return replace(self, one_scale=names)
 
     def n_bytes(self, codes: Codes) -> int:
         """Exact but for the name under which a tied tensor is stored, of which it counts the longest."""
         payloads = {
-            name: _payload_bytes(shape, dtype, codes[name], self.has_row_scales)
+            name: _payload_bytes(shape, dtype, codes[name], self._n_row_scales(name) > 0)
             for name, (shape, dtype) in self.coded.items()
         }
         alone = network_file("", network_entries(self.plain, payloads), self.half or ())
@@ -195,4 +252,4 @@ def _stored(model: nn.Module, coded: set[int]) -> dict[str, Tensor]:
 @lru_cache(maxsize=1 << 14)
 def _payload_bytes(shape: tuple[int, ...], dtype: str, code: StreamCode, has_row_scales: bool) -> int:
     """Of one tensor; many of a model are alike."""
-    return header_of_stream(shape, dtype, code, has_row_scales and scale_columns(shape) > 0).payload_bytes
+    return header_of_stream(shape, dtype, code, has_row_scales).payload_bytes

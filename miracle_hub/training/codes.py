@@ -37,12 +37,14 @@ class FilePlan:
         n_bytes: that the file has.
         half: names of the vectors that it holds in 16 bits instead of 32, whatever training makes of them;
             None where their values decide.
+        one_scale: names of tensors whose rows, few and long, share a scale, so that codes can share a row.
     """
 
     codes: Codes
     budget_bytes: int
     n_bytes: int
     half: frozenset[str] | None = None
+    one_scale: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -102,15 +104,21 @@ def codes_within(units: Sequence[Unit], codes: Sequence[Code], cost: Cost, budge
     if first == len(codes):
         return None
     best, bits = uniform(first), _long_bits(units)
-    # Two codes of a stream cost some bytes of their own, which the lower neighbors may leave room for.
-    for low in range(first, min(first + 2, len(codes))):
-        used = cost(best)
-        if low == 0 or used >= (USED_UP if low > first else 1 - _LEFT) * budget:
+    for low, high in _pairs(first):
+        # Neighbors of the rate above have less than it for some streams, and files of them bytes more.
+        is_enough = USED_UP if low > first or high < low - 1 else 1 - _LEFT
+        if high < 0 or low >= len(codes) or (used := cost(best)) >= is_enough * budget:
             continue
-        found = _raised(units, uniform(low), (codes[low - 1], codes[low]), cost, budget)
+        found = _raised(units, uniform(low), (codes[high], codes[low]), cost, budget)
         if cost(found) > used and (used < USED_UP * budget or bits(found) > bits(best)):
             best = found
     return best
+
+
+def _pairs(first: int) -> list[tuple[int, int]]:
+    """Rates to mix, the lower and the higher by their numbers: neighbors, or nearly, if those fail."""
+    nearly = [(first + less, first + less - more) for less in range(4) for more in range(1, 4)]
+    return sorted(nearly, key=lambda pair: pair[0] - pair[1])
 
 
 def _raised(

@@ -1,6 +1,8 @@
 """A module ⇄ its variational twin, by torch's parametrizations: classes, names and forward stay."""
 
 import copy
+from collections.abc import Set
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -62,13 +64,15 @@ def make_variational(
     _refuse_variational(model)
     targets = find_targets(model, config)
     groups = [targets] if config.streams == "network" else [[target] for target in targets]
-    units = units_of(targets, config)
+    one_scale = frozenset() if plan is None else plan.one_scale
+    units = units_of(targets, config, one_scale)
     codes = codes_of(units, config) if plan is None else plan.codes
     sharings = iter(sharings_of(targets, config))
     streams: list[Stream] = []
     for group, unit in zip(groups, units, strict=True):
-        own = [next(sharings) for _ in group]
-        streams.append(_stream(group, own, config, codes[unit.name], len(streams)))
+        own, scales = [next(sharings) for _ in group], "tensor" if unit.name in one_scale else config.scales
+        options = replace(config, scales=scales)
+        streams.append(_stream(group, own, options, codes[unit.name], len(streams)))
     variational = Variational(streams, config, plan)
     siblings = {id(module): tuple(module._parameters) for t in targets for module, _ in t.owners}
     is_first = True
@@ -220,15 +224,24 @@ def _stream(
     return stream
 
 
-def units_of(targets: list[Target], config: VariationalConfig) -> list[Unit]:
-    """What has a stream of its own: every tensor, or the network."""
+def units_of(
+    targets: list[Target], config: VariationalConfig, one_scale: Set[str] = frozenset()
+) -> list[Unit]:
+    """What has a stream of its own: every tensor, or the network.
+
+    Args:
+        one_scale: see `FilePlan`.
+    """
     sharings = sharings_of(targets, config)
     if config.streams == "network":
         name = targets[0].name if len(targets) == 1 else f"{len(targets)} tensors"
         return [Unit(name, sum(sharing.n_values for sharing in sharings))]
-    shapes = [tuple(target.parameter.shape) for target in targets]
-    rows = [row_values(shape, config.scales == "row") for shape in shapes]
-    return [Unit(t.name, t.parameter.numel(), width) for t, width in zip(targets, rows, strict=True)]
+    units = []
+    for target in targets:
+        has_row_scales = config.scales == "row" and target.name not in one_scale
+        width = row_values(tuple(target.parameter.shape), has_row_scales)
+        units.append(Unit(target.name, target.parameter.numel(), width))
+    return units
 
 
 def sharings_of(targets: list[Target], config: VariationalConfig) -> list[Sharing]:
