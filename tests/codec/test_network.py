@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from miracle_hub.code import Code
+from miracle_hub.code import Code, SplitCode
 from miracle_hub.codec.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from miracle_hub.codec.network import (
     decode_stream_entry,
@@ -89,9 +89,11 @@ def test_the_committed_streams_cover_every_option_of_the_format() -> None:
     assert {tensor.sharing for tensor in tensors} == {0, 1, 2}
     assert {len(tensor.shape) for tensor in tensors} >= {0, 1, 2, 4}
     assert {len(header.tensors) > 1 for header in headers} == {False, True}
-    assert {header.code.overlap_bits == 0 for header in headers} == {False, True}
-    assert max(header.code.seed for header in headers) == 2**64 - 1
-    assert max(header.code.step_weights for header in headers) == 256
+    codes = [code for header in headers for _, code in header.code.segments(header.n_values)]
+    assert {code.overlap_bits == 0 for code in codes} == {False, True}
+    assert max(code.seed for code in codes) == 2**64 - 1
+    assert max(code.step_weights for code in codes) == 256
+    assert {isinstance(header.code, SplitCode) for header in headers} == {False, True}
     assert not all(tensor.name.isascii() for tensor in tensors)
 
 
