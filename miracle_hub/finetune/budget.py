@@ -48,33 +48,25 @@ def plan_file(model: nn.Module, config: VariationalConfig) -> FilePlan:
     n_weights = sum(parameter.numel() for parameter in model.parameters())
     budget = budget_bytes(config.bits_per_weight, config.size, n_weights)
     file = _network_of(model, targets, config) if config.streams == "network" else _files(model, targets, config)
-    plan = _plan(file, units_of(targets, config), config, (budget, n_weights))
-    few = file.few_rows
-    if plan.n_bytes < USED_UP * budget and few:
-        file, units = file.with_one_scale(few), units_of(targets, config, few)
-        plan = _plan(file, units, config, (budget, n_weights))
+    units, ladder = units_of(targets, config), list(config.codes())
+    least, most = (file.n_bytes(_uniform(units, code)) for code in (ladder[-1], ladder[0]))
+    plan = _plan(file, units, ladder, budget) if least <= budget <= most else None
+    if plan is None:
+        raise _impossible(budget, least, most, n_weights)
+    if plan.n_bytes < USED_UP * budget and file.few_rows:
+        plain = file.with_one_scale(file.few_rows)
+        again = _plan(plain, units_of(targets, config, file.few_rows), ladder, budget)
+        plan = max(plan, again or plan, key=lambda one: one.n_bytes)
     if plan.n_bytes < USED_UP * budget:
-        raise _between(budget, plan.n_bytes, _next_size(file, units_of(targets, config), config, budget))
+        sizes = [file.n_bytes(_uniform(units, code)) for code in ladder]
+        raise _between(budget, plan.n_bytes, min(size for size in sizes if size > budget))
     return plan
 
 
-def _plan(
-    file: "_File", units: Sequence[Unit], config: VariationalConfig, wanted: tuple[int, int]
-) -> FilePlan:
-    """What fills the budget best.
-
-    Args:
-        wanted: the budget in bytes, and the number of weights.
-
-    Raises:
-        BudgetError: it is below the least or above the most.
-    """
-    (budget, n_weights), ladder = wanted, list(config.codes())
-    least, most = (file.n_bytes(_uniform(units, code)) for code in (ladder[-1], ladder[0]))
-    codes = codes_within(units, ladder, file.n_bytes, budget) if least <= budget <= most else None
-    if codes is None:
-        raise _impossible(budget, least, most, n_weights)
-    return FilePlan(codes, budget, file.n_bytes(codes), file.half, file.one_scale)
+def _plan(file: "_File", units: Sequence[Unit], ladder: Sequence[Code], budget: int) -> FilePlan | None:
+    """What fills the budget best, if anything is within it."""
+    codes = codes_within(units, ladder, file.n_bytes, budget)
+    return None if codes is None else FilePlan(codes, budget, file.n_bytes(codes), file.half, file.one_scale)
 
 
 def _uniform(units: Sequence[Unit], code: Code) -> Codes:
@@ -97,12 +89,6 @@ def _between(budget: int, below: int, above: int) -> BudgetError:
         f"the file can have {below:,} or {above:,} bytes and nothing in between; ask for one of them, or code "
         "other modules"
     )
-
-
-def _next_size(file: "_File", units: Sequence[Unit], config: VariationalConfig, budget: int) -> int:
-    """The smallest size of one rate for all above a budget."""
-    sizes = [file.n_bytes(_uniform(units, code)) for code in config.codes()]
-    return min(size for size in sizes if size > budget)
 
 
 class _File(Protocol):

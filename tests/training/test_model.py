@@ -341,7 +341,8 @@ def test_beta_of_the_smallest_published_rate_is_exact_after_many_moves() -> None
 
 
 def test_the_penalty_is_the_weighted_kl_of_blocks_that_are_not_coded_and_so_is_its_gradient() -> None:
-    model = variational_net(parametrization="mean-var", streams="network", code="block", beta=0.1)
+    given = {"streams": "network", "code": "block", "rate": 2.006}  # 158 blocks of 6 bits
+    model = variational_net(**given, parametrization="mean-var", beta=0.1)
     (stream,), part = streams_of(model), part_of(model)
     posterior, layout = posterior_of(stream), stream.layout
     assert isinstance(layout, Joint)
