@@ -101,7 +101,9 @@ def decompress(source: Source, out: Out, options: DecompressOptions) -> None:
 def fit(source: Source, out: Out, data: Data, options: FitOptions) -> None:
     """Fine-tune SOURCE on a data set within a budget of bits, and write OUT, which from_pretrained loads."""
     found = miracle_hub.fit(source, out, data=data, options=options)
-    size = f"{found.report.compressed_bytes:,} bytes, {found.report.bits_per_weight:.4f} bits per weight"
+    report = found.report
+    asked = "" if report.budget_bytes is None else f" of {report.budget_bytes:,}"
+    size = f"{report.compressed_bytes:,}{asked} bytes, {report.bits_per_weight:.4f} bits per weight"
     typer.echo(f"{out}: {size}\nbefore coding {_figures(found.fitted)}; as written {_figures(found.coded)}")
     typer.echo(f"digest {found.report.digest}")
 

@@ -245,7 +245,10 @@ def test_the_format_has_the_versions_and_the_table_of_the_code() -> None:
     assert max(map(int, re.findall(r"\d+", versions["network"]))) == network.VERSION
     magics = f"`{payload.MAGIC.decode()}` for a payload, `{network.MAGIC.decode()}` for a network's stream"
     assert f"| 4 | magic: {magics} |" in FORMAT
-    assert payload.VERSION == 1 and "| 1 | version: 1 for a payload; for a stream 1, or 2 of two codes |" in FORMAT
+    assert (
+        payload.VERSION == 1
+        and "| 1 | version: 1 for a payload; for a stream 1, or 2 of two codes |" in FORMAT
+    )
     assert QUANTILES_SHA256 in FORMAT
     dtypes = ", ".join(f"{number} {dtype}" for number, dtype in enumerate(payload.DTYPES))
     assert f"dtype ({dtypes})" in FORMAT

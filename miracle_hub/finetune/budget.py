@@ -1,4 +1,4 @@
-"""A budget of the whole file → codes of all streams, so that the file has at least 99 % of it, and never more.
+"""A budget of the whole file → codes of all streams: the file has at least 99 % of it, and never more.
 
 The size of a file is known before any training: of every stream the header, the scales and the messages, of
 every other tensor its bytes, and the header of the safetensors file. Which vectors a repository holds in 16
@@ -47,7 +47,9 @@ def plan_file(model: nn.Module, config: VariationalConfig) -> FilePlan:
     targets = find_targets(model, config)
     n_weights = sum(parameter.numel() for parameter in model.parameters())
     budget = budget_bytes(config.bits_per_weight, config.size, n_weights)
-    file = _network_of(model, targets, config) if config.streams == "network" else _files(model, targets, config)
+    file = (
+        _network_of(model, targets, config) if config.streams == "network" else _files(model, targets, config)
+    )
     units, ladder = units_of(targets, config), list(config.codes())
     least, most = (file.n_bytes(_uniform(units, code)) for code in (ladder[-1], ladder[0]))
     plan = _plan(file, units, ladder, budget) if least <= budget <= most else None
@@ -85,9 +87,9 @@ def _impossible(budget: int, least: int, most: int, n_weights: int) -> BudgetErr
 
 def _between(budget: int, below: int, above: int) -> BudgetError:
     return BudgetError(
-        f"size: {budget:,} bytes were asked for, but of this model, which has few rows to give another rate, "
-        f"the file can have {below:,} or {above:,} bytes and nothing in between; ask for one of them, or code "
-        "other modules"
+        f"size: {budget:,} bytes were asked for, but the file of this model, which is small or has few rows, "
+        f"can have {below:,} or {above:,} bytes and nothing in between; ask for one of them, or code other "
+        "modules"
     )
 
 
@@ -195,7 +197,9 @@ class _Files:
         return max(alone.n_bytes, self._repository_bytes(payloads) if self.half is not None else 0)
 
     def _repository_bytes(self, payloads: Mapping[str, int]) -> int:
-        coded = sorted((bytes_entry(name, n_bytes) for name, n_bytes in payloads.items()), key=lambda e: e.name)
+        coded = sorted(
+            (bytes_entry(name, n_bytes) for name, n_bytes in payloads.items()), key=lambda e: e.name
+        )
         files = sharded([*self.stored, *coded], parse_size(DEFAULT_SHARD_SIZE))
         half = self.half or frozenset()
         return total_bytes(
@@ -214,7 +218,9 @@ def _files(model: nn.Module, targets: Sequence[Target], config: VariationalConfi
         stored = in_order([replace(e, dtype="F16") if e.name in half else e for e in entries])
         own = {id(tensors[name]) for name in half}  # under all their names
         half |= {name for name, t in model.state_dict(keep_vars=True).items() if id(t) in own}
-        plain |= {n: torch.empty_like(plain[n], dtype=torch.float16, device="meta") for n in half & set(plain)}
+        plain |= {
+            n: torch.empty_like(plain[n], dtype=torch.float16, device="meta") for n in half & set(plain)
+        }
     return _Files(coded, plain, stored, half, config.scales == "row")
 
 

@@ -44,13 +44,14 @@ def make_variational(
     of the weights (the test channel has no noise), in evaluation mode they are the posterior's means.
 
     Args:
-        config: or the same as keywords: `make_variational(model, bits_per_weight=1.0)`. A budget of the whole
-            file (`bits_per_weight`, `size`) is never exceeded; the file may be smaller, and the report of
-            `compress_model` or the result of `save` says how large it is.
+        config: or the same as keywords: `make_variational(model, bits_per_weight=1.0)`. Of a budget of the
+            whole file (`bits_per_weight`, `size`), which `save` or `compress_model` write, at least 99 % are
+            used, and never more: header, vectors, scales and messages are planned before training.
 
     Raises:
         OptionError: nothing matches, a parameter cannot be converted, or an option is unknown.
-        BudgetError: the budget is below what the code, or the file, can use, or above it.
+        BudgetError: the budget is below what the code, or the file, can use, or above it; or between two
+            sizes of a file so small that it can have nothing in between.
     """
     if (config is None) == (not options):
         raise OptionError(
@@ -147,11 +148,13 @@ def _round_vectors(model: nn.Module, plan: FilePlan | None) -> frozenset[str] | 
     if plan is None or plan.half is None:
         return None
     tensors = {name: t for name, t in model.state_dict(keep_vars=True).items() if name in plan.half}
-    half = frozenset(name for name, tensor in tensors.items() if bool(tensor.detach().half().isfinite().all()))
+    half = frozenset(
+        name for name, tensor in tensors.items() if bool(tensor.detach().half().isfinite().all())
+    )
     for name in sorted(set(tensors) - half):
         _LOGGER.warning(
-            "%s: expected numbers that float16 holds, as at the start, found larger ones after training: it is "
-            "stored in 32 bits, by which the file exceeds its budget; ask for less, or exclude it",
+            "%s: expected numbers that float16 holds, as before training, found larger ones: it is stored in "
+            "32 bits, by which the file may exceed its budget; ask for less, or exclude it",
             name,
         )
     with torch.no_grad():

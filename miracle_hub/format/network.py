@@ -78,7 +78,10 @@ def _code_of(numbers: list[int], where: str) -> StreamCode:
     window, _, _, seed, *others = numbers
     try:
         first = Code(*numbers[:4])
-        return SplitCode(first, others[0], Code(window, *others[1:], seed)) if others else first
+        if not others:
+            return first
+        n_first, step, weights = others
+        return SplitCode(first, n_first, Code(window, step, weights, seed))
     except OptionError as error:
         raise FormatError(f"{where}: expected a possible code, found {error}; the file is damaged") from None
 

@@ -1,8 +1,10 @@
 """Which code each stream gets, so that a budget is used up: two neighboring rates, by tensor and by row.
 
-All streams get the highest rate that the budget pays for, and what is left raises some of them to the next one:
+All streams get the highest rate that the budget pays for. What is left raises some of them to the next one:
 whole streams, the smallest first, as a small layer's error matters nearly as much as a large one's
-(codec/ladder.py), and then the first rows of one more. No stream has less than it would have without this.
+(codec/ladder.py), and then the first rows of one more. So no stream has less than it would have without.
+Where this does not use up a budget, as of files so small that a second code's own bytes count, rates that are
+nearly neighbors do.
 """
 
 import logging
@@ -66,7 +68,7 @@ class Unit:
         return _fitted(code, self.n_values)
 
     def split(self, high: Code, low: Code, n_steps: int) -> StreamCode:
-        """The higher code for about so many steps' worth of the first values, and the lower one for others."""
+        """The higher code for so many rows, or steps, of the first values, the lower one for all others."""
         n_first = n_steps * math.lcm(self.row_values, 1 if self.row_values > 1 else high.step_weights)
         if n_first <= 0:
             return self.fitted(low)
@@ -171,8 +173,8 @@ def codes_of(units: Sequence[Unit], config: VariationalConfig) -> Codes:
     best = single if found is None or cost(found) < cost(single) else found
     if cost(best) < USED_UP * budget:
         _LOGGER.warning(
-            "%s: of %s bits for %s values %s are used: no two neighboring codes come nearer; other window_bits, "
-            "or another budget, may be used up",
+            "%s: of %s bits for %s values %s are used: no two neighboring codes come nearer; other "
+            "window_bits, or another budget, may be used up",
             what, f"{budget:,.0f}", f"{sum(u.n_values for u in units):,}", f"{cost(best):,.0f}",
         )  # fmt: skip
     return best

@@ -43,9 +43,7 @@ class Drawn(nn.Module):
         return self.holder[0].weight(self.stream, self.member)
 
 
-def make_variational(
-    model: nn.Module, config: VariationalConfig, plan: FilePlan | None = None
-) -> nn.Module:
+def make_variational(model: nn.Module, config: VariationalConfig, plan: FilePlan | None = None) -> nn.Module:
     """Give a model's weights Gaussian posteriors, in place, and return it.
 
     The optimizer must be made after this: the parameters are others. The means start at the weights.

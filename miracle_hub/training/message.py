@@ -112,7 +112,9 @@ class Message(nn.Module):
 
     def widths(self) -> Tensor:
         """How many values every step stands for, int64 on the CPU; the last of a code may not use all."""
-        return torch.cat([torch.full((s.code.steps(s.n_values),), s.code.step_weights) for s in self.segments])
+        return torch.cat(
+            [torch.full((s.code.steps(s.n_values),), s.code.step_weights) for s in self.segments]
+        )
 
     def blocks_left(self, budget: StreamBudget) -> Tensor:
         """1 for every block of which something is not chosen, else 0; float32 `[blocks]`."""
@@ -127,9 +129,7 @@ class Message(nn.Module):
         return torch.where(self.is_coded, self.values * scales, values)
 
     @torch.no_grad()
-    def choose(
-        self, steps: Tensor, posterior: Posterior, budget: StreamBudget, selector: Selector
-    ) -> Chosen:
+    def choose(self, steps: Tensor, posterior: Posterior, budget: StreamBudget, selector: Selector) -> Chosen:
         """Choose the windows of some steps.
 
         Args:

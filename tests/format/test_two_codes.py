@@ -19,7 +19,7 @@ HEADER = NetworkHeader(SplitCode(FIRST, 5, REST), TENSORS, digest=7)
 SCALES, MESSAGE = bytes(range(4)), bytes(range(5))
 STREAM = encode_network(HEADER, SCALES, MESSAGE)
 CRC = zlib.crc32("fc.weight BF16 6×50\nfc.bias F32 6\n".encode())
-# L, k, V, seed in two bytes; values of the first code, k and V of the second; number of tensors, kinds, values
+# L, k, V, seed in two bytes; values of the first code, k, V of the second; number of tensors, kinds, values
 NUMBERS = bytes([8, 2, 1, 0xAC, 0x02, 5, 3, 2, 2, 1, 10, 0])
 
 

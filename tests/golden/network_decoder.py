@@ -20,7 +20,9 @@ def philox(counter, seed):
 def decode(data, tensors):
     """Float32 weights by name, for tensors [(name, dtype, shape), …] of the module."""
     at = 9
-    assert data[:5] in (b"MRCN\1", b"MRCN\2") and zlib.crc32(data[at:]) == int.from_bytes(data[5:at], "little")
+    assert data[:5] in (b"MRCN\1", b"MRCN\2") and zlib.crc32(data[at:]) == int.from_bytes(
+        data[5:at], "little"
+    )
 
     def number():
         nonlocal at
@@ -28,7 +30,7 @@ def decode(data, tensors):
         return sum((digit & 127) << 7 * i for i, digit in enumerate(data[start:at]))
 
     L, *codes, seed = (number() for _ in range(4))
-    codes = [[number(), *codes], [0, number(), number()]] if data[4] == 2 else [[0, *codes]]
+    codes = [[number(), *codes], [0, number(), number()]] if data[4] > 1 else [[0, *codes]]
     assert number() == len(tensors)
     sizes = [int(np.prod(shape)) for _, _, shape in tensors]
     sharing = [(kind := number(), number() if kind else size) for size in sizes]

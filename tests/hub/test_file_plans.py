@@ -1,4 +1,4 @@
-"""Plans of files over kinds of models, codes and sizes: at least 99 % of what is asked for, and never more."""
+"""Plans of files over kinds of models, codes and sizes: at least 99 % of what is asked, and never more."""
 
 import re
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from miracle_hub.errors import BudgetError
 from miracle_hub.finetune.budget import plan_file
 
 SMALL: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-WIDE = SMALL | {"hidden_size": 128, "intermediate_size": 192}
+WIDE: dict[str, Any] = SMALL | {"hidden_size": 128, "intermediate_size": 192}
 
 
 def bert_with_row_scales() -> nn.Module:
@@ -37,7 +37,7 @@ def tied_bert() -> nn.Module:
 
 
 def tied_gpt() -> nn.Module:
-    options = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 60, "n_positions": 16}
+    options: dict[str, Any] = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 60, "n_positions": 16}
     return GPT2LMHeadModel(GPT2Config(**options, bos_token_id=0, eos_token_id=0))
 
 
@@ -118,9 +118,9 @@ def test_a_size_between_two_that_are_possible_is_refused_with_both() -> None:
         except BudgetError as error:
             refused.add(size)
             found = re.fullmatch(
-                rf"size: {size} bytes were asked for, but of this model, which has few rows to give another "
-                r"rate, the file can have (\d+) or (\d+) bytes and nothing in between; ask for one of them, or "
-                "code other modules",
+                rf"size: {size} bytes were asked for, but the file of this model, which is small or has few "
+                r"rows, can have (\d+) or (\d+) bytes and nothing in between; ask for one of them, or code "
+                "other modules",
                 str(error),
             )
             assert found

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from miracle_hub.code import Code
 from miracle_hub.coding.cpu import decode_stream
+from miracle_hub.training.blocks import Budget
 from miracle_hub.training.config import VariationalConfig
 from miracle_hub.training.convert import make_variational
 from miracle_hub.training.layout import Joint
@@ -73,6 +75,18 @@ def streams_of(model: nn.Module) -> list[Stream]:
 def posterior_of(stream: Stream) -> Any:
     """A stream's posterior, of whatever kind it is."""
     return stream.posterior
+
+
+def code_of(stream: Stream) -> Code:
+    """The code of a stream that has one."""
+    assert isinstance(stream.code, Code)
+    return stream.code
+
+
+def blocks_of(stream: Stream) -> Budget:
+    """The budget of a stream that has one code."""
+    assert isinstance(stream.budget, Budget)
+    return stream.budget
 
 
 def message_in(stream: Stream) -> Message:

@@ -20,6 +20,8 @@ from miracle_hub.training.stream import message_of
 from .networks import (
     IMAGES,
     assert_same_state,
+    blocks_of,
+    code_of,
     decoded,
     loss_of,
     message_in,
@@ -139,7 +141,7 @@ def test_no_group_ends_inside_a_block_whose_rest_would_get_the_budget_of_what_is
     seen = set()
 
     def validate() -> float:
-        blocks = message_in(stream).is_coded.split(stream.budget.block_weights)
+        blocks = message_in(stream).is_coded.split(blocks_of(stream).block_weights)
         seen.update(len(set(block.tolist())) for block in blocks)
         return 0.0
 
@@ -153,9 +155,9 @@ def test_the_last_block_of_a_sliding_stream_is_nearly_full(n_values: int) -> Non
     model = nn.Linear(n_values, 1, bias=False)
     make_variational(model, VariationalConfig(rate=2.0, window_bits=4, kl_block_weights=64))
     (stream,) = streams_of(model)
-    n_steps = stream.budget.block_weights // stream.code.step_weights
-    assert n_steps * stream.code.step_weights == stream.budget.block_weights <= 80
-    assert -stream.code.steps(n_values) % n_steps <= 0.1 * n_steps
+    n_steps = blocks_of(stream).block_weights // code_of(stream).step_weights
+    assert n_steps * code_of(stream).step_weights == blocks_of(stream).block_weights <= 80
+    assert -code_of(stream).steps(n_values) % n_steps <= 0.1 * n_steps
 
 
 @pytest.mark.parametrize("kind", ["sliding", "block"])
@@ -164,7 +166,7 @@ def test_one_value_is_a_message_of_one_window(kind: str) -> None:
     config = VariationalConfig(message_bits=12, streams="network", code=kind, window_bits=12)
     code(make_variational(model, config), groups=3)
     (stream,) = streams_of(model)
-    assert stream.code.message_bits(1) <= 12 and len(message_of(stream)) == 2
+    assert code_of(stream).message_bits(1) <= 12 and len(message_of(stream)) == 2
     assert_weights_are_the_messages(model)
 
 
@@ -180,7 +182,7 @@ def test_the_journal_has_the_kl_and_the_importance_weights_of_torchs_distributio
     assert row.kl_bits == pytest.approx(kl, rel=1e-6)
     assert row.log_weight_gap_bits == pytest.approx(log_weight - kl, rel=1e-5)
     # The message has as many bits as the KL, up to the first window and the last block.
-    assert abs(row.kl_bits - stream.code.message_bits(473)) < 32 * 3
+    assert abs(row.kl_bits - code_of(stream).message_bits(473)) < 32 * 3
 
 
 @pytest.mark.parametrize("kind", ["sliding", "block"])
@@ -236,7 +238,7 @@ def blocks_taken(order: str, seed: int = 0) -> tuple[list[Tensor], Tensor]:
     kl = stream.kl_nats().detach()
 
     def validate() -> float:
-        assert stream.budget.block_weights == 3
+        assert blocks_of(stream).block_weights == 3
         taken.append(message_in(stream).is_coded[::3].clone())
         return 0.0
 

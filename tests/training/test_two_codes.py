@@ -1,4 +1,4 @@
-"""Streams of two codes: both parts are fitted within their own budget, coded, kept and written as they are."""
+"""Streams of two codes: each part is fitted within its own budget, coded, kept and written as it is."""
 
 import copy
 import math
@@ -69,7 +69,7 @@ def test_a_budget_of_kl_is_that_of_the_code_of_its_values(what: str) -> None:
     torch.testing.assert_close(stream.kl_nats(), block_budgets(stream.budget, mean.float()))
     first = stream.budget.block_of(torch.tensor([0, code.n_first - 1, code.n_first, stream.n_values - 1]))
     assert first[1] + 1 == first[2] and int(first[3]) + 1 == len(blocks)
-    per_value = [float(kl[:code.n_first].mean()), float(kl[code.n_first :].mean())]
+    per_value = [float(kl[: code.n_first].mean()), float(kl[code.n_first :].mean())]
     rates = [code.first.rate * math.log(2), code.rest.rate * math.log(2)]
     assert per_value == pytest.approx(rates, rel=0.15)  # a last block is short, and has all of its budget
     assert per_value[0] > per_value[1]
