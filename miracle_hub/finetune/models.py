@@ -98,7 +98,9 @@ def save(model: nn.Module, path: str | Path) -> int:
     def check(written: Path) -> None:
         _require_same(path, read_state(written, dense), module_tensors(dense))
 
-    return write_network(path, entries, plain, check, half & set(plain))
+    n_bytes = write_network(path, entries, plain, check, half & set(plain))
+    _say_if_above(variational.plan, n_bytes, path)
+    return n_bytes
 
 
 def compress_model(
@@ -140,7 +142,18 @@ def compress_model(
     _require_same(Path(out), load_state_dict(out), coded)
     if variational.plan is None or options.has_budget:
         return report
+    _say_if_above(variational.plan, report.compressed_bytes, Path(out))
     return replace(report, budget_bytes=variational.plan.budget_bytes)
+
+
+def _say_if_above(plan: FilePlan | None, n_bytes: int, path: Path) -> None:
+    """A file is as planned, unless what it holds plainly became more."""
+    if plan is not None and n_bytes > plan.budget_bytes:
+        _LOGGER.warning(
+            "%s: expected at most %s bytes, found %s: the model has more to store plainly than when it was made "
+            "variational; call make_variational last",
+            path, f"{plan.budget_bytes:,}", f"{n_bytes:,}",
+        )  # fmt: skip
 
 
 def _round_vectors(model: nn.Module, plan: FilePlan | None) -> frozenset[str] | None:
