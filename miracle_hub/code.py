@@ -143,12 +143,13 @@ class SplitCode:
         return sum(code.steps(n) for n, code in self.segments(n_weights))
 
     def message_bits(self, n_weights: int) -> int:
-        """Of both messages, without the bits that pad each to a byte."""
-        return sum(code.message_bits(n) for n, code in self.segments(n_weights))
+        """Of both messages, and those that pad the first to a byte."""
+        n_rest = n_weights - self.n_first
+        return 8 * self.first.message_bytes(self.n_first) + self.rest.message_bits(n_rest)
 
     def message_bytes(self, n_weights: int) -> int:
         """Of both messages, each padded with zero bits."""
-        return sum(code.message_bytes(n) for n, code in self.segments(n_weights))
+        return -(-self.message_bits(n_weights) // 8)
 
 
 StreamCode = Code | SplitCode

@@ -226,8 +226,7 @@ def _files(model: nn.Module, targets: Sequence[Target], config: VariationalConfi
 
 def is_hub_model(model: nn.Module) -> bool:
     """Whether it becomes a repository: a model of transformers, which is not imported here."""
-    classes = type(model).__mro__
-    return any(c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers.") for c in classes)
+    return any(kind.__name__ == "PreTrainedModel" for kind in type(model).__mro__)
 
 
 def _stored(model: nn.Module, coded: set[int]) -> dict[str, Tensor]:

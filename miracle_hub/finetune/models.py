@@ -150,8 +150,8 @@ def _say_if_above(plan: FilePlan | None, n_bytes: int, path: Path) -> None:
     """A file is as planned, unless what it holds plainly became more."""
     if plan is not None and n_bytes > plan.budget_bytes:
         _LOGGER.warning(
-            "%s: expected at most %s bytes, found %s: the model has more to store plainly than when it was made "
-            "variational; call make_variational last",
+            "%s: expected at most %s bytes, found %s: the model has more to store plainly than when it was "
+            "made variational; call make_variational last",
             path, f"{plan.budget_bytes:,}", f"{n_bytes:,}",
         )  # fmt: skip
 

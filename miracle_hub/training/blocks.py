@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import overload
 
 import torch
 from torch import Tensor
@@ -106,10 +105,6 @@ def block_budgets(budget: StreamBudget, values: Tensor) -> Tensor:
     return torch.cat([values.new_full((part.n_blocks(n),), part.block_kl_nats) for n, part in parts])
 
 
-@overload
-def budget_of(code: Code, n_values: int, wanted: int) -> Budget: ...
-@overload
-def budget_of(code: StreamCode, n_values: int, wanted: int) -> StreamBudget: ...
 def budget_of(code: StreamCode, n_values: int, wanted: int) -> StreamBudget:
     """The budget of a stream under a code, in blocks of about as many values as wanted."""
     if isinstance(code, SplitCode):
