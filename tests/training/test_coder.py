@@ -182,7 +182,7 @@ def test_the_journal_has_the_kl_and_the_importance_weights_of_torchs_distributio
     assert row.kl_bits == pytest.approx(kl, rel=1e-6)
     assert row.log_weight_gap_bits == pytest.approx(log_weight - kl, rel=1e-5)
     # The message has as many bits as the KL, up to the first window and the last block.
-    assert abs(row.kl_bits - code_of(stream).message_bits(473)) < 32 * 3
+    assert abs(row.kl_bits - stream.code.message_bits(473)) < 32 * 3
 
 
 @pytest.mark.parametrize("kind", ["sliding", "block"])
