@@ -93,7 +93,7 @@ def range_of(model: nn.Module, options: dict[str, Any]) -> tuple[int, int]:
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("kind", MODELS)
-@settings(deadline=None, max_examples=4, derandomize=True, database=None)
+@settings(deadline=None, max_examples=3, derandomize=True, database=None)
 @given(place=st.floats(0, 1))
 def test_every_size_of_the_range_is_used_to_99_percent(
     kind: str, options: dict[str, Any], place: float
