@@ -15,6 +15,7 @@ from rich.table import Table
 
 import miracle_hub
 from miracle_hub.codec.inspection import Inspection, TensorReport
+from miracle_hub.codec.report import Report, told_by_reason
 from miracle_hub.errors import MiracleError
 from miracle_hub.options import CompressOptions, DecompressOptions, FitOptions, Options, helps
 
@@ -34,7 +35,7 @@ Dense = Annotated[str | None, typer.Option(help="The folder that was compressed,
 Split = Annotated[str | None, typer.Option(help="Of the data, where they have several.")]
 Stages = Annotated[int | None, typer.Option(help="Read so many stages only.")]
 Data = Annotated[str, typer.Option(help="csv, tsv, json, jsonl, parquet, txt; a folder; a Hub id.")]
-TextColumns = Annotated[list[str] | None, typer.Option(help="One or two; else those of strings.")]
+TextColumns = Annotated[list[str] | None, typer.Option(help="One or two; else those that can be no others.")]
 LabelColumn = Annotated[str, typer.Option(help="Of classes: numbers or names.")]
 
 
@@ -86,8 +87,11 @@ def compress(source: Source, out: Out, options: CompressOptions) -> None:
         f"({report.dense_bytes / report.compressed_bytes:.2f} times smaller), "
         f"{report.bits_per_weight:.4f} bits per weight, {report.seconds:.1f} s "
         f"(backend {report.backend})\n"
-        f"digest {report.digest}"
+        f"{len(report.plain) + len(report.exact)} tensors stay as they are: {report.kept_bytes:,} bytes, "
+        f"{report.kept_share:.1%} (weights and others told apart by {report.judged_by})"
     )
+    _tell_files(report)
+    typer.echo(f"digest {report.digest}")
 
 
 @_command(DecompressOptions)
@@ -105,7 +109,16 @@ def fit(source: Source, out: Out, data: Data, options: FitOptions) -> None:
     asked = "" if report.budget_bytes is None else f" of {report.budget_bytes:,}"
     size = f"{report.compressed_bytes:,}{asked} bytes, {report.bits_per_weight:.4f} bits per weight"
     typer.echo(f"{out}: {size}\nbefore coding {_figures(found.fitted)}; as written {_figures(found.coded)}")
+    _tell_files(found.report)
     typer.echo(f"digest {found.report.digest}")
+
+
+def _tell_files(report: Report) -> None:
+    """What the output has not, and what it has as it was."""
+    kinds = {"copied": report.carried, "left out": report.left_out}
+    lines = [f"{kind}, {line}" for kind, said in kinds.items() for line in told_by_reason(said)]
+    for line in (*lines, *report.notes):
+        typer.echo(_printable(line))
 
 
 def _figures(figures: dict[str, float]) -> str:
@@ -230,7 +243,7 @@ def _row(tensor: TensorReport) -> tuple[str, ...]:
     name, shape = escape(_printable(tensor.name)), " × ".join(map(str, tensor.shape)) or "scalar"
     rate = f"{tensor.rate:.3f}"
     if tensor.reason:
-        return name, shape, tensor.dtype, f"plain: {tensor.reason}", "", "", rate, ""
+        return name, shape, tensor.dtype, f"{tensor.codec or 'plain'}: {tensor.reason}", "", "", rate, ""
     codes = " + ".join(dict.fromkeys(f"{c.window_bits},{c.step_bits},{c.step_weights}" for c in tensor.codes))
     scale = f"{tensor.scale:.3g} per {'row' if tensor.row_scales else 'tensor'}"
     rotation = str(tensor.rotation) if tensor.rotation > 1 else "none"

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from miracle_hub.errors import OptionError, UnsupportedVersionError
 
 QUANT_METHOD = "miracle"
-# Of a repository: 1 has one stage, 2 may have more.
-FORMAT_VERSION = 2
+# Of a repository: 1 has one stage, 2 may have more, 3 may also have exact tensors.
+FORMAT_VERSION = 3
+STAGED_VERSION = 2
 MAX_WINDOW_BITS = 24
 # One byte of message can then stand for at most 2,048 weights, which bounds what a hostile
 # file of a given length can make a reader allocate.
@@ -17,6 +18,8 @@ BACKENDS = ("auto", "cpu", "triton")
 MAX_WIDTH_LOG2 = 15
 # The width of the first probes on MiniLM; every figure in benchmarks/results was measured with it.
 DEFAULT_WIDTH = 128
+# Of a payload's tensor.
+MAX_DIMENSIONS = 8
 # Of a repository: files that refine one another.
 MAX_STAGES = 9
 

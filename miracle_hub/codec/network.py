@@ -11,9 +11,8 @@ from miracle_hub.codec.body import check_scale_words
 from miracle_hub.codec.dtypes import DTYPE_NAMES, TORCH_DTYPES, dtype_name, is_bytes, raw_bytes
 from miracle_hub.codec.guard import GUARD_ALONE, is_stream_alone, read_contents
 from miracle_hub.codec.naming import STREAM
-from miracle_hub.codec.plan import narrowing_metadata
 from miracle_hub.codec.repository import OutputFile
-from miracle_hub.codec.source import list_tensors, narrowed_names
+from miracle_hub.codec.source import list_tensors, narrowed_names, narrowing_metadata
 from miracle_hub.coding.cpu import decode_stream
 from miracle_hub.coding.digest import digest
 from miracle_hub.coding.order import permutation

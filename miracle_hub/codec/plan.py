@@ -1,6 +1,5 @@
 """What happens to each tensor: it is coded here, coded already, or stays plain, and why."""
 
-import json
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -9,14 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from miracle_hub.code import MAX_DIMENSIONS
 from miracle_hub.codec.payloads import codec_named, is_payload, is_stray_stream
 from miracle_hub.codec.rates import Choice
 from miracle_hub.codec.repository import OutputFile, sharded
-from miracle_hub.codec.source import NARROWED, SourceTensor, list_tensors
-from miracle_hub.errors import OptionError, SourceError
+from miracle_hub.codec.source import SourceTensor, list_tensors, narrowing_metadata
+from miracle_hub.errors import SourceError
 from miracle_hub.format.payload import DTYPES
 from miracle_hub.format.spec import TensorSpec, bytes_entry, item_bits
-from miracle_hub.names import matches, unmatched
+from miracle_hub.names import check_taken, matches
 
 # Below this a payload's header and scales (40 bytes and more) outweigh what coding saves at 2 bits and more.
 _SMALLEST_CODED = 1024
@@ -36,7 +36,12 @@ class Why(Enum):
     SHORT_VECTOR = f"a vector of fewer than {_SMALLEST_CODED_VECTOR} weights"
     SMALL = f"fewer than {_SMALLEST_CODED} weights"
     OUT_OF_RANGE = "root mean square outside 2^-40 … 2^40"
+    TOO_LARGE = "values near the end of the range of {dtype}, or beyond that of F32"
     NO_BUDGET = "no budget for it"
+    BUFFER = "a buffer of the model's class, kept exact"
+    WHOLE = "whole numbers, kept exact"
+    FEW = "few different values, kept exact"
+    TABLE = "a table, kept exact"
 
     def text(self, dtype: str) -> str:
         """For people."""
@@ -67,13 +72,33 @@ class Coded:
     source: SourceTensor
 
 
-Plan = Plain | Ready | Coded
+@dataclass(frozen=True)
+class Exact:
+    """A tensor that is no weight, every bit of it kept in fewer bytes than plain."""
+
+    source: SourceTensor
+    why: Why
+    payload: bytes
+
+
+Plan = Plain | Exact | Ready | Coded
 
 
 def plan_tensor(tensor: SourceTensor, excluded: list[str] | str) -> Plain | Coded:
-    """What happens to a tensor that nobody coded before, by its header alone."""
+    """What happens to a tensor that nobody coded before, by its header alone.
+
+    Raises:
+        SourceError: it has more dimensions than readers take.
+    """
     why = why_plain(tensor, excluded)
-    return Coded(tensor) if why is None else Plain(tensor, why)
+    if why is not None:
+        return Plain(tensor, why)
+    if len(tensor.shape) > MAX_DIMENSIONS:
+        raise SourceError(
+            f"{tensor.path}: {tensor.name}: expected at most {MAX_DIMENSIONS} dimensions, found shape "
+            f"{list(tensor.shape)}; reshape it, or leave it out with modules_to_not_convert"
+        )
+    return Coded(tensor)
 
 
 def why_plain(spec: TensorSpec, excluded: list[str] | str) -> Why | None:
@@ -106,16 +131,17 @@ def plan_all(
         half: see `narrowed`.
 
     Raises:
-        SourceError: a tensor looks like a payload, or a payload is that of no tensor.
-        OptionError: nothing is called as the user excludes it.
+        SourceError: a tensor looks like a payload or has more dimensions than readers take, or a payload is
+            that of no tensor.
+        OptionError: a name that the user excludes takes nothing.
     """
     plans: dict[str, Plan] = {}
     for tensor in list_tensors(weights):
         _refuse_coded(tensor)
-        plan = plan_tensor(tensor, excluded)
         if tensor.name in coded:
             plans[tensor.name] = Ready(tensor, coded[tensor.name])
         else:
+            plan = plan_tensor(tensor, excluded)
             plans[tensor.name] = narrowed(plan, half) if isinstance(plan, Plain) else plan
     if missing := sorted(set(coded) - set(plans)):
         raise SourceError(
@@ -123,18 +149,8 @@ def plan_all(
             f"not; it has {', '.join(sorted(plans)[:4])}, …"
         )
     if not coded:  # with payloads the names are those of a module, of which a file has tied ones once
-        _refuse_unmatched(excluded, sorted(plans))
+        check_taken(excluded, sorted(plans), "modules_to_not_convert", "the model")
     return plans
-
-
-def _refuse_unmatched(excluded: list[str] | str, names: list[str]) -> None:
-    """A misspelled name would have its tensor coded after all."""
-    if wrong := unmatched(excluded, names):
-        raise OptionError(
-            f"modules_to_not_convert: expected modules or tensors of the model, found {wrong[0]!r}, which "
-            f"takes none; it has {', '.join(names[:4])}, …: correct the name (give the option once for "
-            "each), or leave it out"
-        )
 
 
 def _refuse_coded(tensor: SourceTensor) -> None:
@@ -194,7 +210,7 @@ def entry_of(plan: Plan, choices: Mapping[str, Choice]) -> TensorSpec:
     match plan:
         case Plain():
             return TensorSpec(source.name, "F16" if plan.is_narrowed else source.dtype, source.shape)
-        case Ready():
+        case Ready() | Exact():
             return bytes_entry(source.name, len(plan.payload))
         case Coded():
             choice = choices[source.name]
@@ -216,12 +232,3 @@ def lay_out(
 def in_order(plain: Iterable[TensorSpec]) -> list[TensorSpec]:
     """Plain tensors as a file has them, widest dtype first."""
     return sorted(plain, key=lambda entry: (-item_bits(entry.dtype), entry.name))
-
-
-def narrowing_metadata(entries: Iterable[TensorSpec], narrowed: Set[str]) -> dict[str, str]:
-    """The metadata that say which F16 tensors of a file were F32 in the source."""
-    half = [entry.name for entry in entries if entry.dtype == "F16"]
-    found = [name for name in half if name in narrowed]
-    if not found:
-        return {}
-    return {NARROWED: "*" if found == half else json.dumps(found)}

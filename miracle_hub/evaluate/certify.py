@@ -12,16 +12,22 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from miracle_hub.code import QUANT_METHOD
 from miracle_hub.codec.certificate import Certificate, certificate_of_files, check_delta
-from miracle_hub.codec.config import read_quantization
+from miracle_hub.codec.config import read_facts
 from miracle_hub.codec.decompress import load_state_dict
 from miracle_hub.codec.modules import load
 from miracle_hub.codec.source import weight_files
 from miracle_hub.errors import DataError, SourceError
-from miracle_hub.evaluate.batches import equal_lengths, read_tokenizer, tokenized
+from miracle_hub.evaluate.batches import (
+    check_fits,
+    equal_lengths,
+    read_model_config,
+    read_tokenizer,
+    tokenized,
+)
 from miracle_hub.evaluate.data import read_examples
 from miracle_hub.hub.resolve import local_folder
 
@@ -50,7 +56,7 @@ def certify(
             them; the size of its files then enters the bound. False promises that it was not.
         split: of the data, where they have several.
         delta: chance that the bound is wrong; chosen before looking.
-        text_columns: one or two columns of text; by default the columns of strings.
+        text_columns: one or two columns of text; by default those that can be no others.
         label_column: whole numbers from 0 on, or names of the model's classes.
         max_length: tokens of a text; part of the classifier, so that it is fixed before the data are seen.
 
@@ -66,6 +72,7 @@ def certify(
     names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
     texts, labels = read_examples(data, split, text_columns, label_column, names)
     model, inputs = _model(folder, config), tokenized(read_tokenizer(folder), texts, max_length)
+    check_fits(model, inputs)
     step = _BATCH if getattr(config, "pad_token_id", None) is not None else 1  # some models insist
     answers = _answers(model, inputs, torch.tensor(labels), step)
     with tqdm(total=len(labels), unit="rows", desc="certify", disable=not progress) as bar:
@@ -143,12 +150,12 @@ def _classifier_config(folder: Path) -> Any:
     Raises:
         SourceError: the repository is not compressed, or its model chooses no class of a text.
     """
-    if not folder.is_dir() or read_quantization(folder).get("quant_method") != QUANT_METHOD:
+    if not folder.is_dir() or not read_facts(folder):
         raise SourceError(
             f"{folder}: expected a compressed repository, with quant_method {QUANT_METHOD!r} in config.json, "
             "found none; run miracle compress or fit first, or call certify_network for a file of save"
         )
-    config: Any = AutoConfig.from_pretrained(folder)
+    config: Any = read_model_config(folder)
     names = config.architectures or []
     is_classifier = config.num_labels > 1 and any(str(n).endswith("ForSequenceClassification") for n in names)
     if not is_classifier or config.problem_type not in (None, "single_label_classification"):

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from miracle_hub.code import Code, StreamCode
 from miracle_hub.codec.dtypes import DTYPE_NAMES
+from miracle_hub.codec.exact import exact_payload
 from miracle_hub.codec.modules import module_tensors
 from miracle_hub.codec.naming import STREAM
 from miracle_hub.codec.network import network_entries, network_file, spec_of
-from miracle_hub.codec.plan import holds_in_half, in_order, narrowing_metadata
+from miracle_hub.codec.plan import holds_in_half, in_order
 from miracle_hub.codec.repository import sharded, total_bytes
+from miracle_hub.codec.source import narrowing_metadata
 from miracle_hub.codec.trellis import header_of_stream
 from miracle_hub.coding.matrix import FEWEST_ROWS
 from miracle_hub.errors import BudgetError
@@ -28,7 +30,7 @@ from miracle_hub.format.network import NetworkHeader, SharedSpec, encode_network
 from miracle_hub.format.payload import SCALE_BYTES
 from miracle_hub.format.spec import TensorSpec, bytes_entry
 from miracle_hub.names import matches
-from miracle_hub.options import DEFAULT_SHARD_SIZE, budget_bytes, parse_size
+from miracle_hub.options import DEFAULT_SHARD_SIZE, amount, asked_for, budget_bytes, parse_size
 from miracle_hub.training.codes import USED_UP, Codes, FilePlan, Unit, codes_within
 from miracle_hub.training.config import VariationalConfig
 from miracle_hub.training.convert import sharings_of, units_of
@@ -53,8 +55,9 @@ def plan_file(model: nn.Module, config: VariationalConfig) -> FilePlan:
     units, ladder = units_of(targets, config), list(config.codes())
     least, most = (file.n_bytes(_uniform(units, code)) for code in (ladder[-1], ladder[0]))
     plan = _plan(file, units, ladder, budget) if least <= budget <= most else None
+    asked, in_bits = asked_for(config.bits_per_weight, budget), config.bits_per_weight is not None
     if plan is None:
-        raise _impossible(budget, least, most, n_weights)
+        raise _impossible(asked, in_bits, (least, most), n_weights)
     if plan.n_bytes < USED_UP * budget and file.few_rows:
         plain = file.with_one_scale(file.few_rows)
         again = _plan(plain, units_of(targets, config, file.few_rows), ladder, budget)
@@ -75,13 +78,17 @@ def _uniform(units: Sequence[Unit], code: Code) -> Codes:
     return {unit.name: unit.fitted(code) for unit in units}
 
 
-def _impossible(budget: int, least: int, most: int, n_weights: int) -> BudgetError:
+def _impossible(asked: str, in_bits: bool, sizes: tuple[int, int], n_weights: int) -> BudgetError:
     unit = n_weights / 8 / 10_000  # rates are rounded inwards, so that asking for the printed one works
+    ends = (
+        (min(sizes), math.ceil(min(sizes) / unit) / 10_000, "at the lowest rate, what is not coded plain"),
+        (max(sizes), math.floor(max(sizes) / unit) / 10_000, "at the highest rate"),
+    )
+    least, most = (amount(n_bytes, rate, why, in_bits=in_bits) for n_bytes, rate, why in ends)
+    least = least if in_bits else least.replace(" bytes", "", 1)  # which the other end says
     return BudgetError(
-        f"size: {budget:,} bytes were asked for, but the file of this model can have {least:,} "
-        f"({math.ceil(least / unit) / 10_000} bits per weight: at the lowest rate, what is not coded plain) "
-        f"to {most:,} bytes ({math.floor(most / unit) / 10_000} bits per weight: at the highest rate); ask "
-        "for a size in between, or code other modules"
+        f"{asked}, but the file of this model can have {least} to {most}; ask for "
+        f"{'bits' if in_bits else 'a size'} in between, or code other modules"
     )
 
 
@@ -162,6 +169,7 @@ class _Files:
         coded: shape and dtype of the coded tensors, by name.
         plain: all others, as `save` writes them.
         stored: the entries of all others in a repository; empty for a module that becomes none.
+        exact: bytes of buffers that a repository keeps exactly in fewer of them, by name.
         half, one_scale: see `FilePlan`.
         has_row_scales: whether rows that are long have a scale each.
     """
@@ -169,6 +177,7 @@ class _Files:
     coded: Mapping[str, tuple[tuple[int, ...], str]]
     plain: Mapping[str, Tensor]
     stored: Sequence[TensorSpec]
+    exact: Mapping[str, int]
     half: frozenset[str] | None
     has_row_scales: bool
     one_scale: frozenset[str] = frozenset()
@@ -209,19 +218,30 @@ class _Files:
 
 def _files(model: nn.Module, targets: Sequence[Target], config: VariationalConfig) -> _Files:
     coded = {t.name: (tuple(t.parameter.shape), DTYPE_NAMES[t.parameter.dtype]) for t in targets}
-    plain, stored, half = _plain(model, targets), list[TensorSpec](), None
+    plain, stored, exact, half = _plain(model, targets), list[TensorSpec](), dict[str, int](), None
     if is_hub_model(model):
         tensors = _stored(model, {id(target.parameter) for target in targets})
         kept = config.modules_to_save or []
         half = frozenset(n for n, t in tensors.items() if not matches(n, kept) and holds_in_half(n, t))
         entries = network_entries(tensors, {})
-        stored = in_order([replace(e, dtype="F16") if e.name in half else e for e in entries])
+        exact = {name: n for name, t in tensors.items() if (n := _exact_bytes(t))}
+        stored = in_order(
+            replace(e, dtype="F16") if e.name in half else e for e in entries if e.name not in exact
+        )
         own = {id(tensors[name]) for name in half}  # under all their names
         half |= {name for name, t in model.state_dict(keep_vars=True).items() if id(t) in own}
         plain |= {
             n: torch.empty_like(plain[n], dtype=torch.float16, device="meta") for n in half & set(plain)
         }
-    return _Files(coded, plain, stored, half, config.scales == "row")
+    return _Files(coded, plain, stored, exact, half, config.scales == "row")
+
+
+def _exact_bytes(tensor: Tensor) -> int:
+    """Of a buffer that a repository keeps exactly in fewer bytes than plain; else 0."""
+    if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
+        return 0
+    payload = exact_payload(tensor.detach().cpu())
+    return 0 if payload is None or len(payload) >= tensor.nbytes else len(payload)
 
 
 def is_hub_model(model: nn.Module) -> bool:

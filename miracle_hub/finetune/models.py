@@ -11,26 +11,33 @@ from torch import Tensor, nn
 
 from miracle_hub.codec.compress import compress_folder
 from miracle_hub.codec.decompress import load_state_dict
+from miracle_hub.codec.handed_out import require_finite
+from miracle_hub.codec.keeping import Roles
 from miracle_hub.codec.modules import module_tensors, read_state
 from miracle_hub.codec.naming import STREAM
 from miracle_hub.codec.network import encode_stream_entry, spec_of, write_network
 from miracle_hub.codec.report import Report
 from miracle_hub.codec.trellis import payload_of_stream
-from miracle_hub.errors import ChecksumError, OptionError
+from miracle_hub.errors import ChecksumError, OptionError, WrittenWeightError
 from miracle_hub.files.whole import temporary_beside, writing
 from miracle_hub.finetune.budget import plan_file
 from miracle_hub.format.network import NetworkHeader
 from miracle_hub.hub.card import write_card
-from miracle_hub.names import matches
+from miracle_hub.names import matches, offer
 from miracle_hub.options import CompressOptions
 from miracle_hub.training import convert
 from miracle_hub.training.codes import FilePlan
 from miracle_hub.training.config import VariationalConfig, refuse_old_names
+from miracle_hub.training.drawn import coded_names
+from miracle_hub.training.guard import check_model
 from miracle_hub.training.model import Variational, variational_of
 from miracle_hub.training.stream import message_of
 
 if TYPE_CHECKING:
     from miracle_hub.plugin.config import MiracleConfig
+
+_LOGGER = logging.getLogger("miracle_hub")
+
 
 _LOGGER = logging.getLogger("miracle_hub")
 
@@ -72,7 +79,7 @@ def _from_keywords(options: dict[str, Any]) -> VariationalConfig:
     if unknown := sorted(set(options) - known):
         raise OptionError(
             f"make_variational: expected options among {', '.join(sorted(known))}, found {unknown[0]!r}; "
-            "check the spelling"
+            f"check the spelling ({offer(unknown[0], sorted(known))})"
         )
     return VariationalConfig(**options)
 
@@ -84,16 +91,17 @@ def save(model: nn.Module, path: str | Path) -> int:
 
     Raises:
         OptionError: the model is not variational, or not coded.
+        WrittenWeightError: evaluation has other weights than those that were coded.
         ChecksumError: what was written does not decode to the model's weights.
         OutputWriteError: the file cannot be written.
     """
-    variational, path = variational_of(model), Path(path)
-    messages = [message_of(stream) for stream in variational.streams]
+    variational, path = convert.check_evaluated(model), Path(path)
+    check_model(model)
     half = _round_vectors(model, variational.plan) or frozenset()
+    names = _names(model, variational)
+    entries = _coded_entries(variational, names)
     dense = convert.posterior_mean(model)
-    coded = {member.name for stream in variational.streams for member in stream.members}
-    entries = _coded_entries(variational, messages)
-    plain = {name: t for name, t in module_tensors(dense).items() if name not in coded}
+    plain = {name: t for name, t in module_tensors(dense).items() if name not in names.values()}
 
     def check(written: Path) -> None:
         _require_same(path, read_state(written, dense), module_tensors(dense))
@@ -120,7 +128,8 @@ def compress_model(
             training to meet it. None means that they stay plain.
 
     Raises:
-        OptionError: the model is not coded, or has one stream for the whole network.
+        OptionError: the model is not coded, or has one stream for the whole network, or adapters on top.
+        WrittenWeightError: evaluation has other weights than those that were coded.
         ChecksumError: what was written does not decode to the model's weights.
     """
     variational = variational_of(model)
@@ -129,9 +138,11 @@ def compress_model(
             "streams: expected 'tensor' for a repository, found 'network'; use save and load, or "
             "MiracleHubMixin"
         )
-    messages = [message_of(stream) for stream in variational.streams]
-    payloads = _coded_entries(variational, messages)
+    refuse_adapters(model)
+    convert.check_evaluated(model)
+    check_model(model)
     half = _round_vectors(model, variational.plan)
+    payloads = _coded_entries(variational, _names(model, variational))
     dense, kept = convert.posterior_mean(model), variational.config.modules_to_save or []
     options = CompressOptions(
         size=size, bits_per_weight=bits_per_weight, overwrite=overwrite, progress=progress,
@@ -199,7 +210,17 @@ def _write_repository(
         return compress_folder(
             folder, out, options, coded=payloads, half=half,
             card=lambda target, report: write_card(target, report, folder, base),
+            roles=lambda _: _roles_in(dense),
         )  # fmt: skip
+
+
+def _roles_in(model: nn.Module) -> Roles:
+    """Which tensors of a module are parameters, and which are buffers."""
+    buffers, parameters = (
+        frozenset(name for name, _ in named(remove_duplicate=False))
+        for named in (model.named_buffers, model.named_parameters)
+    )
+    return Roles(buffers, parameters, type(model).__name__)
 
 
 def _require_same(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -214,19 +235,54 @@ def _require_same(path: Path, found: Mapping[str, Tensor], expected: Mapping[str
             )
 
 
-def _coded_entries(variational: Variational, messages: list[Tensor]) -> Mapping[str, bytes]:
-    """What a file holds of the streams: a payload per tensor, or one entry for all."""
+def refuse_adapters(model: Any) -> None:
+    """
+    Raises:
+        OptionError: the model has adapters, which a repository of its own class cannot hold.
+    """
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise OptionError(
+            f"model: expected a transformers model, found adapters of PEFT on it ({type(model).__name__}); "
+            "call model.eval() and model.merge_and_unload() before code_model, and code what that returns"
+        )
+
+
+def _names(model: nn.Module, variational: Variational) -> dict[tuple[int, int], str]:
+    """The names of coded weights, by stream and member; of tensors that are in use no longer there is none.
+
+    Raises:
+        WrittenWeightError: one of them shares its message with others.
+    """
+    names = coded_names(model)
+    for i, stream in enumerate(variational.streams):
+        lost = [member.name for m, member in enumerate(stream.members) if (i, m) not in names]
+        if lost and len(lost) < len(stream.members):
+            raise WrittenWeightError(
+                f"{lost[0]}: expected the module that was coded, found another in its place; its values are "
+                "part of the message of all: replace modules before make_variational"
+            )
+        if lost:
+            _LOGGER.warning("%s is in use no longer, and not written", lost[0])
+    return names
+
+
+def _coded_entries(variational: Variational, names: Mapping[tuple[int, int], str]) -> Mapping[str, bytes]:
+    """What a file holds of the streams in use: a payload per tensor, or one entry for all."""
     entries = {}
-    for stream, message in zip(variational.streams, messages, strict=True):
-        scales = stream.scales().cpu()
+    for i, stream in enumerate(variational.streams):
+        if (i, 0) not in names:
+            continue
+        message, scales = message_of(stream), stream.scales().cpu()
         if variational.config.streams == "network":
             specs = [
-                spec_of(m.name, torch.empty(m.shape, dtype=m.dtype, device="meta"), m.sharing)
-                for m in stream.members
+                spec_of(names[i, m], torch.empty(own.shape, dtype=own.dtype, device="meta"), own.sharing)
+                for m, own in enumerate(stream.members)
             ]
             header = NetworkHeader(stream.code, tuple(specs))
-            entries[STREAM], _ = encode_stream_entry(header, scales, message)
+            entries[STREAM], weights = encode_stream_entry(header, scales, message)
+            for m, own in enumerate(stream.members):
+                require_finite(weights[names[i, m]].to(own.dtype), names[i, m])
         else:
-            member = stream.members[0]
-            entries[member.name] = payload_of_stream(member.shape, member.dtype, stream.code, scales, message)
+            own, name = stream.members[0], names[i, 0]
+            entries[name] = payload_of_stream(own.shape, own.dtype, stream.code, scales, message, name)
     return entries

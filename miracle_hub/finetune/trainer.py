@@ -14,7 +14,7 @@ from miracle_hub.codec.report import Report
 from miracle_hub.errors import OptionError
 from miracle_hub.files.whole import refuse_existing
 from miracle_hub.finetune.distillation import Teacher
-from miracle_hub.finetune.models import compress_model
+from miracle_hub.finetune.models import compress_model, refuse_adapters
 from miracle_hub.finetune.refit_batches import RefitBatches
 from miracle_hub.training.checkpoint import Checkpoint
 from miracle_hub.training.coder import CodingOptions, code_model
@@ -30,6 +30,20 @@ _REFIT_RATES = {True: 5.0, False: 1 / 3}
 
 class AnnealingCallback(TrainerCallback):
     """Tells posteriors of every step of the optimizer, after which some move the weight of their KL."""
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        """See `TrainerCallback`. Of a loss that is finite, gradients may not be; scaled ones are passed over.
+
+        Raises:
+            TrainingError: one is not; the step is not made.
+        """
+        found = [p.grad for p in model.parameters() if p.grad is not None]
+        gradients = [gradient for gradient in found if not gradient.is_sparse]
+        if gradients and not args.fp16:
+            norms = torch.stack([g.sum(dtype=torch.float32).cpu() for g in gradients])
+            check_finite(norms.sum(), f"step {state.global_step}", "gradient")
 
     def on_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
@@ -88,7 +102,7 @@ class MiracleTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Parameters to decay: none of a posterior, whose own prior pulls it."""
-        own = {id(parameter) for parameter in self.variational.parameters()}
+        own = {id(tensor) for tensor in self.variational.tensors()}
         posterior = {name for name, parameter in model.named_parameters() if id(parameter) in own}
         return [name for name in super().get_decay_parameter_names(model) if name not in posterior]
 
@@ -122,7 +136,7 @@ class MiracleTrainer(Trainer):
             OutputExistsError, OutputWriteError: `out` exists, or cannot be written.
         """
         refuse_existing(Path(out), overwrite)
-        model = self._plain_model()
+        refuse_adapters(model := self._plain_model())
         options = options or CodingOptions()
         if options.learning_rate is None:
             options = replace(options, learning_rate=self.refit_learning_rate(distill))

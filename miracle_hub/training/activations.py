@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from miracle_hub.errors import TrainingError
-from miracle_hub.training.convert import drawn_attributes
+from miracle_hub.training.drawn import drawn_attributes
 from miracle_hub.training.guard import Snapshot
 from miracle_hub.training.model import variational_of
 from miracle_hub.training.posteriors.protocol import Weighted

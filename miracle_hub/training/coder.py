@@ -14,7 +14,7 @@ from miracle_hub.checks import check_choice
 from miracle_hub.errors import OptionError, TrainingError
 from miracle_hub.training.activations import measure_curvature
 from miracle_hub.training.checkpoint import Checkpoint, RunState, load_optimizer, optimizer_tensors
-from miracle_hub.training.guard import check_finite, undone_if_not_finite
+from miracle_hub.training.guard import check_finite, check_model, undone_if_not_finite
 from miracle_hub.training.journal import Journal, Row
 from miracle_hub.training.message import Chosen, Selector
 from miracle_hub.training.model import variational_of
@@ -85,6 +85,7 @@ def code_model(
             layer is not; nothing is coded.
         OptionError: the checkpoint is that of another model, or of a run with other options; the learning
             rate may be another.
+        WrittenWeightError: a weight was written to in a way that its posterior cannot follow.
         FormatError: the checkpoint is damaged.
         OutputWriteError: the checkpoint or the journal cannot be written.
 
@@ -123,8 +124,14 @@ class _Coder:
         self.frozen = [module for module in model.modules() if model.training and not module.training]
 
     def start(self, checkpoint: Checkpoint | None) -> None:
-        """Begin, or go on from a checkpoint, if there is one; or from a model that is coded in part."""
+        """Begin, or go on from a checkpoint, if there is one; or from a model that is coded in part.
+
+        Raises:
+            TrainingError: a weight is not finite.
+        """
+        check_model(self.model)
         self.checkpoint = checkpoint
+        self.variational.check()
         saved = None if checkpoint is None else checkpoint.read(self.state())
         if saved is None:
             self._measure_curvature()

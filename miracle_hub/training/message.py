@@ -178,6 +178,14 @@ class Message(nn.Module):
         self.values[at.to(device)], self.is_coded[at.to(device)] = z.to(device), True
         self.states[steps.to(device)] = states.to(self.states)
 
+    def is_sound(self) -> bool:
+        """Whether the windows of a message all of whose windows are chosen stand for the values."""
+        backend = choose(device=self.values.device)
+        states = self.states.cpu().long()
+        parts = [backend.candidates(states[s.steps], s.code).flatten()[: s.n_values] for s in self.segments]
+        z = torch.cat(parts)
+        return torch.equal(z.to(self.values), self.values)
+
     def packed(self) -> Tensor:
         """The bytes of a message all of whose windows are chosen, uint8 `[bytes]`."""
         states = self.states.cpu().long().numpy()

@@ -25,7 +25,7 @@ from miracle_hub.options import CompressOptions
 
 GOLDEN = Path(__file__).parent
 # Those that are not called guarded are of before there were guards.
-NAMES_OF_FILES = ("repository_1", "repository_2", "repository_2_guarded")
+NAMES_OF_FILES = ("repository_1", "repository_2", "repository_2_guarded", "repository_3_guarded")
 NAMES_OF_FILES += ("network_1.safetensors", "network_1_guarded.safetensors", "network_2_guarded.safetensors")
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 NAMES |= {torch.int64: "I64", torch.uint8: "U8"}
@@ -35,7 +35,7 @@ def gaussian(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def dense_model(folder: Path) -> None:
+def dense_model(folder: Path, has_constants: bool) -> None:
     """Everything that is stored in a way of its own."""
     tensors = {
         "encoder.0.weight": 0.05 * gaussian(64, 48),
@@ -49,6 +49,9 @@ def dense_model(folder: Path) -> None:
         "mask": torch.arange(6, dtype=torch.uint8),
         "nothing": torch.zeros(0, 3),
     }
+    if has_constants:
+        tensors["attention.mask"] = torch.tril(torch.ones(40, 40))
+        tensors["attention.infinite"] = torch.full((33, 40), -torch.inf).triu(1).half()
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text('{"model_type": "bert", "dtype": "float32"}')
@@ -63,14 +66,15 @@ def content(tensors: dict[str, Tensor]) -> dict[str, str]:
 
 
 def make_repository(path: Path) -> dict[str, str]:
-    """As many stages as its version has at least."""
-    stages = int(path.name.split("_")[1])
+    """As many stages as its version has at least, and exact tensors from version 3 on."""
+    version = int(path.name.split("_")[1])
+    stages = min(version, 2)
     with tempfile.TemporaryDirectory() as temporary:
         dense = Path(temporary) / "dense"
-        dense_model(dense)
+        dense_model(dense, version > 2)
         options = CompressOptions(
-            bits_per_weight=4.0, window_bits=8, seed=2**40 + 3, max_shard_size="2kB", stages=stages,
-            progress=False,
+            bits_per_weight=4.0, window_bits=8, seed=2**40 + 3, max_shard_size=f"{2 * version}kB",
+            stages=stages, progress=False,
         )  # fmt: skip
         compress_folder(dense, path, options)
     return content(load_state_dict(path))

@@ -20,9 +20,7 @@ def philox(counter, seed):
 def decode(data, tensors):
     """Float32 weights by name, for tensors [(name, dtype, shape), …] of the module."""
     at = 9
-    assert data[:5] in (b"MRCN\1", b"MRCN\2") and zlib.crc32(data[at:]) == int.from_bytes(
-        data[5:at], "little"
-    )
+    assert data[:4] == b"MRCN" and zlib.crc32(data[at:]) == int.from_bytes(data[5:at], "little")
 
     def number():
         nonlocal at

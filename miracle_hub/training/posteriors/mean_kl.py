@@ -17,6 +17,10 @@ from miracle_hub.training.posteriors.scaled import RATE, Fitted
 _LEAST_KAPPA = 1e-4
 # Between the streams of noise of two parts, far above the number of streams that a model has.
 _NEXT_PART = 1 << 24
+# Of a block's KL that means may take when they are written; what is left is spread, without which there is no
+# noise to go on with. A choice.
+_MOST_FOR_MEANS = 0.99
+_MOST_GROWTH = 2.0  # of scales, that a write may ask for: a choice
 
 
 class MeanKL(Fitted):
@@ -65,6 +69,41 @@ class MeanKL(Fitted):
     def mean(self) -> Tensor:
         """See `protocol.Posterior`."""
         return self.moments()[0] * self.value_scales()
+
+    @torch.no_grad()
+    def set_mean(self, values: Tensor, are_set: Tensor) -> str | None:
+        """See `protocol.Posterior`: a block's KL pays for its means, and what is left is shared as it was.
+
+        Where it cannot, the prior's scales of what is set grow, and noise with them.
+        """
+        mean, variance = (moment.double() for moment in self.moments())
+        left = 0.5 * (variance - 1 - variance.log())
+        wanted = torch.where(are_set, values / self.value_scales(), mean)
+        growth = self._growth(0.5 * wanted.square(), are_set)
+        if not growth <= _MOST_GROWTH:
+            return (
+                f"expected weights that a block's {float(self.kl_nats().min()):.4g} nats can pay for, found "
+                f"some that need {growth:.4g} times the prior's scale, and as much more noise; write before "
+                "make_variational, or after remove_variational(model), or raise the budget"
+            )
+        if growth > 1:
+            are_grown = self.layout.mean_squares(are_set.float()) > 0
+            self.log_scales.add_(are_grown * (math.log(growth) / RATE))
+            wanted = torch.where(are_set, wanted / growth, wanted)
+        rest = self.kl_nats() - self.budget.sums(0.5 * wanted.square())
+        kappa = 0.5 * wanted.square() + left * self.budget.by_value(rest / self.budget.sums(left), len(left))
+        self.tau.copy_((wanted / (2 * kappa).sqrt()).atanh() / RATE)
+        self.alpha.copy_(kappa.log() / RATE)
+        return None
+
+    def _growth(self, costs: Tensor, are_set: Tensor) -> float:
+        """By how much scales must grow for blocks to pay the costs of means, `[n]`, in nats; infinite if no
+        growth helps.
+        """
+        own = self.budget.sums(torch.where(are_set, costs, 0))
+        room = _MOST_FOR_MEANS * self.kl_nats() - self.budget.sums(torch.where(are_set, 0, costs))
+        needed = torch.where(own > 0, own / room.clamp(min=0), 1).max()
+        return max(1.0, float(needed.sqrt()))
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """See `protocol.Posterior`."""

@@ -47,6 +47,11 @@ class MeanVar(Fitted):
         return self.moments()[0] * self.value_scales()
 
     @torch.no_grad()
+    def set_mean(self, values: Tensor, are_set: Tensor) -> None:
+        """See `protocol.Posterior`."""
+        self.mean_values.copy_(torch.where(are_set, values, self.mean_values))
+
+    @torch.no_grad()
     def moments(self) -> tuple[Tensor, Tensor]:
         """See `protocol.Posterior`."""
         log_scales = self.value_log_scales()

@@ -72,6 +72,18 @@ class Posterior(Protocol):
         """Values `[n]` to evaluate at, in units of the weights, without gradients."""
         ...
 
+    def set_mean(self, values: Tensor, are_set: Tensor) -> str | None:
+        """Have the mean at given values, where they are set, and elsewhere where it is.
+
+        Args:
+            values: `[n]`, in units of the weights.
+            are_set: bool `[n]`.
+
+        Returns:
+            what was expected, what was found and what to do, if the posterior cannot; it is as before then.
+        """
+        ...
+
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean and variance `[n]` of what would be coded now, in units of the prior, without gradients."""
         ...

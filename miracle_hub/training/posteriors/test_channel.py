@@ -57,6 +57,11 @@ class TestChannel(Scaled):
         """The weights themselves, as they are without being coded."""
         return self.weight.detach()
 
+    @torch.no_grad()
+    def set_mean(self, values: Tensor, are_set: Tensor) -> None:
+        """See `protocol.Posterior`."""
+        self.weight.copy_(torch.where(are_set, values, self.weight))
+
     def moments(self) -> tuple[Tensor, Tensor]:
         """See `protocol.Posterior`."""
         by_scale = self.weight.detach() * (-self.value_log_scales()).exp()
