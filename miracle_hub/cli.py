@@ -109,7 +109,9 @@ def fit(source: Source, out: Out, data: Data, options: FitOptions) -> None:
     found = miracle_hub.fit(source, out, data=data, options=options)
     if os.environ.get("RANK", "0") != "0":  # as torchrun numbers processes: one of them speaks
         return
-    size = f"{found.report.compressed_bytes:,} bytes, {found.report.bits_per_weight:.4f} bits per weight"
+    report = found.report
+    asked = "" if report.budget_bytes is None else f" of {report.budget_bytes:,}"
+    size = f"{report.compressed_bytes:,}{asked} bytes, {report.bits_per_weight:.4f} bits per weight"
     typer.echo(f"{out}: {size}\nbefore coding {_figures(found.fitted)}; as written {_figures(found.coded)}")
     _tell_files(found.report)
     typer.echo(f"digest {found.report.digest}")

@@ -1,7 +1,7 @@
 """A model folder → a repository of payloads, one tensor in memory at a time."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from miracle_hub.codec.jobs import Job, refining
 from miracle_hub.codec.keeping import Roles, keep_exact, kept_bytes, warn_of_kept
 from miracle_hub.codec.naming import CARD, CONFIG, stem_of
 from miracle_hub.codec.payloads import Request
-from miracle_hub.codec.plan import Coded, Exact, Plain, Plan, Why, lay_out, narrowed_if_exact, plan_all
+from miracle_hub.codec.plan import Coded, Exact, Plain, Plan, Why, lay_out, narrowed, plan_all
 from miracle_hub.codec.report import Report
 from miracle_hub.codec.repository import OutputFile, total_bytes
 from miracle_hub.codec.source import list_tensors, weight_files
@@ -34,6 +34,7 @@ def compress_folder(
     *,
     card: Callable[[Path, Report], None] | None = None,
     coded: Mapping[str, bytes] | None = None,
+    half: Set[str] | None = None,
     not_downloaded: Mapping[str, str] | None = None,
     roles: Callable[[Path], Roles] = lambda source: Roles(),
 ) -> Report:
@@ -42,6 +43,7 @@ def compress_folder(
     Args:
         card: writes README.md of what was compressed.
         coded: payloads of tensors that are coded already; no budget then means that all others stay plain.
+        half: names of the vectors to store in 16 bits; None means that their values decide.
         not_downloaded: files of the source that are not even in the folder, and why.
         roles: finds what the model's class says of its tensors; without it their values decide.
     """
@@ -51,10 +53,10 @@ def compress_folder(
     backend, weights = choose(options.backend), _source_files(source, out)
     with output_folder(out, options.overwrite) as temporary:
         copied = _copy_and_count(source, temporary, weights)
-        plans = plan_all(weights, options.modules_to_not_convert or [], coded or {})
+        plans = plan_all(weights, options.modules_to_not_convert or [], coded or {}, half)
         non_finite = keep_exact(plans, known := roles(source))
         n_weights = sum(plan.source.n_weights for plan in plans.values()) + copied.n_weights
-        stages, jobs = _decide(plans, options, copied.n_bytes, n_weights, backend)
+        stages, jobs = _decide(plans, options, copied.n_bytes, n_weights, backend, half)
         written = Writer(temporary, plans, backend).write(stages, jobs, options.progress)
         n_bytes = sum(map(total_bytes, stages)) + copied.n_bytes
         report = replace(
@@ -151,13 +153,18 @@ def _copy_and_count(source: Path, target: Path, weights: list[Path]) -> _Copied:
 
 
 def _decide(
-    plans: dict[str, Plan], options: CompressOptions, copied_bytes: int, n_weights: int, backend: Backend
+    plans: dict[str, Plan],
+    options: CompressOptions,
+    copied_bytes: int,
+    n_weights: int,
+    backend: Backend,
+    half: Set[str] | None,
 ) -> tuple[list[list[OutputFile]], list[list[Job]]]:
     """Files and jobs of every stage; tensors that cannot be coded, or have no budget, become plain."""
     shard_bytes, stem = parse_size(options.max_shard_size, "max_shard_size"), stem_of(1, options.stages)
     if not options.has_budget:
         left = {name: plan.source for name, plan in plans.items() if isinstance(plan, Coded)}
-        plans |= {name: narrowed_if_exact(Plain(source, Why.NO_BUDGET)) for name, source in left.items()}
+        plans |= {name: narrowed(Plain(source, Why.NO_BUDGET), half) for name, source in left.items()}
         return [lay_out(plans, {}, shard_bytes, stem)], [[]]
     n_coded = sum(isinstance(plan, Coded) for plan in plans.values())
     request = Request(options.window_bits, options.rotation, options.seed, n_coded, backend)

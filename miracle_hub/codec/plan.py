@@ -1,7 +1,6 @@
 """What happens to each tensor: it is coded here, coded already, or stays plain, and why."""
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -10,7 +9,7 @@ from miracle_hub.code import MAX_DIMENSIONS
 from miracle_hub.codec.payloads import codec_named, is_payload, is_stray_stream
 from miracle_hub.codec.rates import Choice
 from miracle_hub.codec.repository import OutputFile, sharded
-from miracle_hub.codec.source import NARROWED, SourceTensor, list_tensors
+from miracle_hub.codec.source import SourceTensor, list_tensors, narrowing_metadata
 from miracle_hub.coding.narrowing import half_holds, is_narrowable
 from miracle_hub.errors import SourceError
 from miracle_hub.format.payload import DTYPES
@@ -115,11 +114,17 @@ def why_plain(spec: TensorSpec, excluded: list[str] | str) -> Why | None:
     return Why.SMALL if spec.n_weights < _SMALLEST_CODED else None
 
 
-def plan_all(weights: list[Path], excluded: list[str] | str, coded: Mapping[str, bytes]) -> dict[str, Plan]:
+def plan_all(
+    weights: list[Path],
+    excluded: list[str] | str,
+    coded: Mapping[str, bytes],
+    half: Set[str] | None = None,
+) -> dict[str, Plan]:
     """The plan of every tensor of the source.
 
     Args:
         coded: payloads of tensors that are coded already.
+        half: see `narrowed`.
 
     Raises:
         SourceError: a tensor looks like a payload or has more dimensions than readers take, or a payload is
@@ -133,7 +138,7 @@ def plan_all(weights: list[Path], excluded: list[str] | str, coded: Mapping[str,
             plans[tensor.name] = Ready(tensor, coded[tensor.name])
         else:
             plan = plan_tensor(tensor, excluded)
-            plans[tensor.name] = narrowed_if_exact(plan) if isinstance(plan, Plain) else plan
+            plans[tensor.name] = narrowed(plan, half) if isinstance(plan, Plain) else plan
     if missing := sorted(set(coded) - set(plans)):
         raise SourceError(
             f"payloads: expected those of tensors of the source, found one of {missing[0]!r}, which it has "
@@ -160,12 +165,17 @@ def _refuse_coded(tensor: SourceTensor) -> None:
         )
 
 
-def narrowed_if_exact(plan: Plain) -> Plain:
-    """Store a float32 weight or bias vector in 16 bits when float16 holds it to about 11 bits.
+def narrowed(plan: Plain, half: Set[str] | None = None) -> Plain:
+    """Store a float32 weight or bias vector in 16 bits when float16 holds it; see `coding.narrowing`.
 
     Tensors that the user wants to stay as they are keep their 32 bits.
+
+    Args:
+        half: names of the vectors to store so, where that was decided before.
     """
     source = plan.source
+    if half is not None:
+        return replace(plan, is_narrowed=source.name in half)
     is_kept = plan.why is Why.EXCLUDED or source.dtype != "F32"
     if is_kept or not is_narrowable(source.name, source.shape):
         return plan
@@ -190,15 +200,13 @@ def lay_out(
 ) -> list[OutputFile]:
     """The output files. Plain tensors come first, widest dtype first, so that they stay aligned."""
     entries = [entry_of(plan, choices) for plan in plans.values()]
-    entries.sort(key=lambda e: (not isinstance(plans[e.name], Plain), -item_bits(e.dtype), e.name))
+    coded = sorted((e for e in entries if not isinstance(plans[e.name], Plain)), key=lambda e: e.name)
+    entries = [*in_order([e for e in entries if isinstance(plans[e.name], Plain)]), *coded]
     files = sharded(entries, max_shard_bytes, stem)
-    return [replace(file, metadata=file.metadata | _narrowed(file.entries, plans)) for file in files]
+    half = {n for n, plan in plans.items() if isinstance(plan, Plain) and plan.is_narrowed}
+    return [replace(f, metadata=f.metadata | narrowing_metadata(f.entries, half)) for f in files]
 
 
-def _narrowed(entries: Iterable[TensorSpec], plans: Mapping[str, Plan]) -> dict[str, str]:
-    """The metadata that say which F16 tensors of a file were F32 in the source."""
-    half = [entry.name for entry in entries if entry.dtype == "F16"]
-    found = [name for name in half if isinstance(plan := plans[name], Plain) and plan.is_narrowed]
-    if not found:
-        return {}
-    return {NARROWED: "*" if found == half else json.dumps(found)}
+def in_order(plain: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """Plain tensors as a file has them, widest dtype first."""
+    return sorted(plain, key=lambda entry: (-item_bits(entry.dtype), entry.name))

@@ -16,6 +16,7 @@ class Report:
         digest: of the payloads.
         backend: as chosen.
         plain: tensors that are stored plainly, and why.
+        budget_bytes: that were asked for; None where a rate was.
         left_out: files of the source that the output has not, and why.
         carried: files that are copied as they are though they hold, or may hold, weights; and how large.
         notes: what else to know of the output.
@@ -32,6 +33,7 @@ class Report:
     digest: str = ""
     backend: str = ""
     plain: Mapping[str, str] = field(default_factory=dict)
+    budget_bytes: int | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
     carried: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

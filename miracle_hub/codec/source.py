@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,6 +141,15 @@ def list_tensors(files: list[Path]) -> list[SourceTensor]:
                     )
                 tensors[name] = SourceTensor(name, view.get_dtype(), shape, path)
     return list(tensors.values())
+
+
+def narrowing_metadata(entries: Iterable[TensorSpec], narrowed: Set[str]) -> dict[str, str]:
+    """The metadata that say which F16 tensors of a file were F32 in the source."""
+    half = [entry.name for entry in entries if entry.dtype == "F16"]
+    found = [name for name in half if name in narrowed]
+    if not found:
+        return {}
+    return {NARROWED: "*" if found == half else json.dumps(found)}
 
 
 def narrowed_names(path: Path) -> set[str] | None:

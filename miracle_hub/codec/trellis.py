@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from miracle_hub.code import Code
+from miracle_hub.code import Code, StreamCode
 from miracle_hub.codec.body import body_of, check_payload, coded_rows
 from miracle_hub.codec.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from miracle_hub.codec.payloads import Packed, PayloadFacts, Request
@@ -227,13 +227,34 @@ def encode_tensor(
     return encode_payload(replace(header, digest=digest, relative_error=error), body_of(parts))
 
 
+def header_of_stream(shape: tuple[int, ...], dtype: str, code: StreamCode, has_row_scales: bool) -> Header:
+    """The header of a tensor whose weights, in their own order, are a stream.
+
+    Args:
+        dtype: as the format spells it.
+        has_row_scales: whether every row of the matrix view has a scale; else every code has one.
+    """
+    columns = matrix_columns(shape)
+    sizes = code.segments(math.prod(shape))
+    if not has_row_scales:  # rows are of no account: codes may share one
+        columns = math.gcd(columns, *(n for n, _ in sizes))
+    segments = tuple(Segment(n // columns, own, has_row_scales) for n, own in sizes)
+    return Header(dtype, shape, columns, 1, segments)
+
+
 def payload_of_stream(
-    shape: tuple[int, ...], dtype: torch.dtype, code: Code, scales: Tensor, message: Tensor, where: str
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    code: StreamCode,
+    scales: Tensor,
+    message: Tensor,
+    where: str,
 ) -> bytes:
     """The payload of a tensor whose weights, in their own order, are a message times its rows' scales.
 
     Args:
         scales: `[1]`, or one for every row of the matrix view, as the format allows them.
+        message: of two codes, both, one after the other.
         where: the tensor's name, for messages.
 
     Raises:
@@ -241,10 +262,13 @@ def payload_of_stream(
     """
     from miracle_hub.codec.handed_out import require_finite
 
-    columns = matrix_columns(shape)
-    segment = Segment(math.prod(shape) // columns, code, scales.numel() > 1)
-    header = Header(DTYPE_NAMES[dtype], shape, columns, 1, (segment,))
-    parts = [CodedRows(segment.rows, code, scales.bfloat16().cpu(), message)]
+    header = header_of_stream(shape, DTYPE_NAMES[dtype], code, scales.numel() > 1)
+    words, parts = scales.bfloat16().cpu(), []
+    by_row = words if scales.numel() > 1 else words.repeat(len(header.segments))
+    messages = message.split(list(header.message_bytes))
+    by_segment = by_row.split([segment.n_scales for segment in header.segments])
+    for segment, own, bits in zip(header.segments, by_segment, messages, strict=True):
+        parts.append(CodedRows(segment.rows, segment.code, own, bits))
     weights, digest = choose("cpu").decode_matrix(parts, layout_of(header), dtype)
     require_finite(weights, where)
     return encode_payload(replace(header, digest=digest), body_of(parts))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 # Relative squared error of rounding to 11 bits, with room for a few subnormal elements.
@@ -19,6 +20,12 @@ def is_narrowable(name: str, shape: Sequence[int]) -> bool:
 
 def half_holds(values: Tensor) -> bool:
     """Whether float16 holds values to about 11 bits."""
-    exact = values.double()
+    exact = values.detach().double()
     error = (exact.half().double() - exact).square().sum()
     return bool(error <= _ERROR * exact.square().sum())
+
+
+def is_held_in_half(name: str, values: Tensor) -> bool:
+    """Whether a repository holds a tensor in 16 bits, where its values decide."""
+    is_vector = values.dtype == torch.float32 and is_narrowable(name, values.shape)
+    return is_vector and half_holds(values)

@@ -93,8 +93,8 @@ def fit(
 ) -> FitReport:
     """Make a hub model variational, fine-tune it, code it with refits, and write `out`.
 
-    Exactly one of `bits_per_weight`, `size` and `rate` is the budget. That of the whole files is met by the
-    highest rate whose files stay within it: they may be smaller, and the report says how large they are.
+    Exactly one of `bits_per_weight`, `size` and `rate` is the budget. That of the whole files is never
+    exceeded, and at least 99 % of it are used; the report has both.
     What an interrupted fit goes on from, and coding.csv, coding.json and coding.png, are in the folder `out`
     with "-fit" appended. In a distributed run (`torchrun`) all processes call this, on disks that they share.
 

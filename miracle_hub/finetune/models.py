@@ -3,7 +3,7 @@
 import logging
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,22 +21,25 @@ from miracle_hub.codec.trellis import payload_of_stream
 from miracle_hub.errors import OptionError, ProcessError, WrittenWeightError
 from miracle_hub.files.whole import temporary_beside, writing
 from miracle_hub.finetune.agreement import adopt, require_same, say_other_dtypes, say_what_changed
-from miracle_hub.finetune.budget import within_budget
+from miracle_hub.finetune.budget import plan_file
 from miracle_hub.format.network import NetworkHeader
 from miracle_hub.hub.card import write_card
 from miracle_hub.names import matches, offer
 from miracle_hub.options import CompressOptions
 from miracle_hub.training import convert
+from miracle_hub.training.codes import FilePlan
 from miracle_hub.training.config import VariationalConfig, refuse_old_names
 from miracle_hub.training.drawn import coded_names
 from miracle_hub.training.guard import check_model
 from miracle_hub.training.model import Variational, variational_of
 from miracle_hub.training.processes import written_once
-from miracle_hub.training.rounding import round_as_written, unwrapped
+from miracle_hub.training.rounding import planned_half, round_as_written, unwrapped
 from miracle_hub.training.stream import message_of
 
 if TYPE_CHECKING:
     from miracle_hub.plugin.config import MiracleConfig
+
+_LOGGER = logging.getLogger("miracle_hub")
 
 
 _LOGGER = logging.getLogger("miracle_hub")
@@ -53,13 +56,14 @@ def make_variational(
     ones, fitted without noise, and become Gaussians when they are coded.
 
     Args:
-        config: or the same as keywords: `make_variational(model, bits_per_weight=1.0)`. A budget of the whole
-            file (`bits_per_weight`, `size`) is never exceeded; the file may be smaller, and the report of
-            `compress_model` or the result of `save` says how large it is.
+        config: or the same as keywords: `make_variational(model, bits_per_weight=1.0)`. Of a budget of the
+            whole file (`bits_per_weight`, `size`), which `save` or `compress_model` write, at least 99 % are
+            used, and never more: header, vectors, scales and messages are planned before training.
 
     Raises:
         OptionError: nothing matches, a parameter cannot be converted, or an option is unknown.
-        BudgetError: the budget is below what the code, or the file, can use, or above it.
+        BudgetError: the budget is below what the code, or the file, can use, or above it; or between two
+            sizes of a file so small that it can have nothing in between.
     """
     if (config is None) == (not options):
         raise OptionError(
@@ -70,9 +74,8 @@ def make_variational(
         config = _from_keywords(options)
     elif not isinstance(config, VariationalConfig):
         config = config.variational()
-    if config.is_of_files:
-        config = within_budget(model, config)
-    return convert.make_variational(model, config)
+    plan = plan_file(model, config) if config.is_of_files else None
+    return convert.make_variational(model, config, plan)
 
 
 def _from_keywords(options: dict[str, Any]) -> VariationalConfig:
@@ -100,6 +103,8 @@ def save(model: nn.Module, path: str | Path) -> int:
     model, path = unwrapped(model), Path(path)
     variational = convert.check_evaluated(model)
     check_model(model)
+    round_as_written(model)
+    half = planned_half(model) or frozenset()
     names = _names(model, variational)
     entries = _coded_entries(variational, names)
     dense = convert.posterior_mean(model)
@@ -108,7 +113,9 @@ def save(model: nn.Module, path: str | Path) -> int:
     def check(written: Path) -> None:
         require_same(path, read_state(written, dense), module_tensors(dense))
 
-    return write_network(path, entries, plain, check)
+    n_bytes = write_network(path, entries, plain, check, half & set(plain))
+    _say_if_above(variational.plan, n_bytes, path)
+    return n_bytes
 
 
 def compress_model(
@@ -150,7 +157,7 @@ def compress_model(
     convert.check_evaluated(model)
     check_model(model)
     payloads = _coded_entries(variational, _names(model, variational))
-    rounded = round_as_written(model)
+    rounded, half = round_as_written(model), planned_half(model)
     dense: Any = convert.posterior_mean(model)
     kept = variational.config.modules_to_save or []
     options = CompressOptions(
@@ -160,7 +167,7 @@ def compress_model(
     number = zlib.crc32(b"".join(payloads.values()))
     report = written_once(
         Path(out), number,
-        lambda: asdict(_write_repository(dense, Path(out).absolute(), tokenizer, options, payloads)),
+        lambda: asdict(_write_repository(dense, Path(out).absolute(), tokenizer, options, payloads, half)),
     )  # fmt: skip
     _require_there(Path(out))
     loaded = type(dense).from_pretrained(out)  # as a stranger does
@@ -168,7 +175,26 @@ def compress_model(
     require_same(Path(out), loaded.state_dict(), coded)
     say_what_changed(Path(out), [*rounded, *adopt(model, loaded)])
     say_other_dtypes(Path(out), dense, loaded)
-    return Report(**report)
+    return _beside_its_plan(Report(**report), variational.plan, options, Path(out))
+
+
+def _beside_its_plan(report: Report, plan: FilePlan | None, options: CompressOptions, out: Path) -> Report:
+    """The report with the budget that the model was made variational for, unless another was given since."""
+    if plan is None or options.has_budget:
+        return report
+    _say_if_above(plan, report.compressed_bytes, out)
+    return replace(report, budget_bytes=plan.budget_bytes)
+
+
+def _say_if_above(plan: FilePlan | None, n_bytes: int, path: Path) -> None:
+    """A file is as planned, unless what it holds plainly became more."""
+    if plan is not None and n_bytes > plan.budget_bytes:
+        _LOGGER.warning(
+            "%s: expected at most %s bytes, found %s: the model has more to store plainly than when it was "
+            "made variational, or vectors that float16 holds no longer; call make_variational last, or ask "
+            "for less",
+            path, f"{plan.budget_bytes:,}", f"{n_bytes:,}",
+        )  # fmt: skip
 
 
 def _require_there(out: Path) -> None:
@@ -184,7 +210,12 @@ def _require_there(out: Path) -> None:
 
 
 def _write_repository(
-    dense: Any, out: Path, tokenizer: Any, options: CompressOptions, payloads: Mapping[str, bytes]
+    dense: Any,
+    out: Path,
+    tokenizer: Any,
+    options: CompressOptions,
+    payloads: Mapping[str, bytes],
+    half: frozenset[str] | None,
 ) -> Report:
     """Save an ordinary model beside the output and compress that, with the payloads that training made."""
     with writing(out):
@@ -199,7 +230,7 @@ def _write_repository(
         base = getattr(dense.config, "_name_or_path", None) or None
         base = None if base is None or Path(base).exists() else base
         return compress_folder(
-            folder, out, options, coded=payloads,
+            folder, out, options, coded=payloads, half=half,
             card=lambda target, report: write_card(target, report, folder, base),
             roles=lambda _: _roles_in(dense),
         )  # fmt: skip

@@ -27,7 +27,7 @@ MOST_WORDS = 1 << 16
 _MAX_WEIGHTS = 1 << 40
 PALETTE, DEFLATED_PALETTE, DEFLATED_PLANES, DEFLATED_DIFFERENCES = range(4)
 _DIGEST = struct.Struct("<Q")
-_FRAME = frame.Frame(MAGIC, VERSION, "exact payload", _DIGEST.size + 3)
+_FRAME = frame.Frame(MAGIC, (VERSION,), "exact payload", _DIGEST.size + 3)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ _MAX_DIMENSIONS = MAX_DIMENSIONS
 _MAX_SEGMENTS = 64
 _MAX_WEIGHTS = 1 << 40
 _TRAILER = struct.Struct("<fQ")
-_FRAME = frame.Frame(MAGIC, VERSION, "payload", _TRAILER.size)
+_FRAME = frame.Frame(MAGIC, (VERSION,), "payload", _TRAILER.size)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from miracle_hub.code import Code
+from miracle_hub.code import Code, SplitCode
 from miracle_hub.codec.companions import of_repository
 from miracle_hub.codec.inspection import Inspection
 from miracle_hub.codec.naming import STREAM
@@ -213,10 +213,11 @@ def facts_of_network(path: Path, header: NetworkHeader | None, n_weights: int) -
 
 def _facts_of_stream(path: Path, sha256: str) -> CardFacts:
     stream = read_network(path)[0] or b""
-    (window, step, weights, seed), n_tensors, _ = read_start(stream, str(path))
-    rate = f"{step / weights:.4g} bits per value"
-    code = f"one stream of {n_tensors} tensors, windows of {window} bits, {rate}"
-    return CardFacts(path.stat().st_size, sha256, code=code, seed=seed, is_stream=True)
+    found, n_tensors, _ = read_start(stream, str(path))
+    codes = (found.first, found.rest) if isinstance(found, SplitCode) else (found,)
+    rate = " and ".join(f"{code.rate:.4g}" for code in codes)
+    code = f"one stream of {n_tensors} tensors, windows of {found.window_bits} bits, {rate} bits per value"
+    return CardFacts(path.stat().st_size, sha256, code=code, seed=found.seed, is_stream=True)
 
 
 def versions() -> dict[str, str]:

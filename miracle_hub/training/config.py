@@ -32,12 +32,14 @@ class VariationalConfig:
     """Options of `make_variational`; exactly one of the first four is the budget.
 
     Attributes:
-        rate: message bits per value that is coded (of a sliding code, the rate of a long message).
-        message_bits: of a whole network, if `streams` is "network".
+        rate: message bits per value that is coded, the mean over all of them (of a sliding code, the rate of
+            a long message).
+        message_bits: of a whole network, if `streams` is "network"; of a rate or of these, too, 99 % are used
+            at least, or what is used is logged.
         bits_per_weight: bits of the whole file that the model will become, headers, scales and plain tensors
             included, over all its weights.
-        size: the same as bytes, such as "5.5MB"; never exceeded. `miracle_hub.make_variational` turns either
-            into the highest rate, or the most message bits, whose file stays within it.
+        size: the same as bytes, such as "5.5MB". `miracle_hub.make_variational` plans the file for either: it
+            has at least 99 % of it, and never more.
         target_modules: "all", "all-matrices", "all-linear", a regular expression that must match whole names
             of modules or parameters, or a list of names or ends of names. None means "all" for a network's
             stream and "all-matrices" for streams of tensors.

@@ -1,13 +1,17 @@
 """A module ⇄ its variational twin, by torch's parametrizations: classes, names and forward stay."""
 
 import copy
+from collections.abc import Set
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from miracle_hub.code import StreamCode
 from miracle_hub.coding.sharing import Sharing
 from miracle_hub.errors import OptionError, WrittenWeightError
 from miracle_hub.names import is_named, near_selection, offer
+from miracle_hub.training.codes import FilePlan, Unit, codes_of
 from miracle_hub.training.config import VariationalConfig
 from miracle_hub.training.drawn import (
     Drawn,
@@ -17,7 +21,7 @@ from miracle_hub.training.drawn import (
     guard_wrappers,
     unguard_wrapper,
 )
-from miracle_hub.training.layout import Member
+from miracle_hub.training.layout import Member, row_values
 from miracle_hub.training.model import Variational, variational_of
 from miracle_hub.training.passes import ATTRIBUTE, install, uninstall
 from miracle_hub.training.start import stream_of
@@ -26,7 +30,7 @@ from miracle_hub.training.targets import Target, check_weights, find_targets
 from miracle_hub.training.wrapping import refuse_wrapped
 
 
-def make_variational(model: nn.Module, config: VariationalConfig) -> nn.Module:
+def make_variational(model: nn.Module, config: VariationalConfig, plan: FilePlan | None = None) -> nn.Module:
     """Give a model's weights Gaussian posteriors, in place, and return it.
 
     The optimizer must be made after this: the parameters are others. The means start at the weights.
@@ -34,6 +38,7 @@ def make_variational(model: nn.Module, config: VariationalConfig) -> nn.Module:
     Args:
         model: on any device, with weights to start from.
         config: what is coded, how, and within which budget.
+        plan: of the file, where the budget is that of one.
 
     Raises:
         OptionError: nothing matches, a parameter cannot be converted, the model is variational already, or
@@ -47,13 +52,17 @@ def make_variational(model: nn.Module, config: VariationalConfig) -> nn.Module:
     refuse_wrapped(model)
     targets = find_targets(model, config)
     check_weights(model)
-    factors = sharing_factors(targets, config)
     groups = [targets] if config.streams == "network" else [[target] for target in targets]
+    one_scale = frozenset() if plan is None else plan.one_scale
+    units = units_of(targets, config, one_scale)
+    codes = codes_of(units, config) if plan is None else plan.codes
+    sharings = iter(sharings_of(targets, config))
     streams: list[Stream] = []
-    for group in groups:
-        sharings = [sharing_of(target, factors[target.name], config) for target in group]
-        streams.append(_stream(group, sharings, config, len(streams)))
-    variational = Variational(streams, config)
+    for group, unit in zip(groups, units, strict=True):
+        own, scales = [next(sharings) for _ in group], "tensor" if unit.name in one_scale else config.scales
+        options = replace(config, scales=scales)
+        streams.append(_stream(group, own, options, codes[unit.name], len(streams)))
+    variational = Variational(streams, config, plan)
     siblings = {id(module): tuple(module._parameters) for t in targets for module, _ in t.owners}
     for s, group in enumerate(groups):
         for m, target in enumerate(group):
@@ -168,18 +177,50 @@ def _make_dense(model: nn.Module, values: dict[int, Tensor]) -> nn.Module:
     return model
 
 
-def _stream(group: list[Target], sharings: list[Sharing], config: VariationalConfig, number: int) -> Stream:
+def _stream(
+    group: list[Target], sharings: list[Sharing], config: VariationalConfig, code: StreamCode, number: int
+) -> Stream:
     members = [
         Member(target.name, tuple(target.parameter.shape), target.parameter.dtype, sharing)
         for target, sharing in zip(group, sharings, strict=True)
     ]
-    stream = stream_of(members, [target.parameter for target in group], config, number)
+    stream = stream_of(members, [target.parameter for target in group], config, code, number)
     if not any(target.parameter.requires_grad for target in group):
         stream.requires_grad_(False)  # who froze a tensor wants it coded as it is
     return stream
 
 
-def sharing_of(target: Target, factor: float, config: VariationalConfig) -> Sharing:
+def units_of(
+    targets: list[Target], config: VariationalConfig, one_scale: Set[str] = frozenset()
+) -> list[Unit]:
+    """What has a stream of its own: every tensor, or the network.
+
+    Args:
+        one_scale: see `FilePlan`.
+    """
+    sharings = sharings_of(targets, config)
+    if config.streams == "network":
+        name = targets[0].name if len(targets) == 1 else f"{len(targets)} tensors"
+        return [Unit(name, sum(sharing.n_values for sharing in sharings))]
+    units = []
+    for target in targets:
+        has_row_scales = config.scales == "row" and target.name not in one_scale
+        width = row_values(tuple(target.parameter.shape), has_row_scales)
+        units.append(Unit(target.name, target.parameter.numel(), width))
+    return units
+
+
+def sharings_of(targets: list[Target], config: VariationalConfig) -> list[Sharing]:
+    """How the weights of every target share values.
+
+    Raises:
+        OptionError: a name in `sharing` is that of no target.
+    """
+    factors = _sharing_factors(targets, config)
+    return [_sharing_of(target, factors[target.name], config) for target in targets]
+
+
+def _sharing_of(target: Target, factor: float, config: VariationalConfig) -> Sharing:
     """How a target's weights share values, by its factor."""
     n_weights = target.parameter.numel()
     n_values = max(1, round(n_weights / factor))
@@ -187,7 +228,7 @@ def sharing_of(target: Target, factor: float, config: VariationalConfig) -> Shar
     return Sharing(kind, n_values, n_weights)
 
 
-def sharing_factors(targets: list[Target], config: VariationalConfig) -> dict[str, float]:
+def _sharing_factors(targets: list[Target], config: VariationalConfig) -> dict[str, float]:
     """The factor of every target.
 
     Raises:

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from miracle_hub.code import Code
-from miracle_hub.coding.matrix import ROW_SCALE_COLUMNS, matrix_columns
+from miracle_hub.code import StreamCode
+from miracle_hub.coding.matrix import FEWEST_ROWS, ROW_SCALE_COLUMNS, matrix_columns
 from miracle_hub.coding.order import permutation
 from miracle_hub.coding.sharing import Sharing, expand
 from miracle_hub.training.loans import is_wrapped
@@ -126,7 +126,7 @@ class Joint(nn.Module):
 
     has_columns: ClassVar[bool] = False
 
-    def __init__(self, members: Sequence[Member], code: Code) -> None:
+    def __init__(self, members: Sequence[Member], code: StreamCode) -> None:
         """
         Args:
             code: whose seed fixes the permutation and which weights share a value.
@@ -181,7 +181,7 @@ class Joint(nn.Module):
         return values, torch.zeros_like(values, dtype=torch.bool).index_fill_(0, places, True)
 
 
-def layout_of(members: Sequence[Member], code: Code, has_row_scales: bool) -> Matrix | Joint:
+def layout_of(members: Sequence[Member], code: StreamCode, has_row_scales: bool) -> Matrix | Joint:
     """One tensor without sharing lies in its own order; all others are permuted together.
 
     Args:
@@ -196,6 +196,19 @@ def scale_columns(shape: tuple[int, ...]) -> int:
     """The length of rows that have a scale of their own; 0 where they are short."""
     columns = matrix_columns(shape)
     return columns if columns >= ROW_SCALE_COLUMNS and columns < math.prod(shape) else 0
+
+
+def row_values(shape: tuple[int, ...], has_row_scales: bool) -> int:
+    """Values of a tensor that two codes do not share between them: a row that has a scale, or else a row of
+    one of 64 at least, which meets sizes to 0.4 % between rates that are a quarter apart.
+    """
+    if has_row_scales and (columns := scale_columns(shape)):
+        return columns
+    columns, n_values = matrix_columns(shape), math.prod(shape)
+    if n_values // columns >= FEWEST_ROWS:
+        return columns
+    small = [width for width in range(1, n_values // FEWEST_ROWS + 1) if columns % width == 0]
+    return max(small, default=1)
 
 
 def _shared_values(weights: Tensor, sharing: Sharing, seed: int, number: int) -> Tensor:

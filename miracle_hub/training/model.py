@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from miracle_hub.errors import OptionError, WrittenWeightError
+from miracle_hub.training.codes import FilePlan
 from miracle_hub.training.config import VariationalConfig
 from miracle_hub.training.loans import Loans, Seen, is_wrapped
 from miracle_hub.training.noise import noise_seed
@@ -27,9 +28,15 @@ class Variational(nn.Module):
     What is written into a weight between passes is written into its posterior, or refused.
     """
 
-    def __init__(self, streams: Sequence[Stream], config: VariationalConfig) -> None:
+    def __init__(
+        self, streams: Sequence[Stream], config: VariationalConfig, plan: FilePlan | None = None
+    ) -> None:
+        """
+        Args:
+            plan: of the file, where the budget is that of one.
+        """
         super().__init__()
-        self.config = config
+        self.config, self.plan = config, plan
         self.streams = tuple(streams)
         # On the CPU wherever the model is: a kernel's launch must not wait for the device to read it.
         self.draw_number = torch.zeros((), dtype=torch.int64)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from miracle_hub.coding.narrowing import half_holds, is_narrowable
+from miracle_hub.coding.narrowing import is_held_in_half
 from miracle_hub.names import matches
 from miracle_hub.training.drawn import DrawnWeight
 from miracle_hub.training.model import variational_of
@@ -30,25 +30,46 @@ def plain_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
+def planned_half(model: nn.Module) -> frozenset[str] | None:
+    """The vectors that the file of a model has in 16 bits, decided by a budget before training; None where
+    their values decide. One that float16 holds no longer keeps its 32 bits.
+    """
+    plan = variational_of(model).plan
+    if plan is None or plan.half is None:
+        return None
+    tensors = dict(plain_tensors(model))
+    return frozenset(name for name in plan.half & set(tensors) if _fits(tensors[name]))
+
+
+@torch.no_grad()
+def _fits(tensor: Tensor) -> bool:
+    return bool(tensor.half().isfinite().all())
+
+
 @torch.no_grad()
 def round_as_written(model: nn.Module) -> list[str]:
-    """Round what a repository of the model will hold in 16 bits, in place; the names of what changed.
+    """Round what the file of the model will hold in 16 bits, in place; the names of what changed.
 
-    Vectors of weights and biases that are trained beside what is coded. A model that becomes one file, in
-    which they keep their bits, is left as it is.
+    Vectors of weights and biases that are trained beside what is coded. A model without a budget that becomes
+    one file, in which they keep their bits, is left as it is.
     """
     model, changed = unwrapped(model), []
-    if not _becomes_a_repository(model):
-        return changed
-    kept = variational_of(model).config.modules_to_save or []
+    half = planned_half(model)
+    if half is None:
+        half = _held_in_half(model) if _becomes_a_repository(model) else frozenset()
     for name, tensor in plain_tensors(model):
-        if tensor.dtype != torch.float32 or not is_narrowable(name, tensor.shape) or matches(name, kept):
-            continue
-        rounded = tensor.half().float()
-        if half_holds(tensor) and not torch.equal(rounded, tensor):
+        rounded = tensor.half().to(tensor.dtype) if name in half else tensor
+        if not torch.equal(rounded, tensor):
             tensor.copy_(rounded)
             changed.append(name)
     return changed
+
+
+def _held_in_half(model: nn.Module) -> frozenset[str]:
+    """What values decide, as `codec.plan` does."""
+    kept = variational_of(model).config.modules_to_save or []
+    named = plain_tensors(model)
+    return frozenset(name for name, t in named if is_held_in_half(name, t) and not matches(name, kept))
 
 
 def _becomes_a_repository(model: nn.Module) -> bool:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from miracle_hub.code import Code
+from miracle_hub.code import StreamCode
 from miracle_hub.coding import posterior as coding
 from miracle_hub.errors import OptionError, WrittenWeightError
-from miracle_hub.training.blocks import Budget
+from miracle_hub.training.blocks import StreamBudget
 from miracle_hub.training.layout import Layout, Member
 from miracle_hub.training.message import Chosen, Message, Selector
 from miracle_hub.training.posteriors.protocol import Posterior
@@ -41,7 +41,7 @@ class Stream(nn.Module):
     posterior: Posterior
     message: Message | None
 
-    def __init__(self, layout: Layout, posterior: Posterior, code: Code, number: int) -> None:
+    def __init__(self, layout: Layout, posterior: Posterior, code: StreamCode, number: int) -> None:
         super().__init__()
         self.code, self.number = code, number
         self.layout, self.posterior = layout, posterior
@@ -58,7 +58,7 @@ class Stream(nn.Module):
         return self.layout.n_values
 
     @property
-    def budget(self) -> Budget:
+    def budget(self) -> StreamBudget:
         """The KL that the message pays for."""
         return self.posterior.budget
 

@@ -179,7 +179,7 @@ ATTACKS = {
 def test_a_hostile_payload_is_refused_for_its_reason_and_cheaply(name: str) -> None:
     data, reason = ATTACKS[name]
     if data[:4] != MAGIC:
-        data = Frame(MAGIC, 1, "exact payload", 0).seal(data)
+        data = Frame(MAGIC, (1,), "exact payload", 0).seal(data)
     tracemalloc.start()
     try:
         with pytest.raises(FormatError, match=f"^t: .*{reason}"):

@@ -19,6 +19,7 @@ from miracle_hub.code import (
     MAX_WINDOW_BITS,
     QUANT_METHOD,
     Code,
+    SplitCode,
 )
 from miracle_hub.codec.guard import GUARD, GUARD_ALONE
 from miracle_hub.codec.network import read_network
@@ -174,6 +175,7 @@ def test_its_limits_are_those_of_the_readers() -> None:
     assert kinds["network_header"]["properties"]["tensors"]["maxItems"] == network._MAX_TENSORS
     for kind, described in (
         ("code", Code),
+        ("split_code", SplitCode),
         ("payload_header", payload.Header),
         ("network_header", network.NetworkHeader),
         ("exact_header", exact.ExactHeader),

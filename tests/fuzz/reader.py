@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from miracle_hub.code import Code
+from miracle_hub.code import Code, SplitCode, StreamCode
 from miracle_hub.codec import payloads
 from miracle_hub.codec.decompress import decompress_folder, load_state_dict
 from miracle_hub.codec.dtypes import raw_bytes
@@ -171,24 +171,31 @@ def read_network(data: bytes) -> None:
 def read_sealed_network(data: bytes) -> None:
     """With right checksums, that of the module among them, and a message of the right length."""
     case, data = (CASES[data[0] % len(CASES)], data[1:]) if data else (CASES[0], data)
-    specs, position = specs_of(case), 9
-    numbers, n_values = [0] * 5, 0
+    specs, position, version = specs_of(case), 9, 2 if data[4:5] == b"\2" else 1
+    numbers, n_values = list[int](), 0
     try:
-        for i in range(5):
-            numbers[i], position = read_varint(data, position, "", (0, 2**64), "")
+        for _ in range(5 if version == 1 else 8):
+            number, position = read_varint(data, position, "", (0, 2**64), "")
+            numbers.append(number)
         for spec in specs:
             kind, position = read_varint(data, position, "", (0, 2), "")
             own = spec.n_values
             if kind:
                 own, position = read_varint(data, position, "", (0, 2**64), "")
             n_values += own
-        bits = Code(*numbers[:4]).message_bits(n_values)
+        code: StreamCode = Code(*numbers[:4])
+        if version == 2:
+            code = SplitCode(code, numbers[4], Code(numbers[0], numbers[5], numbers[6], numbers[3]))
+        if min(n for n, _ in code.segments(n_values)) < 1:
+            return
+        bits = [own.message_bits(n) for n, own in code.segments(n_values)]
     except MiracleError:
         return
     if n_values <= MOST_FITTED:
-        body = fitted(data[position + 12 :], len(specs), [bits])
+        body = fitted(data[position + 12 :], len(specs), bits)
         crc = structure(specs).to_bytes(4, "little")
-        compare_network(seal(b"MRCN\1" + data[5:position] + crc + bytes(8) + body), case)
+        start = b"MRCN" + bytes([version]) + data[5:position]
+        compare_network(seal(start + crc + bytes(8) + body), case)
 
 
 def compare_network(data: bytes, case: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from miracle_hub.code import Code
+from miracle_hub.code import Code, SplitCode
 from miracle_hub.codec.compress import compress_folder
 from miracle_hub.codec.decompress import load_state_dict
 from miracle_hub.codec.dtypes import raw_bytes
@@ -26,7 +26,7 @@ from miracle_hub.options import CompressOptions
 GOLDEN = Path(__file__).parent
 # Those that are not called guarded are of before there were guards.
 NAMES_OF_FILES = ("repository_1", "repository_2", "repository_2_guarded", "repository_3_guarded")
-NAMES_OF_FILES += ("network_1.safetensors", "network_1_guarded.safetensors")
+NAMES_OF_FILES += ("network_1.safetensors", "network_1_guarded.safetensors", "network_2_guarded.safetensors")
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 NAMES |= {torch.int64: "I64", torch.uint8: "U8"}
 
@@ -88,10 +88,14 @@ def make_network(path: Path) -> dict[str, str]:
         SharedSpec("1.weight", "F32", (20,), 2, 1),
         SharedSpec("2.weight", "F32", (5, 20), 0, 100),
     )
-    header = NetworkHeader(Code(11, 3, 4, seed=2**33 + 7), specs)
-    message = torch.frombuffer(bytearray(torch.arange(17).pow(3).byte().tolist()), dtype=torch.uint8)
-    message = message.repeat(2)[: header.code.message_bytes(header.n_values)]
-    message[-1] &= 0xFF << (-header.code.message_bits(header.n_values) % 8) & 0xFF
+    code = Code(11, 3, 4, seed=2**33 + 7)
+    is_split = path.name.startswith("network_2")
+    header = NetworkHeader(SplitCode(code, 50, Code(11, 2, 3, code.seed)) if is_split else code, specs)
+    message, end = torch.frombuffer(bytearray(torch.arange(17).pow(3).byte().tolist()), dtype=torch.uint8), 0
+    message = message.repeat(3)[: header.code.message_bytes(header.n_values)]
+    for n_values, own in header.code.segments(header.n_values):
+        end += own.message_bytes(n_values)
+        message[end - 1] &= 0xFF << (-own.message_bits(n_values) % 8) & 0xFF
     stream, _ = encode_stream_entry(header, torch.tensor([0.5, 0.25, 1.0, 0.125]), message)
     payload = encode_tensor(gaussian(5), [Segment(1, Code(8, 4, 1), False)], 1, where="2.bias")
     plain = {

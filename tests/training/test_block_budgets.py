@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from miracle_hub.code import Code
-from miracle_hub.training.blocks import MAX_BLOCK_WEIGHTS, budget_of
+from miracle_hub.training.blocks import MAX_BLOCK_WEIGHTS, Budget, budget_of
 from miracle_hub.training.coder import CodingOptions, code_model
 from miracle_hub.training.config import PARAMETRIZATIONS, VariationalConfig
 from miracle_hub.training.convert import make_variational
@@ -78,6 +78,7 @@ def test_all_blocks_together_have_the_bits_of_the_message(
     assume(rate * n_values > 4 * window and rate * 200 > window)  # or the budget allows no message
     made = config.code_for(n_values, "w")
     budget, message = budget_of(made, n_values, wanted), made.message_bits(n_values)
+    assert isinstance(budget, Budget)
     bits = budget.n_blocks(n_values) * budget.block_kl_nats / math.log(2)
     assert 0.999 * message - made.overlap_bits <= bits <= message * (1 if code == "block" else 1.01) + 1e-6
     assert budget.block_weights <= MAX_BLOCK_WEIGHTS and budget.block_weights % made.step_weights == 0
@@ -90,6 +91,7 @@ def test_a_short_last_block_takes_no_bits_that_nobody_pays_for(
     """The first used to be two blocks of 768: 46 % more KL than message bits; the second 16 % more."""
     code = Code(window, bits, 1)
     budget = budget_of(code, n_values, wanted)
+    assert isinstance(budget, Budget)
     assert budget.n_blocks(n_values) * budget.block_kl_nats / math.log(2) <= code.message_bits(n_values)
     assert budget.kl_nats == pytest.approx(bits * math.log(2))
 

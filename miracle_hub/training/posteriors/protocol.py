@@ -5,7 +5,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from miracle_hub.training.blocks import Budget
+from miracle_hub.training.blocks import StreamBudget
 from miracle_hub.training.layout import Layout
 
 
@@ -25,7 +25,7 @@ class Start:
     values: Tensor
     scales: Tensor
     layout: Layout
-    budget: Budget
+    budget: StreamBudget
     beta: float
     beta_rate: float
 
@@ -43,7 +43,7 @@ class Posterior(Protocol):
 
     has_noise: ClassVar[bool]
     has_penalty: ClassVar[bool]
-    budget: Budget
+    budget: StreamBudget
 
     def scales(self) -> Tensor:
         """The prior's, `[scales]`: as they are by now, or as they were fixed."""
