@@ -10,6 +10,7 @@ from typing import Any
 from miracle_hub.codec.config import digests_of, read_config, read_facts
 from miracle_hub.codec.guard import GUARD, Contents, Sealing, placeholder, read_contents
 from miracle_hub.codec.guarded import check_config, check_together
+from miracle_hub.codec.inherited import is_inherited
 from miracle_hub.codec.naming import CONFIG, INDEX, index_name, shard_names
 from miracle_hub.codec.reading import Reading
 from miracle_hub.codec.source import used_index, weight_files
@@ -123,7 +124,7 @@ def _facts(folder: Path) -> dict[str, Any]:
         FormatError: and its subclasses, and SourceError: it is not sound.
     """
     facts = read_facts(folder)
-    if facts:
+    if facts or not is_inherited(folder):
         check_config(folder / CONFIG, read_config(folder))
     return facts
 

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +14,6 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    DataCollatorForSeq2Seq,
-    DataCollatorWithPadding,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -24,17 +21,16 @@ from transformers import (
 
 from miracle_hub.codec.detector import TO_FINE_TUNE
 from miracle_hub.codec.report import Report
-from miracle_hub.errors import DataError, MiracleError, OutputWriteError, SourceError
+from miracle_hub.errors import MiracleError, OutputWriteError
 from miracle_hub.evaluate.batches import (
-    check_fits,
     read_model_config,
     read_tokenizer,
-    tokenized,
     tokenizer_of,
 )
 from miracle_hub.evaluate.data import Split, read_split
 from miracle_hub.files.whole import WRITE_ERRORS, alone_in, refuse_existing, writing
 from miracle_hub.finetune.models import make_variational
+from miracle_hub.finetune.tasks import classification, language_model, pad_with_another
 from miracle_hub.finetune.trainer import MiracleTrainer
 from miracle_hub.hub.resolve import file_names, require_kind
 from miracle_hub.options import TASKS, FitOptions, chosen
@@ -245,8 +241,8 @@ def _trainer(
     is_folder = Path(source).is_dir()
     tokenizer = read_tokenizer(Path(source)) if is_folder else tokenizer_of(source)
     if tokenizer.pad_token is None:
-        _pad_with_another(tokenizer)
-    prepare = _classification if splits.class_names else _language_model
+        pad_with_another(tokenizer)
+    prepare = classification if splits.class_names else language_model
     model, collator, encode = prepare(source, tokenizer, splits, max_length)
     return MiracleTrainer(
         model=make_variational(model, config),
@@ -257,68 +253,6 @@ def _trainer(
         processing_class=tokenizer,
         compute_metrics=_accuracy if splits.class_names else None,
     )
-
-
-def _pad_with_another(tokenizer: Any) -> None:
-    """Texts of a batch are made equally long with a token that the mask hides, whichever it is.
-
-    Raises:
-        SourceError: the tokenizer has no token to take.
-    """
-    others = (tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token)
-    found = next((token for token in others if token is not None), None)
-    if found is None:
-        raise SourceError(
-            "tokenizer: expected a pad token, found none, nor one of end, beginning or unknown words to take "
-            "instead; set tokenizer.pad_token and save it beside the model"
-        )
-    tokenizer.pad_token = found
-    _LOGGER.warning(
-        "tokenizer: it has no pad token; %r pads texts, under a mask, and is written as such", found
-    )
-
-
-def _classification(source: Any, tokenizer: Any, splits: Split, max_length: int) -> tuple[Any, Any, Callable]:
-    names = splits.class_names
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-    model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=len(names), **labels)
-    if model.config.pad_token_id is None:  # some models look for it to find a text's end
-        model.config.pad_token_id = tokenizer.pad_token_id
-
-    def encode(rows: Any) -> Any:
-        def one(batch: dict[str, list]) -> Any:
-            texts = [batch[column] for column in splits.text_columns]
-            inputs = tokenized(tokenizer, texts, max_length)
-            check_fits(model, inputs)
-            return {**inputs, "labels": batch["labels"]}
-
-        return rows.map(one, batched=True, remove_columns=rows.column_names)
-
-    return model, DataCollatorWithPadding(tokenizer), encode
-
-
-def _language_model(source: Any, tokenizer: Any, splits: Split, max_length: int) -> tuple[Any, Any, Callable]:
-    model = AutoModelForCausalLM.from_pretrained(source)
-
-    def one(batch: dict[str, list]) -> dict[str, list]:
-        """Texts one after the other, cut into windows; a last token alone has none to predict."""
-        tokens = [t for text in batch[splits.text_columns[0]] for t in tokenizer(text)["input_ids"]]
-        windows = [tokens[start : start + max_length] for start in range(0, len(tokens) - 1, max_length)]
-        check_fits(model, {"input_ids": windows})
-        return {"input_ids": windows, "labels": windows}
-
-    def encode(rows: Any) -> Any:
-        windows = rows.map(one, batched=True, remove_columns=rows.column_names)
-        if not len(windows):
-            raise DataError(
-                f"data: expected texts of at least two tokens, found none in {len(rows)} rows to train on or "
-                "to evaluate on; look at the file, or give more of them"
-            )
-        return windows
-
-    # Which pads labels by themselves: that of language modeling takes the pad token, which may be that of the
-    # end, out of them wherever it stands.
-    return model, DataCollatorForSeq2Seq(tokenizer), encode
 
 
 def _arguments(folder: Path, options: FitOptions) -> TrainingArguments:

@@ -103,8 +103,8 @@ def save(model: nn.Module, path: str | Path) -> int:
     model, path = unwrapped(model), Path(path)
     variational = convert.check_evaluated(model)
     check_model(model)
-    round_as_written(model)
-    half = planned_half(model) or frozenset()
+    if half := planned_half(model) or frozenset():  # all others keep their bits in such a file
+        round_as_written(model)
     names = _names(model, variational)
     entries = _coded_entries(variational, names)
     dense = convert.posterior_mean(model)

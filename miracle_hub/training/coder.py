@@ -104,8 +104,7 @@ class _Coder:
         processes: Processes,
     ) -> None:
         self.model, self.loss, self.options, self.journal = model, loss, options, journal
-        self.processes = processes
-        self.variational = variational_of(model)
+        self.processes, self.variational = processes, variational_of(model)
         self.streams, config = list(self.variational.streams), self.variational.config
         self.schedule = Schedule(self.streams, options.groups, options.order, config.seed)
         self.selector = Selector(config.selection, generator(config.seed))

@@ -302,7 +302,7 @@ def test_a_config_that_is_a_folder_is_refused(folder: Path) -> None:
 
 @pytest.mark.parametrize("names", [5, [5], "layer", {"a": 1}])
 def test_modules_that_are_no_list_of_names_are_refused(names: object, folder: Path) -> None:
-    save_file({"w": torch.zeros(3)}, folder / "model.safetensors")
+    save_file({"w": torch.zeros(3, dtype=torch.uint8)}, folder / "model.safetensors")
     facts = {"quant_method": "miracle", "modules_to_not_convert": names}
     (folder / "config.json").write_text(json.dumps({"quantization_config": facts}))
     with pytest.raises(FormatError) as raised:

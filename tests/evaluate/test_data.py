@@ -5,6 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import BertConfig
 
 from miracle_hub import cli
 from miracle_hub.errors import DataError
@@ -138,16 +141,26 @@ ODD = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Something dense to fit, as far as is looked at before the data are."""
+    folder = tmp_path_factory.mktemp("source")
+    BertConfig().save_pretrained(folder)
+    save_file({"w": torch.zeros(3)}, folder / "model.safetensors")
+    return folder
+
+
 @pytest.mark.parametrize(("name", "content"), [(n, c) for n, contents in ODD.items() for c in contents])
 def test_the_command_line_says_one_line_of_odd_data(
     name: str,
     content: str,
+    source: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = written(tmp_path / name, content)
-    arguments = ["fit", "nowhere", str(tmp_path / "out"), "--data", str(path), "--rate", "1"]
+    arguments = ["fit", str(source), str(tmp_path / "out"), "--data", str(path), "--rate", "1"]
     monkeypatch.setattr(sys, "argv", ["miracle", *arguments])
     with pytest.raises(SystemExit) as ended:
         cli.main()

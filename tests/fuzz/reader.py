@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from miracle_hub.api import verify
 from miracle_hub.code import Code, SplitCode, StreamCode
 from miracle_hub.codec import payloads
 from miracle_hub.codec.decompress import decompress_folder, load_state_dict
@@ -28,7 +29,6 @@ from miracle_hub.codec.modules import read_state
 from miracle_hub.codec.network import decode_stream_entry, encode_stream_entry
 from miracle_hub.codec.packed import PackedMatrix, is_packable
 from miracle_hub.codec.trellis import check_payload, decode_payload
-from miracle_hub.codec.verification import verify_folder
 from miracle_hub.coding.backend import choose
 from miracle_hub.coding.digest import digest
 from miracle_hub.errors import MiracleError
@@ -73,11 +73,11 @@ def allowed(read: Callable[..., Any], *args: Any, **options: Any) -> Any:
 def read_file(data: bytes) -> None:
     path = WORK / "file.safetensors"
     path.write_bytes(data)
-    for verify in (True, False):
-        allowed(load_state_dict, path, verify=verify)
+    for compares in (True, False):
+        allowed(load_state_dict, path, verify=compares)
     allowed(inspect_folder, path)
     allowed(read_state, path, MODULE)
-    allowed(verify_folder, path, backend="cpu")
+    allowed(verify, path, backend="cpu")
 
 
 def read_sealed_file(data: bytes) -> None:
@@ -240,7 +240,7 @@ def read_repository(name: str, data: bytes) -> None:
     shutil.copytree(source, folder, dirs_exist_ok=True)
     (folder / name).write_bytes(data[1:])
     loaded = allowed(load_state_dict, folder)
-    verification = allowed(verify_folder, folder, backend="cpu")
+    verification = allowed(verify, folder, backend="cpu")
     assert loaded is not None or verification is None or verification.defects, "what is sound loads"
     allowed(inspect_folder, folder)
     allowed(decompress_folder, folder, WORK / "dense", DecompressOptions(overwrite=True, progress=False))

@@ -20,7 +20,7 @@ from transformers import (
 import miracle_hub
 from miracle_hub.errors import DataError, MiracleError, SourceError, TrainingError
 from miracle_hub.evaluate.data import Split
-from miracle_hub.finetune.fit import _language_model
+from miracle_hub.finetune.tasks import language_model
 from miracle_hub.training.config import PARAMETRIZATIONS
 
 pytest.importorskip("datasets", reason="fit needs the package datasets: pip install '.[fit]'")
@@ -79,7 +79,7 @@ def test_the_end_of_a_text_is_learned_though_its_token_pads(source: Path) -> Non
     import datasets
 
     reader: Any = tokenizer(eos_token="<eos>", pad_token="<eos>")
-    _, collate, encode = _language_model(source, reader, Split(None, None, ("text",), ()), 4)
+    _, collate, encode = language_model(source, reader, Split(None, None, ("text",), ()), 4)
     rows = encode(datasets.Dataset.from_dict({"text": ["a b <eos>", "good bad a"]}))
     assert rows["input_ids"][:] == [[2, 3, 1, 4], [5, 2]]
     batch = collate([rows[i] for i in range(2)])

@@ -157,12 +157,12 @@ def test_a_newer_payload_asks_for_an_upgrade(folder: Path) -> None:
         AutoModelForCausalLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("version", [3, 0, "1.5", None])
+@pytest.mark.parametrize("version", [4, 0, "1.5", None])
 def test_a_newer_repository_asks_for_an_upgrade(folder: Path, version: object) -> None:
     change_config(folder, format_version=version)
     with pytest.raises(
         UnsupportedVersionError,
-        match=rf"^config\.json: this miracle-hub reads format versions up to 2, found {version!r}; "
+        match=rf"^config\.json: this miracle-hub reads format versions up to 3, found {version!r}; "
         "upgrade: pip install -U miracle-hub$",
     ):
         AutoModel.from_pretrained(folder)

@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
 from miracle_hub.errors import OptionError
-from miracle_hub.training.convert import posterior_mean
 from miracle_hub.training.wrapping import refuse_sharded
 from tests.limits import HANG_SECONDS
-from tests.training.networks import IMAGES, conv_net, loss_of, part_of, variational_net
+from tests.training.networks import conv_net, loss_of, variational_net
 
 WORKER = Path(__file__).parent / "two_processes.py"
 
@@ -128,14 +126,3 @@ def test_sharded_parameters_are_refused() -> None:
     model.head.weight = DTensor(model.head.weight)
     with pytest.raises(OptionError, match="^head.weight: expected a whole parameter, found one that is"):
         refuse_sharded(model)
-
-
-def test_what_wrappers_need_not_send_is_forgotten_with_the_posteriors() -> None:
-    model: Any = variational_net(streams="network")
-    tables = {name for name, b in model.named_buffers() if any(b is t for t in part_of(model).buffers())}
-    assert {name.rpartition(".")[2] for name in tables & set(model._ddp_params_and_buffers_to_ignore)} >= {
-        "order", "owner", "place_0",
-    }  # fmt: skip
-    dense = posterior_mean(model)
-    assert not hasattr(dense, "_ddp_params_and_buffers_to_ignore") and not dense._forward_hooks
-    assert torch.equal(dense.eval()(IMAGES), model.eval()(IMAGES))
