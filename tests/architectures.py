@@ -1,4 +1,4 @@
-"""Any architecture of transformers at tiny size, with random weights: what a sweep over all of them is made of."""
+"""Any architecture of transformers at tiny size, with random weights: what sweeps over all are made of."""
 
 import random
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 MOST_WEIGHTS = 1_200_000
 
-# Attributes of configs by the ends of their names, and the most that each may be. What is not here stays as it is.
+# Attributes of configs by the ends of their names, and the most that each may be; others stay as they are.
 _AT_MOST = {
     ("hidden_layers", "coder_layers", "n_layer", "n_layers", "num_layers", "num_blocks"): 2,
     ("num_attention_heads", "_heads", "n_head", "num_heads", "num_key_value_heads", "n_heads"): 2,

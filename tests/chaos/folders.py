@@ -1,4 +1,4 @@
-"""Random model folders: what is compressed must load equal to what is decompressed, and every file be accounted for.
+"""Random model folders: compressed and decompressed they load equal, and every file is accounted for.
 
 A folder is a random architecture of transformers at tiny size, in a random dtype, with tensors beside its
 weights that are no weights (masks, tables, counters) and files beside it that only their names explain.
@@ -92,7 +92,7 @@ def one_folder(seed: int, number: int) -> Outcome:
     generator, root = random.Random(f"{seed} {number}"), WORK / "folders"
     shutil.rmtree(root, ignore_errors=True)
     source, out, dense = root / "source", root / "out", root / "dense"
-    model_type, extra = write_folder(generator, source)
+    model_type, buffers, extra = write_folder(generator, source)
     outcome, options = Outcome(model_type), _options(generator)
     try:
         report = miracle_hub.compress(source, out, progress=False, **options)
@@ -106,14 +106,15 @@ def one_folder(seed: int, number: int) -> Outcome:
     _check_size(outcome, report, out)
     _check_files(outcome, report, source, out, dense)
     _check_extra(outcome, extra, dense)
-    _check_loading(outcome, out, dense, keeps=options["stages"] == 1)
+    _check_loading(outcome, out, dense, buffers, keeps=options["stages"] == 1)
     return outcome
 
 
-def write_folder(generator: random.Random, folder: Path) -> tuple[str, dict[str, Tensor]]:
-    """The folder, its architecture, and the tensors in it that are no weights."""
+def write_folder(generator: random.Random, folder: Path) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
+    """The folder, its architecture, the buffers of its model, and what else in it is no weight."""
     model_type, model = next(drawn_models(generator))
     model.to(generator.choice(_DTYPES)).save_pretrained(folder)
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
     extra = _put_tensors(generator, folder)
     for name, data in _drawn(generator, _CARRIED) | _drawn(generator, _ODD):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +122,7 @@ def write_folder(generator: random.Random, folder: Path) -> tuple[str, dict[str,
     for name in generator.sample(_NESTED, generator.randrange(2)):
         (folder / name).parent.mkdir(exist_ok=True)
         save_file({"linear.weight": torch.randn(32, 40)}, folder / name)
-    return model_type, extra
+    return model_type, buffers, extra
 
 
 def _drawn(generator: random.Random, files: dict[str, bytes]) -> set[tuple[str, bytes]]:
@@ -193,11 +194,18 @@ def _check_extra(outcome: Outcome, extra: dict[str, Tensor], dense: Path) -> Non
         outcome.claim(name in found and _is_same(found[name], tensor), f"{name} is not what it was")
 
 
-def _check_loading(outcome: Outcome, out: Path, dense: Path, keeps: bool) -> None:
-    """Bits and dtypes of what from_pretrained gives, of both folders; with layers kept compressed, too, if `keeps`."""
+def _check_loading(outcome: Outcome, out: Path, dense: Path, buffers: dict[str, Tensor], keeps: bool) -> None:
+    """Bits and dtypes of what from_pretrained gives, of both folders.
+
+    Args:
+        keeps: also with layers that stay compressed.
+    """
     wanted = _loaded(dense)
     if isinstance(wanted, Exception):
         outcome.what = "not loaded by transformers, dense or compressed"
+    else:
+        for name, buffer in buffers.items():
+            outcome.claim(_is_same(wanted[name], buffer), f"{name}, a buffer, is not what it was")
     for keep_compressed in (False, True) if keeps else (False,):
         found = _loaded(out, keep_compressed)
         if isinstance(found, Exception) or isinstance(wanted, Exception):
