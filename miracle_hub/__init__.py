@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from miracle_hub.codec.inspection import Inspection as Inspection
     from miracle_hub.codec.modules import load as load
     from miracle_hub.codec.report import Report as Report
+    from miracle_hub.codec.token_certificate import TokenCertificate as TokenCertificate
     from miracle_hub.codec.verification import Verification as Verification
     from miracle_hub.evaluate.certify import certify as certify
     from miracle_hub.evaluate.certify import certify_network as certify_network
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
     from miracle_hub.options import LoadOptions as LoadOptions
     from miracle_hub.plugin.config import MiracleConfig as MiracleConfig
     from miracle_hub.training.checkpoint import Checkpoint as Checkpoint
-    from miracle_hub.training.coder import CodingOptions as CodingOptions
     from miracle_hub.training.coder import code_model as code_model
+    from miracle_hub.training.coding_options import CodingOptions as CodingOptions
     from miracle_hub.training.config import VariationalConfig as VariationalConfig
     from miracle_hub.training.convert import posterior_mean as posterior_mean
     from miracle_hub.training.convert import posterior_samples as posterior_samples
@@ -64,6 +65,7 @@ __all__ = [
     "MiracleTrainer",
     "PushReport",
     "Report",
+    "TokenCertificate",
     "VariationalConfig",
     "Verification",
     "anneal",
@@ -94,7 +96,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Certificate": "miracle_hub.codec.certificate",
     "Checkpoint": "miracle_hub.training.checkpoint",
-    "CodingOptions": "miracle_hub.training.coder",
+    "CodingOptions": "miracle_hub.training.coding_options",
     "Comparison": "miracle_hub.evaluate.compare",
     "CompressOptions": "miracle_hub.options",
     "DecompressOptions": "miracle_hub.options",
@@ -108,6 +110,7 @@ _HOMES = {
     "MiracleTrainer": "miracle_hub.finetune.trainer",
     "PushReport": "miracle_hub.hub.push",
     "Report": "miracle_hub.codec.report",
+    "TokenCertificate": "miracle_hub.codec.token_certificate",
     "VariationalConfig": "miracle_hub.training.config",
     "Verification": "miracle_hub.codec.verification",
     "anneal": "miracle_hub.training.model",

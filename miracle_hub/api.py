@@ -11,10 +11,11 @@ from torch import Tensor
 from miracle_hub.code import DEFAULT_WIDTH
 from miracle_hub.codec.decompress import decompress_folder
 from miracle_hub.codec.decompress import load_state_dict as load_folder
+from miracle_hub.codec.detector import TO_COMPRESS, TO_DECODE, TO_INSPECT
 from miracle_hub.codec.inspection import Inspection, inspect_folder
 from miracle_hub.codec.report import Report
 from miracle_hub.codec.verification import Verification
-from miracle_hub.hub.resolve import local_folder
+from miracle_hub.hub.resolve import local_folder, not_downloaded
 from miracle_hub.options import (
     DEFAULT_SHARD_SIZE,
     DEFAULT_WINDOW_BITS,
@@ -67,7 +68,7 @@ def compress(
         options: all of these from `bits_per_weight` on, instead of the keywords.
 
     Raises:
-        SourceError: and its subclasses: the source cannot be read or holds NaN.
+        SourceError: and its subclasses: the source cannot be read, is no dense model or holds NaN.
         BudgetError: the size cannot be met; the message says the least or most possible.
         OptionError: an option is out of range; or there is not exactly one of bits_per_weight and size.
         BackendError: the backend cannot run here.
@@ -76,15 +77,18 @@ def compress(
     options = chosen(CompressOptions, options, locals())
     from miracle_hub.codec.compress import compress_folder
     from miracle_hub.hub.card import write_card
+    from miracle_hub.plugin.roles import roles_of
 
     options.require_budget()  # before a Hub source is downloaded
-    folder = local_folder(source, options.revision)
+    folder = local_folder(source, options.revision, taken=TO_COMPRESS)
     base_model = None if Path(source).exists() else str(source)
     return compress_folder(
         folder,
         Path(out),
         options,
         card=lambda target, report: write_card(target, report, folder, base_model),
+        not_downloaded=not_downloaded(source, options.revision, folder),
+        roles=roles_of,
     )
 
 
@@ -114,6 +118,7 @@ def decompress(
         options: all of these from `max_shard_size` on, instead of the keywords.
 
     Raises:
+        SourceKindError: the source is another kind of model.
         FormatError: and its subclasses: a file is not sound; the message names the tensor.
         OptionError: an option is out of range.
         OutputExistsError: `out` exists. OutputWriteError: it cannot be written.
@@ -140,6 +145,7 @@ def load_state_dict(
         backend: who decodes: "cpu", "triton", or "auto" for a GPU where there is one.
 
     Raises:
+        SourceKindError: the source is another kind of model.
         FormatError: and its subclasses: a file is not sound; the message names the tensor.
         OptionError: an option is out of range.
     """
@@ -162,12 +168,13 @@ def inspect(
             blocks where a fit's coding.json lies in `source` or in "<source>-fit".
 
     Raises:
+        SourceKindError: the source is not compressed.
         FormatError: and its subclasses: a file is not sound; the message names the tensor.
         OutputWriteError: a plot cannot be written.
     """
     from miracle_hub.hub.plots import read_journal, write_plots
 
-    folder = local_folder(source, revision, stages)
+    folder = local_folder(source, revision, stages, taken=TO_INSPECT)
     inspection = inspect_folder(folder, stages)
     if plots is None:
         return inspection
@@ -193,10 +200,10 @@ def verify(
         A report of every file; `require()` raises an error if there is a defect.
 
     Raises:
-        SourceError: there is no such source.
+        SourceError: there is no such source. SourceKindError: it is not compressed.
         BackendError: the backend cannot run here.
     """
     from miracle_hub.hub.card import verify_with_card
 
-    folder = local_folder(source, revision)
+    folder = local_folder(source, revision, taken=TO_INSPECT if dense is None else TO_DECODE)
     return verify_with_card(folder, None if dense is None else Path(dense), backend)

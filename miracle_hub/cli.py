@@ -1,5 +1,6 @@
 """The command line: the verbs of the package, with the same names and defaults."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -12,9 +13,11 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperCommand
 
 import miracle_hub
 from miracle_hub.codec.inspection import Inspection, TensorReport
+from miracle_hub.codec.report import Report, told_by_reason
 from miracle_hub.errors import MiracleError
 from miracle_hub.options import CompressOptions, DecompressOptions, FitOptions, Options, helps
 
@@ -34,7 +37,7 @@ Dense = Annotated[str | None, typer.Option(help="The folder that was compressed,
 Split = Annotated[str | None, typer.Option(help="Of the data, where they have several.")]
 Stages = Annotated[int | None, typer.Option(help="Read so many stages only.")]
 Data = Annotated[str, typer.Option(help="csv, tsv, json, jsonl, parquet, txt; a folder; a Hub id.")]
-TextColumns = Annotated[list[str] | None, typer.Option(help="One or two; else those of strings.")]
+TextColumns = Annotated[list[str] | None, typer.Option(help="One or two; else those that can be no others.")]
 LabelColumn = Annotated[str, typer.Option(help="Of classes: numbers or names.")]
 
 
@@ -86,8 +89,11 @@ def compress(source: Source, out: Out, options: CompressOptions) -> None:
         f"({report.dense_bytes / report.compressed_bytes:.2f} times smaller), "
         f"{report.bits_per_weight:.4f} bits per weight, {report.seconds:.1f} s "
         f"(backend {report.backend})\n"
-        f"digest {report.digest}"
+        f"{len(report.plain) + len(report.exact)} tensors stay as they are: {report.kept_bytes:,} bytes, "
+        f"{report.kept_share:.1%} (weights and others told apart by {report.judged_by})"
     )
+    _tell_files(report)
+    typer.echo(f"digest {report.digest}")
 
 
 @_command(DecompressOptions)
@@ -101,9 +107,22 @@ def decompress(source: Source, out: Out, options: DecompressOptions) -> None:
 def fit(source: Source, out: Out, data: Data, options: FitOptions) -> None:
     """Fine-tune SOURCE on a data set within a budget of bits, and write OUT, which from_pretrained loads."""
     found = miracle_hub.fit(source, out, data=data, options=options)
-    size = f"{found.report.compressed_bytes:,} bytes, {found.report.bits_per_weight:.4f} bits per weight"
+    if os.environ.get("RANK", "0") != "0":  # as torchrun numbers processes: one of them speaks
+        return
+    report = found.report
+    asked = "" if report.budget_bytes is None else f" of {report.budget_bytes:,}"
+    size = f"{report.compressed_bytes:,}{asked} bytes, {report.bits_per_weight:.4f} bits per weight"
     typer.echo(f"{out}: {size}\nbefore coding {_figures(found.fitted)}; as written {_figures(found.coded)}")
+    _tell_files(found.report)
     typer.echo(f"digest {found.report.digest}")
+
+
+def _tell_files(report: Report) -> None:
+    """What the output has not, and what it has as it was."""
+    kinds = {"copied": report.carried, "left out": report.left_out}
+    lines = [f"{kind}, {line}" for kind, said in kinds.items() for line in told_by_reason(said)]
+    for line in (*lines, *report.notes):
+        typer.echo(_printable(line))
 
 
 def _figures(figures: dict[str, float]) -> str:
@@ -184,7 +203,21 @@ def compare(
     typer.echo(f"A {a}: {found.bytes_a:,} bytes\nB {b}: {found.bytes_b:,} bytes\n{found.statement}")
 
 
-@app.command()
+class _Certify(TyperCommand):
+    """Exactly one of two flags, which the parser would take one after the other, or ask for by one name."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = [flag for flag in ("--fitted", "--held-out") if flag in args]
+        if len(given) != 1 and "--help" not in args and not ctx.resilient_parsing:
+            ctx.fail(
+                "certify: expected either --fitted (SOURCE was fitted to these rows, or made or chosen with "
+                f"a view to them) or --held-out (it was not), found {' and '.join(given) or 'neither'}; give "
+                "one of them"
+            )
+        return super().parse_args(ctx, args)
+
+
+@app.command(cls=_Certify)
 def certify(
     source: Source,
     data: Data,
@@ -199,14 +232,18 @@ def certify(
     delta: Annotated[float, typer.Option(help="Chance that the bound is wrong.")] = 0.05,
     text_columns: TextColumns = None,
     label_column: LabelColumn = "label",
-    max_length: Annotated[int, typer.Option(help="Tokens of a text.")] = 128,
+    training: Annotated[
+        str | None, typer.Option(help="What SOURCE was fitted to; its rows are no news.")
+    ] = None,
+    max_length: Annotated[int, typer.Option(help="Tokens of a text, or of a window.")] = 128,
     revision: Revision = None,
     progress: Progress = True,
 ) -> None:
-    """Bound the error of a compressed text classifier on further rows, by its errors on DATA and its size."""
+    """Bound the error of a text classifier, or the nats per token of a language model, from DATA and size."""
     certificate = miracle_hub.certify(
         source, data=data, fitted=fitted, split=split, delta=delta, text_columns=text_columns,
-        label_column=label_column, max_length=max_length, revision=revision, progress=progress,
+        label_column=label_column, training=training, max_length=max_length, revision=revision,
+        progress=progress,
     )  # fmt: skip
     typer.echo(
         f"{source}: {certificate.n_bytes:,} bytes, sha256 {certificate.sha256}\n{certificate.statement}"
@@ -228,7 +265,7 @@ def _row(tensor: TensorReport) -> tuple[str, ...]:
     name, shape = escape(_printable(tensor.name)), " × ".join(map(str, tensor.shape)) or "scalar"
     rate = f"{tensor.rate:.3f}"
     if tensor.reason:
-        return name, shape, tensor.dtype, f"plain: {tensor.reason}", "", "", rate, ""
+        return name, shape, tensor.dtype, f"{tensor.codec or 'plain'}: {tensor.reason}", "", "", rate, ""
     codes = " + ".join(dict.fromkeys(f"{c.window_bits},{c.step_bits},{c.step_weights}" for c in tensor.codes))
     scale = f"{tensor.scale:.3g} per {'row' if tensor.row_scales else 'tensor'}"
     rotation = str(tensor.rotation) if tensor.rotation > 1 else "none"

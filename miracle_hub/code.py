@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from miracle_hub.errors import OptionError, UnsupportedVersionError
 
 QUANT_METHOD = "miracle"
-# Of a repository: 1 has one stage, 2 may have more.
-FORMAT_VERSION = 2
+# Of a repository: 1 has one stage, 2 may have more, 3 may also have exact tensors.
+FORMAT_VERSION = 3
+STAGED_VERSION = 2
 MAX_WINDOW_BITS = 24
 # One byte of message can then stand for at most 2,048 weights, which bounds what a hostile
 # file of a given length can make a reader allocate.
@@ -17,6 +18,8 @@ BACKENDS = ("auto", "cpu", "triton")
 MAX_WIDTH_LOG2 = 15
 # The width of the first probes on MiniLM; every figure in benchmarks/results was measured with it.
 DEFAULT_WIDTH = 128
+# Of a payload's tensor.
+MAX_DIMENSIONS = 8
 # Of a repository: files that refine one another.
 MAX_STAGES = 9
 
@@ -89,3 +92,67 @@ class Code:
     def message_bytes(self, n_weights: int) -> int:
         """The same in bytes, padded with zero bits."""
         return -(-self.message_bits(n_weights) // 8)
+
+    def segments(self, n_weights: int) -> "tuple[tuple[int, Code], ...]":
+        """Numbers of values and their codes, in order: all values have this one."""
+        return ((n_weights, self),)
+
+
+@dataclass(frozen=True)
+class SplitCode:
+    """Two codes of one stream, each with a message of its own: they meet sizes between those of two rates.
+
+    Attributes:
+        first: of the first `n_first` values.
+        rest: of all others, of which there is one at least; the window, seed and stream_id are the same.
+
+    Raises:
+        OptionError: they are no codes of one stream.
+    """
+
+    first: Code
+    n_first: int
+    rest: Code
+
+    def __post_init__(self) -> None:
+        common = [(code.window_bits, code.seed, code.stream_id) for code in (self.first, self.rest)]
+        if len(set(common)) > 1 or self.n_first < 1:
+            raise OptionError(
+                "code: expected two codes of one window, seed and stream_id, the first of one value or more, "
+                f"found {self.first} of {self.n_first} and {self.rest}; choose others"
+            )
+
+    @property
+    def window_bits(self) -> int:
+        """Of both."""
+        return self.first.window_bits
+
+    @property
+    def seed(self) -> int:
+        """Of both."""
+        return self.first.seed
+
+    @property
+    def stream_id(self) -> int:
+        """Of both."""
+        return self.first.stream_id
+
+    def segments(self, n_weights: int) -> tuple[tuple[int, Code], ...]:
+        """Numbers of values and their codes, in order."""
+        return (self.n_first, self.first), (n_weights - self.n_first, self.rest)
+
+    def steps(self, n_weights: int) -> int:
+        """Windows of both messages."""
+        return sum(code.steps(n) for n, code in self.segments(n_weights))
+
+    def message_bits(self, n_weights: int) -> int:
+        """Of both messages, and those that pad the first to a byte."""
+        n_rest = n_weights - self.n_first
+        return 8 * self.first.message_bytes(self.n_first) + self.rest.message_bits(n_rest)
+
+    def message_bytes(self, n_weights: int) -> int:
+        """Of both messages, each padded with zero bits."""
+        return -(-self.message_bits(n_weights) // 8)
+
+
+StreamCode = Code | SplitCode

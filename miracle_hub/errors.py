@@ -3,6 +3,7 @@
     MiracleError
     ├── SourceError (ValueError)         the model to compress
     │   ├── MissingWeightsError          no safetensors file where one was expected
+    │   ├── SourceKindError              another kind of model than the verb takes
     │   ├── PickleRefusedError           weights exist only as pickle
     │   └── NonFiniteWeightError         NaN or infinity in a tensor
     ├── DataError (ValueError)           training data without what the task needs
@@ -10,6 +11,8 @@
     ├── OptionError (ValueError)         a code, order or rotation that cannot exist
     ├── BackendError (RuntimeError)      a backend that cannot run here, or not this
     ├── TrainingError (RuntimeError)     a loss or a gradient that is not finite
+    ├── WrittenWeightError (RuntimeError) a weight whose posterior cannot follow what was done to it
+    ├── ProcessError (RuntimeError)      another process of a distributed run failed, or has ended
     ├── OutputExistsError (FileExistsError)
     ├── OutputWriteError (OSError)       disk full, folder not writable
     ├── UploadError (OSError)            the Hub did not take a repository
@@ -33,6 +36,10 @@ class SourceError(MiracleError, ValueError):
 
 class MissingWeightsError(SourceError):
     """No safetensors weights were found."""
+
+
+class SourceKindError(SourceError):
+    """What was given is a model, but of another kind than this verb takes."""
 
 
 class PickleRefusedError(SourceError):
@@ -61,6 +68,14 @@ class BackendError(MiracleError, RuntimeError):
 
 class TrainingError(MiracleError, RuntimeError):
     """Training cannot go on: a loss or a gradient is not finite."""
+
+
+class WrittenWeightError(MiracleError, RuntimeError):
+    """A weight of a variational model was written to, tied or replaced, and its posterior cannot follow."""
+
+
+class ProcessError(MiracleError, RuntimeError):
+    """Another process of a distributed run failed, has ended, or has another model."""
 
 
 class OutputExistsError(MiracleError, FileExistsError):

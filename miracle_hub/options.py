@@ -24,6 +24,7 @@ DEFAULT_SHARD_SIZE = "5GB"
 TASKS = ("text-classification", "causal-lm")
 _MAX_BITS_PER_WEIGHT = 64
 _WINDOW_HINT = f"longer windows are slower and lose a little less, {DEFAULT_WINDOW_BITS} suits most models"
+_STAGES_HINT = "1 suits who loads all at once, 3 who downloads over slow lines; each is a file more"
 _ALL = "leave it out for all"
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -88,7 +89,7 @@ class CompressOptions:
                 f"{DEFAULT_WIDTH} suits most models, 1 is none"
             )
         check_integer("seed", self.seed, 0, 2**64 - 1)
-        check_integer("stages", self.stages, 1, MAX_STAGES, hint="1 suits who loads all at once")
+        check_integer("stages", self.stages, 1, MAX_STAGES, hint=_STAGES_HINT)
         check_names(self.modules_to_not_convert, "modules_to_not_convert")
         parse_size(self.max_shard_size, "max_shard_size")
         check_choice("backend", self.backend, BACKENDS)
@@ -148,16 +149,18 @@ class FitOptions:
         'What is coded: "all-matrices", "all-linear", "all", a regular expression that matches whole names '
         "of modules or parameters; or, in Python, a list of names or ends of names.",
     ] = "all-matrices"
-    parametrization: Annotated[str, '"test-channel", "mean-kl" or "mean-var".'] = "test-channel"
+    parametrization: Annotated[
+        str, '"test-channel" (no noise in the fit), "mean-kl" (for far less than 1 bit) or "mean-var".'
+    ] = "test-channel"
     text_columns: Annotated[
-        list[str] | None, "One or two columns of text; by default the columns of strings."
+        list[str] | None, "One or two columns of text; by default those that can be no others."
     ] = None
     label_column: Annotated[str, "Of a classification: whole numbers from 0 on, or names of classes."] = (
         "label"
     )
     epochs: Annotated[float, "Passes over the data."] = 1.0
     steps: Annotated[int, "Of the optimizer; above 0 they count instead of epochs."] = -1
-    batch_size: Annotated[int, "Rows of a step."] = 32
+    batch_size: Annotated[int, "Rows of a step, in every process."] = 32
     learning_rate: Annotated[float, "That of a dense fine-tuning; refits have their own."] = 1e-4
     max_length: Annotated[int, "Tokens of a text, or of a language model's window."] = 128
     groups: Annotated[int, "Groups that are coded one after the other."] = 40
@@ -260,6 +263,20 @@ def budget_bytes(bits_per_weight: float | None, size: str | int | None, n_weight
         return parse_size(size)
     assert bits_per_weight is not None
     return int(Fraction(bits_per_weight) * n_weights / 8)
+
+
+def asked_for(bits_per_weight: float | None, n_bytes: int) -> str:
+    """What the error of a budget of whole files begins with, in the unit that it was given in."""
+    if bits_per_weight is None:
+        return f"size: {n_bytes:,} bytes were asked for"
+    return f"bits_per_weight: {bits_per_weight} were asked for ({n_bytes:,} bytes)"
+
+
+def amount(n_bytes: int, rate: float, why: str, *, in_bits: bool) -> str:
+    """A size in both units, first in the one that the budget was given in, and why it is so large."""
+    if in_bits:
+        return f"{rate} bits per weight ({n_bytes:,} bytes: {why})"
+    return f"{n_bytes:,} bytes ({rate} bits per weight: {why})"
 
 
 def check_budget(bits_per_weight: object, size: str | int | None) -> None:

@@ -69,6 +69,8 @@ def test_every_error_is_ours_and_of_the_standard_kind_that_callers_expect() -> N
     kinds: dict[type, type] = {
         errors.BackendError: RuntimeError,
         errors.TrainingError: RuntimeError,
+        errors.WrittenWeightError: RuntimeError,
+        errors.ProcessError: RuntimeError,
         errors.OutputExistsError: FileExistsError,
         errors.OutputWriteError: OSError,
         errors.UploadError: OSError,
@@ -83,11 +85,13 @@ READING = """
 __init__ _autoload errors checks code names options api
 files files.container files.digests files.folders files.whole
 format format.frame format.network format.payload format.spec format.varint
-coding coding.backend coding.cpu coding.digest coding.matrix coding.numba_backend coding.order coding.philox
-coding.posterior coding.quantiles coding.rotation coding.scales coding.sharing
-codec codec.body codec.config codec.decompress codec.dtypes codec.guard codec.guarded codec.inspection
-codec.modules codec.naming codec.network codec.payloads codec.plan codec.rates codec.reading codec.report
-codec.repository codec.source codec.stored codec.trellis codec.verification
+coding coding.backend coding.cpu coding.digest coding.matrix coding.narrowing coding.numba_backend
+coding.order coding.philox coding.posterior coding.quantiles coding.rotation coding.scales coding.sharing
+codec codec.body codec.companions codec.comparing codec.config codec.constants codec.decompress
+codec.detector codec.dtypes codec.finite codec.guard codec.guarded codec.handed_out codec.inherited
+codec.inspection codec.kinds codec.modules codec.naming codec.network codec.parts codec.payloads codec.plan
+codec.purpose codec.quantized codec.rates codec.reading codec.report codec.repository codec.source
+codec.stored codec.trellis codec.verification
 hub hub.resolve
 """.split()
 

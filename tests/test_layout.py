@@ -26,13 +26,13 @@ ALLOWED = {
     "plugin": {
         *("plugin", "training", "codec", "coding", "format", "files", "options", "names", "code", "errors"),
     },
-    "hub": {"hub", "codec", "format", "files", "code", "errors"},
+    "hub": {"hub", "codec", "format", "files", "names", "code", "errors"},
     "finetune": {
         *("finetune", "evaluate", "hub", "plugin", "training"),
         *("codec", "coding", "format", "files", "options", "names", "code", "errors"),
     },
-    "evaluate": {"evaluate", "hub", "codec", "coding", "format", "files", "code", "errors"},
-    "api": {"finetune", "evaluate", "hub", "codec", "files", "options", "code", "errors"},
+    "evaluate": {"evaluate", "hub", "codec", "coding", "format", "files", "names", "code", "errors"},
+    "api": {"finetune", "evaluate", "hub", "plugin", "codec", "files", "options", "code", "errors"},
     "cli": {"", "api", "hub", "codec", "options", "code", "errors"},
     "_autoload": {"plugin"},
     "__init__": {

@@ -26,7 +26,8 @@ VERBS: dict[str, tuple[Any, tuple[str, ...]]] = {
 OF_WHOLE_FILES = {
     *("api.compress", "finetune/fit.fit", "finetune/models.compress_model", "finetune/trainer.compress"),
     *("options.CompressOptions", "options.FitOptions", "training/config.VariationalConfig"),
-    *("options.budget_bytes", "options.check_budget", "options.parse_size", "codec/report.Report"),
+    *("options.budget_bytes", "options.check_budget", "options.parse_size", "options.asked_for"),
+    *("codec/report.Report", "codec/budget.Budget"),
 }
 ONE = "fit: expected exactly one of bits_per_weight, size and rate"
 ROOT = Path(inspect.getfile(miracle_hub)).parent

@@ -4,10 +4,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from miracle_hub.codec.keeping import kept_bytes, said_of_kept
 from miracle_hub.codec.plan import Plan, lay_out
 from miracle_hub.codec.rates import Choice, Curve, allocate, extreme_choices
 from miracle_hub.codec.repository import total_bytes
 from miracle_hub.errors import BudgetError
+from miracle_hub.options import amount, asked_for
 
 # Attempts at filling a budget to the byte: a choice.
 _FILL_ROUNDS = 24
@@ -21,6 +23,7 @@ class Budget:
         n_bytes: never exceeded.
         other_bytes: of files in subfolders, which are copied as they are, and of stages above the first.
         n_weights: of the source, copied ones included.
+        bits_per_weight: the same, if it was given so; for messages.
         max_shard_bytes: of one file, whose name begins with `stem`.
     """
 
@@ -29,6 +32,7 @@ class Budget:
     n_weights: int
     max_shard_bytes: int
     stem: str = "model"
+    bits_per_weight: float | None = None
 
 
 def meet_budget(plans: Mapping[str, Plan], curves: Sequence[Curve], budget: Budget) -> dict[str, Choice]:
@@ -41,7 +45,7 @@ def meet_budget(plans: Mapping[str, Plan], curves: Sequence[Curve], budget: Budg
     def size(choices: dict[str, Choice]) -> int:
         return total_bytes(lay_out(plans, choices, budget.max_shard_bytes, budget.stem)) + budget.other_bytes
 
-    _check_range(budget, *(size(extreme_choices(curves, most)) for most in (False, True)))
+    _check_range(budget, plans, *(size(extreme_choices(curves, most)) for most in (False, True)))
     best = extreme_choices(curves, most=False)
     best_size = size(best)
     payload_bytes = budget.n_bytes - best_size + sum(choice.n_bytes for choice in best.values())
@@ -62,18 +66,31 @@ def meet_budget(plans: Mapping[str, Plan], curves: Sequence[Curve], budget: Budg
     return best
 
 
-def _check_range(budget: Budget, least: int, most: int) -> None:
+def _check_range(budget: Budget, plans: Mapping[str, Plan], least: int, most: int) -> None:
     # Rates are rounded inwards, so that asking for the printed one works.
-    unit = budget.n_weights / 8 / 10_000
+    unit, in_bits = budget.n_weights / 8 / 10_000, budget.bits_per_weight is not None
+    asked = asked_for(budget.bits_per_weight, budget.n_bytes)
     if budget.n_bytes < least:
+        why = f"every matrix at the lowest rate, vectors plain{_said_of_kept(budget, plans)}"
+        possible = amount(least, math.ceil(least / unit) / 10_000, why, in_bits=in_bits)
         raise BudgetError(
-            f"size: {budget.n_bytes:,} bytes were asked for, but the least possible is {least:,} bytes "
-            f"({math.ceil(least / unit) / 10_000} bits per weight: every matrix at the lowest rate, vectors "
-            "plain); ask for that or more"
+            f"{asked}, but the least possible is {possible}; ask for that or more{_said_of_others(budget)}"
         )
     if budget.n_bytes > most:
-        raise BudgetError(
-            f"size: {budget.n_bytes:,} bytes were asked for, but the most this model can use is {most:,} "
-            f"bytes ({math.floor(most / unit) / 10_000} bits per weight: every matrix at the highest rate); "
-            "ask for that or less"
-        )
+        why = "every matrix at the highest rate"
+        possible = amount(most, math.floor(most / unit) / 10_000, why, in_bits=in_bits)
+        raise BudgetError(f"{asked}, but the most this model can use is {possible}; ask for that or less")
+
+
+def _said_of_others(budget: Budget) -> str:
+    if not budget.other_bytes:
+        return ""
+    return f"; {budget.other_bytes:,} bytes of that are not the base's own: copied files or later stages"
+
+
+def _said_of_kept(budget: Budget, plans: Mapping[str, Plan]) -> str:
+    """Which tensors exceed the budget alone, if those that stay as they are do."""
+    n_bytes = sum(kept_bytes(plans).values())
+    if n_bytes <= budget.n_bytes:
+        return ""
+    return f"; tensors that stay as they are take {n_bytes:,} bytes alone: {said_of_kept(plans)}"

@@ -24,6 +24,9 @@ A decoded network is one classifier, not a distribution over classifiers, so no 
 the point mass on a file it would be the first inequality with ln(2√n) added to its numerator. Inverting the
 binomial tail itself instead of Chernoff's bound on it would be a little tighter.
 
+Examples that repeat earlier ones, input and label, are what independent draws may give, or copies, which are
+no evidence. A sample does not say which. So the bound is the larger one of all examples and of the distinct.
+
 Source: Zhou et al. 2019 (arXiv:1804.05862) and Lotfi et al. 2022 (arXiv:2211.13609), bounds by compressed
 size; Langford 2005, "Tutorial on practical prediction theory for classification", the Occam bound.
 """
@@ -31,8 +34,10 @@ size; Langford 2005, "Tutorial on practical prediction theory for classification
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 from miracle_hub.coding.bounds import description_bits, inverse_kl
 from miracle_hub.errors import DataError, OptionError
@@ -50,6 +55,7 @@ class Certificate:
         fitted: the sample may have been used to make or choose the network; False promises that it was not.
         delta: chance, over the draw of the sample, that the bound is wrong; chosen before.
         sha256: of the files, one after the other.
+        repeated: examples that repeat an earlier one, and `repeated_errors` how many of them are errors.
     """
 
     errors: int
@@ -59,6 +65,8 @@ class Certificate:
     fitted: bool
     delta: float = 0.05
     sha256: str = ""
+    repeated: int = field(default=0, compare=False)
+    repeated_errors: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
         """
@@ -67,25 +75,39 @@ class Certificate:
             OptionError: a number is impossible.
         """
         check_delta(self.delta)
+        check_fitted(self.fitted)
+        check_count("examples", self.examples, None)
         if self.examples < 1:
             raise DataError(
                 f"certificate: expected at least one example, found {self.examples}; look at the data"
             )
-        for name, low, high in (("errors", 0, self.examples), ("classes", 2, None), ("n_bytes", 1, None)):
-            if (found := getattr(self, name)) < low or (high is not None and found > high):
-                wanted = f"at least {low}" if high is None else f"{low} to {high}"
-                raise OptionError(f"certificate: {name}: expected {wanted}, found {found}; count again")
+        check_count("errors", self.errors, 0, self.examples)
+        check_count("classes", self.classes, 2)
+        check_count("n_bytes", self.n_bytes, 1)
+        check_count("repeated", self.repeated, 0, self.examples)
+        most, right = min(self.errors, self.repeated), self.examples - self.errors
+        check_count("repeated_errors", self.repeated_errors, max(0, self.repeated - right), most)
 
     @property
     def description_bits(self) -> int:
         """What the choice of the network cost: its files' bits if it may depend on the sample, else none."""
-        return description_bits(self.n_bytes) if self.fitted else 0
+        return description_bits(int(self.n_bytes)) if self.fitted else 0
 
     @property
     def bound(self) -> float:
         """The risk is at most this, with probability 1 - delta."""
+        return self._bound(*self._counted)
+
+    @property
+    def _counted(self) -> tuple[int, int]:
+        """Errors and examples that the bound is of: all of them, or the distinct ones if that is more."""
+        everything = (self.errors, self.examples)
+        distinct = (self.errors - self.repeated_errors, self.examples - self.repeated)
+        return max(everything, distinct, key=lambda counts: self._bound(*counts))
+
+    def _bound(self, errors: int, examples: int) -> float:
         nats = self.description_bits * math.log(2) - math.log(self.delta)
-        return inverse_kl(self.errors / self.examples, nats / self.examples)
+        return inverse_kl(errors / examples, nats / examples) if examples else 1.0
 
     @property
     def is_vacuous(self) -> bool:
@@ -95,7 +117,7 @@ class Certificate:
     @property
     def statement(self) -> str:
         """The bound, what it rests on, and what must be true for it to hold, for people. Rounded up."""
-        n, r = f"{self.examples:,}", f"{self.errors}/{self.examples}"
+        (errors, examples), n = self._counted, f"{self.examples:,}"
         if self.fitted:
             kind = (
                 f"Occam bound from the {n} examples that it may be fitted to, {self.errors:,} of them wrong, "
@@ -113,17 +135,54 @@ class Certificate:
         vacuous = "Vacuous. " if self.is_vacuous else ""
         return (
             f"{vacuous}With probability {1 - self.delta:.10g}, the error is at most {risk}. "
-            f"{kind}kl({r} ‖ error) ≤ {nats} / {self.examples}. It holds if the examples are "
-            f"independent draws from one distribution and {fixed}."
+            f"{kind}kl({errors}/{examples} ‖ error) ≤ {nats} / {examples}. {self._repetitions}It holds if "
+            f"the examples are independent draws from one distribution and {fixed}."
+        )
+
+    @property
+    def _repetitions(self) -> str:
+        """What examples that are there more than once mean for the bound."""
+        if not self.repeated:
+            return ""
+        distinct, wrong = self.examples - self.repeated, self.errors - self.repeated_errors
+        return (
+            f"{self.repeated:,} of the examples repeat earlier ones, input and label; copies are no "
+            "evidence, so this is the larger one of the bounds of all of them and of the "
+            f"{distinct:,} distinct ones, {wrong:,} of them wrong. "
         )
 
 
-def check_delta(delta: float) -> None:
+def check_count(name: str, found: Any, low: int | None, high: int | None = None) -> None:
+    """
+    Raises:
+        OptionError: it is no whole number, or out of range.
+    """
+    is_whole = isinstance(found, Integral) and not isinstance(found, bool)
+    n = int(found) if is_whole else 0
+    if not is_whole or (low is not None and n < low) or (high is not None and n > high):
+        wanted = "a whole number" if low is None else f"at least {low}"
+        wanted = wanted if high is None else f"{low} to {high}"
+        raise OptionError(f"certificate: {name}: expected {wanted}, found {found!r}; count again")
+
+
+def check_fitted(fitted: object) -> None:
+    """
+    Raises:
+        OptionError: it is neither True nor False.
+    """
+    if not isinstance(fitted, bool):
+        raise OptionError(
+            "fitted: expected True (--fitted: the network may depend on the examples) or False (--held-out: "
+            f"it does not), found {fitted!r}; say what the examples were used for"
+        )
+
+
+def check_delta(delta: Any) -> None:
     """
     Raises:
         OptionError: it is no probability that a bound can have.
     """
-    if not 0 < delta < 1:
+    if isinstance(delta, bool) or not isinstance(delta, Real) or not 0 < float(delta) < 1:
         raise OptionError(
             f"delta: expected a probability above 0 and below 1, found {delta}; 0.05 makes a bound that "
             "holds with probability 0.95"
@@ -131,18 +190,30 @@ def check_delta(delta: float) -> None:
 
 
 def certificate_of_files(
-    files: Sequence[Path], errors: int, examples: int, classes: int, *, fitted: bool, delta: float
+    files: Sequence[Path],
+    errors: int,
+    examples: int,
+    classes: int,
+    *,
+    fitted: bool,
+    delta: float,
+    repeated: int = 0,
+    repeated_errors: int = 0,
 ) -> Certificate:
     """The certificate of the network that files hold.
-
-    Several files are one string: safetensors files end where their headers say, so that it can be cut again.
 
     Raises:
         DataError, OptionError: what `Certificate` raises.
     """
+    counts, (n_bytes, sha256) = (errors, examples, classes), size_and_sha256(files)
+    return Certificate(*counts, n_bytes, fitted, delta, sha256, repeated, repeated_errors)
+
+
+def size_and_sha256(files: Sequence[Path]) -> tuple[int, str]:
+    """Of files as one string: safetensors files end where their headers say, so that it can be cut again."""
     n_bytes, checksum = 0, hashlib.sha256()
     for file in files:
         data = file.read_bytes()
         n_bytes += len(data)
         checksum.update(data)
-    return Certificate(errors, examples, classes, n_bytes, fitted, delta, checksum.hexdigest())
+    return n_bytes, checksum.hexdigest()

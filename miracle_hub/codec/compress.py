@@ -1,25 +1,28 @@
 """A model folder → a repository of payloads, one tensor in memory at a time."""
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from miracle_hub.codec.budget import Budget, meet_budget
-from miracle_hub.codec.config import read_quantization, write_config
+from miracle_hub.codec.companions import of_source
+from miracle_hub.codec.config import read_config, read_quantization, write_config
+from miracle_hub.codec.detector import TO_COMPRESS, require
+from miracle_hub.codec.finite import NON_FINITE
 from miracle_hub.codec.jobs import Job, refining
-from miracle_hub.codec.naming import CARD, CONFIG, WEIGHTS_ENDING, stem_of
+from miracle_hub.codec.keeping import Roles, keep_exact, kept_bytes, warn_of_kept
+from miracle_hub.codec.naming import CARD, CONFIG, stem_of
 from miracle_hub.codec.payloads import Request
-from miracle_hub.codec.plan import Coded, Plain, Plan, Why, lay_out, narrowed_if_exact, plan_all
+from miracle_hub.codec.plan import Coded, Exact, Plain, Plan, Why, lay_out, narrowed, plan_all
 from miracle_hub.codec.report import Report
 from miracle_hub.codec.repository import OutputFile, total_bytes
-from miracle_hub.codec.source import copy_companions, list_tensors, weight_files
+from miracle_hub.codec.source import list_tensors, weight_files
 from miracle_hub.codec.stages import refined_files, refinement
 from miracle_hub.codec.survey import survey
 from miracle_hub.codec.writer import Writer
 from miracle_hub.coding.backend import Backend, choose
-from miracle_hub.errors import SourceError
 from miracle_hub.files.whole import output_folder, refuse_overlap, writing
 from miracle_hub.options import CompressOptions, budget_bytes, parse_size
 
@@ -31,12 +34,18 @@ def compress_folder(
     *,
     card: Callable[[Path, Report], None] | None = None,
     coded: Mapping[str, bytes] | None = None,
+    half: Set[str] | None = None,
+    not_downloaded: Mapping[str, str] | None = None,
+    roles: Callable[[Path], Roles] = lambda source: Roles(),
 ) -> Report:
     """Compress a folder written by `save_pretrained`; see `miracle_hub.compress`.
 
     Args:
         card: writes README.md of what was compressed.
         coded: payloads of tensors that are coded already; no budget then means that all others stay plain.
+        half: names of the vectors to store in 16 bits; None means that their values decide.
+        not_downloaded: files of the source that are not even in the folder, and why.
+        roles: finds what the model's class says of its tensors; without it their values decide.
     """
     started = time.monotonic()
     if not coded:
@@ -44,25 +53,46 @@ def compress_folder(
     backend, weights = choose(options.backend), _source_files(source, out)
     with output_folder(out, options.overwrite) as temporary:
         copied = _copy_and_count(source, temporary, weights)
-        plans = plan_all(weights, options.modules_to_not_convert or [], coded or {})
+        plans = plan_all(weights, options.modules_to_not_convert or [], coded or {}, half)
+        non_finite = keep_exact(plans, known := roles(source))
         n_weights = sum(plan.source.n_weights for plan in plans.values()) + copied.n_weights
-        stages, jobs = _decide(plans, options, copied.n_bytes, n_weights, backend)
+        stages, jobs = _decide(plans, options, copied.n_bytes, n_weights, backend, half)
         written = Writer(temporary, plans, backend).write(stages, jobs, options.progress)
         n_bytes = sum(map(total_bytes, stages)) + copied.n_bytes
-        report = Report(
+        report = replace(
+            _report(plans, copied, n_bytes, n_weights),
             dense_bytes=sum(path.stat().st_size for path in weights) + copied.n_bytes,
-            compressed_bytes=n_bytes,
-            n_weights=n_weights,
-            bits_per_weight=8 * n_bytes / n_weights,
             seconds=time.monotonic() - started,
             digest=written.digests[-1],
             backend=backend.name,
-            plain={n: p.why.text(p.source.dtype) for n, p in plans.items() if isinstance(p, Plain)},
+            left_out={**copied.left_out, **(not_downloaded or {})},
+            notes=_notes(source),
+            judged_by=known.said_by,
         )
         facts, tensors = _facts(report, options, plans), [plan.source for plan in plans.values()]
-        write_config(source, temporary, facts, tensors, written.digests, written.guards)
+        facts |= {NON_FINITE: non_finite} if non_finite else {}
+        write_config(source, temporary, facts, tensors, written.digests, written.guards, bool(report.exact))
         _write_card(card, temporary, report)
+    warn_of_kept(plans, n_bytes)
     return report
+
+
+def _report(plans: Mapping[str, Plan], copied: "_Copied", n_bytes: int, n_weights: int) -> Report:
+    """What plans and copies tell of a compression."""
+    return Report(
+        compressed_bytes=n_bytes,
+        n_weights=n_weights,
+        bits_per_weight=8 * n_bytes / n_weights,
+        plain=_whys(plans, Plain),
+        exact=_whys(plans, Exact),
+        kept_bytes=sum(kept_bytes(plans).values()),
+        carried=copied.carried,
+    )
+
+
+def _whys(plans: Mapping[str, Plan], kind: type[Plain] | type[Exact]) -> dict[str, str]:
+    """Tensors that are stored as they are, and why."""
+    return {n: p.why.text(p.source.dtype) for n, p in plans.items() if isinstance(p, kind)}
 
 
 def _write_card(card: Callable[[Path, Report], None] | None, folder: Path, report: Report) -> None:
@@ -89,39 +119,52 @@ def _facts(report: Report, options: CompressOptions, plans: Mapping[str, Plan]) 
 
 def _source_files(source: Path, out: Path) -> list[Path]:
     """The weight files of a dense model that writing `out` does not touch."""
+    require(source, TO_COMPRESS)
     weights = weight_files(source)
     refuse_overlap(source, out)
-    method = read_quantization(source).get("quant_method")
-    if method is not None:
-        raise SourceError(
-            f"{source / CONFIG}: expected a dense model, found one quantized with {method!r}; compress the "
-            "model it was made from"
-        )
+    read_quantization(source)
     return weights
+
+
+def _notes(source: Path) -> tuple[str, ...]:
+    """What from_pretrained will miss."""
+    lacking = "no config.json" if not (source / CONFIG).exists() else "no model_type in config.json"
+    if "model_type" in read_config(source):
+        return ()
+    return (f"{lacking}: not for from_pretrained; miracle_hub.load_state_dict reads the tensors",)
 
 
 @dataclass(frozen=True)
 class _Copied:
-    """safetensors files in subfolders, copied as they are and counted."""
+    """What is copied as it is, of which safetensors files are counted; and what is left out."""
 
     n_bytes: int
     n_weights: int
+    carried: Mapping[str, str]
+    left_out: Mapping[str, str]
 
 
 def _copy_and_count(source: Path, target: Path, weights: list[Path]) -> _Copied:
-    nested = [path for path in copy_companions(source, target, weights) if path.suffix == WEIGHTS_ENDING]
-    n_weights = sum(t.n_weights for path in nested for t in list_tensors([path]))
-    return _Copied(sum(path.stat().st_size for path in nested), n_weights)
+    companions = of_source(source, weights)
+    companions.copy(target)
+    n_bytes = sum(path.stat().st_size for path in companions.weights)
+    n_weights = sum(t.n_weights for path in companions.weights for t in list_tensors([path]))
+    return _Copied(n_bytes, n_weights, companions.carried, companions.left_out)
 
 
 def _decide(
-    plans: dict[str, Plan], options: CompressOptions, copied_bytes: int, n_weights: int, backend: Backend
+    plans: dict[str, Plan],
+    options: CompressOptions,
+    copied_bytes: int,
+    n_weights: int,
+    backend: Backend,
+    half: Set[str] | None,
 ) -> tuple[list[list[OutputFile]], list[list[Job]]]:
     """Files and jobs of every stage; tensors that cannot be coded, or have no budget, become plain."""
     shard_bytes, stem = parse_size(options.max_shard_size, "max_shard_size"), stem_of(1, options.stages)
     if not options.has_budget:
         left = {name: plan.source for name, plan in plans.items() if isinstance(plan, Coded)}
-        plans |= {name: narrowed_if_exact(Plain(source, Why.NO_BUDGET)) for name, source in left.items()}
+        plans |= {name: narrowed(Plain(source, Why.NO_BUDGET), half) for name, source in left.items()}
         return [lay_out(plans, {}, shard_bytes, stem)], [[]]
     n_coded = sum(isinstance(plan, Coded) for plan in plans.values())
     request = Request(options.window_bits, options.rotation, options.seed, n_coded, backend)
@@ -129,7 +172,8 @@ def _decide(
     refined = [refined_files(plans, request, stage, shard_bytes) for stage in range(2, options.stages + 1)]
     target = budget_bytes(options.bits_per_weight, options.size, n_weights)
     other_bytes = copied_bytes + sum(map(total_bytes, refined))
-    choices = meet_budget(plans, curves, Budget(target, other_bytes, n_weights, shard_bytes, stem))
+    budget = Budget(target, other_bytes, n_weights, shard_bytes, stem, options.bits_per_weight)
+    choices = meet_budget(plans, curves, budget)
     first = [Job(plans[name].source, contents[name], choices[name]) for name in sorted(choices)]
     jobs = [first]
     for _ in refined:

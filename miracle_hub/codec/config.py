@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from miracle_hub.code import FORMAT_VERSION, MAX_STAGES, QUANT_METHOD, check_format_version
+from miracle_hub.code import FORMAT_VERSION, MAX_STAGES, QUANT_METHOD, STAGED_VERSION, check_format_version
 from miracle_hub.codec.dtypes import TORCH_DTYPES
 from miracle_hub.codec.guard import with_guard
+from miracle_hub.codec.inherited import is_inherited
 from miracle_hub.codec.naming import CONFIG
+from miracle_hub.codec.parts import is_miracle, remove_facts, state_in_parts
 from miracle_hub.errors import FormatError, SourceError
 from miracle_hub.files.whole import writing
 from miracle_hub.format.payload import DTYPES
@@ -72,20 +74,16 @@ def read_quantization(folder: Path) -> dict[str, Any]:
     return found
 
 
-def is_miracle(facts: dict[str, Any]) -> bool:
-    """Whether a quantization_config is that of a compressed repository."""
-    return facts.get("quant_method") == QUANT_METHOD
-
-
 def read_facts(folder: Path) -> dict[str, Any]:
-    """The quantization_config of a compressed repository, checked; empty where config.json has none of ours.
+    """The quantization_config of a compressed repository, checked; empty where config.json has none of ours,
+    or one that is of other weights than the plain ones beside it.
 
     Raises:
         FormatError: it lacks what it must have. UnsupportedVersionError: it is newer than this package.
         SourceError: config.json is no JSON object.
     """
     facts = read_quantization(folder)
-    if not is_miracle(facts):
+    if not is_miracle(facts) or is_inherited(folder):
         return {}
     check_format_version(facts.get("format_version", FORMAT_VERSION), str(folder / CONFIG))
     digests_of(facts, folder / CONFIG)
@@ -132,6 +130,7 @@ def write_config(
     tensors: Sequence[TensorSpec],
     digests: Sequence[str],
     guards: Sequence[str],
+    has_exact: bool = False,
 ) -> None:
     """config.json with the quantization_config that makes transformers call the plug-in; none where there
     was none.
@@ -141,6 +140,7 @@ def write_config(
         tensors: of the source.
         digests: of the payloads of the first n stages, for every n.
         guards: of all their tensors, likewise.
+        has_exact: whether one of the payloads is exact, which readers of before do not know.
 
     Raises:
         OutputWriteError: it cannot be written.
@@ -152,12 +152,15 @@ def write_config(
     if not has_dtype and any(tensor.dtype in DTYPES for tensor in tensors):
         # transformers would otherwise take the dtype of the first plain tensor, which may be narrowed.
         config["dtype"] = main_dtype(tensors)
-    version = 1 if len(digests) == 1 else FORMAT_VERSION
+    if is_miracle(config.get("quantization_config")):  # inherited, and replaced
+        config.pop("stages", None)
+    version = FORMAT_VERSION if has_exact else STAGED_VERSION if len(digests) > 1 else 1
     config["quantization_config"] = {"quant_method": QUANT_METHOD, "format_version": version, **facts}
     if len(digests) > 1:
         # An attribute of the config, so that from_pretrained(..., stages=1) changes it.
         config["stages"] = len(digests)
         config["quantization_config"]["stage_digests"] = list(digests)
+    state_in_parts(config, tensors)
     _write(target / CONFIG, with_guard(config, guards))
 
 
@@ -168,9 +171,7 @@ def write_dense_config(source: Path, target: Path) -> None:
         OutputWriteError: it cannot be written.
     """
     config = read_config(source)
-    if is_miracle(read_quantization(source)):
-        del config["quantization_config"]
-        config.pop("stages", None)
+    if remove_facts(config):
         _write(target / CONFIG, config)
 
 

@@ -6,12 +6,14 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
+from miracle_hub.codec.companions import of_repository
 from miracle_hub.codec.config import write_dense_config
+from miracle_hub.codec.detector import TO_DECODE, require
 from miracle_hub.codec.dtypes import raw_bytes
 from miracle_hub.codec.naming import STREAM, WEIGHTS_ENDING
 from miracle_hub.codec.payloads import has_magic
 from miracle_hub.codec.repository import open_repository, sharded, write_indices
-from miracle_hub.codec.source import copy_companions, weight_files
+from miracle_hub.codec.source import weight_files
 from miracle_hub.codec.stored import StoredTensor
 from miracle_hub.coding.backend import choose
 from miracle_hub.errors import FormatError
@@ -36,10 +38,12 @@ def load_state_dict(
 
     Raises:
         FormatError: and its subclasses: the file is not sound; the message names the tensor.
+        SourceKindError: it is another kind of model. PickleRefusedError: its weights are pickle.
         MissingWeightsError: there is no safetensors file.
         BackendError: the backend cannot run here.
         OptionError: there are not so many stages.
     """
+    require(Path(path), TO_DECODE)
     chosen = choose(backend)
     tensors = open_repository(Path(path), stages).tensors
     _refuse_stream(tensors)
@@ -55,13 +59,16 @@ def decompress_folder(
     """Write an ordinary checkpoint; returns its bytes. See `miracle_hub.decompress`."""
     refuse_overlap(source, out)
     backend, shard_bytes = choose(options.backend), parse_size(options.max_shard_size, "max_shard_size")
-    repository = open_repository(source, options.stages)
+    require(source, TO_DECODE)
+    if source.is_file():
+        weight_files(source)  # says that a folder is wanted
+    repository, companions = open_repository(source, options.stages), of_repository(source)
     _refuse_stream(repository.tensors)
     tensors = {tensor.name: tensor for tensor in repository.tensors}
     files = sharded(_dense_entries(tensors.values()), shard_bytes, guard="")
     total = sum(tensor.n_weights for tensor in tensors.values())
     with output_folder(out, options.overwrite) as temporary:
-        copy_companions(source, temporary, weight_files(source))
+        companions.copy(temporary)
         with tqdm(
             total=total, unit="weights", unit_scale=True, desc="decompress", disable=not options.progress
         ) as bar:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from miracle_hub.code import QUANT_METHOD
-from miracle_hub.codec.config import read_config
+from miracle_hub.codec.config import read_config, read_quantization
 from miracle_hub.codec.guard import GUARD, Contents, config_guard, repository_guard
+from miracle_hub.codec.inherited import are_plain
 from miracle_hub.codec.naming import CONFIG
+from miracle_hub.codec.parts import is_miracle
 from miracle_hub.errors import ChecksumError, FormatError
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -82,8 +84,9 @@ def check_together(
         ChecksumError: something is damaged, missing or from elsewhere. FormatError: a guard is lost.
         SourceError: config.json is no JSON object.
     """
-    path = folder / CONFIG
-    check_files(files, path, read_config(folder) if path.exists() else None, stages)
+    path, facts = folder / CONFIG, read_quantization(folder)
+    is_other = is_miracle(facts) and are_plain([contents.path for contents in files])
+    check_files(files, path, read_config(folder) if path.exists() and not is_other else None, stages)
     if index is not None:
         check_index(index, files)
 

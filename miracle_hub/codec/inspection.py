@@ -4,10 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from miracle_hub.code import Code
+from miracle_hub.codec.companions import of_repository
 from miracle_hub.codec.config import excluded_names
+from miracle_hub.codec.naming import WEIGHTS_ENDING, is_variant
 from miracle_hub.codec.plan import Why, why_plain
 from miracle_hub.codec.repository import Repository, open_repository
-from miracle_hub.codec.source import SourceTensor, companion_files, list_tensors, weight_files
+from miracle_hub.codec.source import SourceTensor, list_tensors
 from miracle_hub.codec.stored import StoredTensor
 from miracle_hub.files.container import files_kept_open
 
@@ -20,10 +22,11 @@ class TensorReport:
     """One tensor.
 
     Attributes:
-        reason: of a plain tensor, what the files prove of why; empty for a coded one.
+        reason: of a plain or exact tensor, what the files prove of why; empty for a coded one.
         n_bytes: that are stored of it.
         codes: of windows and steps, part after part.
-        relative_error: ‖decoded - source‖² / ‖source‖², measured by the encoder; 0 for plain ones.
+        relative_error: ‖decoded - source‖² / ‖source‖², in the dtype of the source, measured by the encoder;
+            0 for plain and exact ones.
         scale: median prior scale.
     """
 
@@ -101,20 +104,21 @@ def inspected(repository: Repository) -> Inspection:
 
 
 def _copied_files(path: Path) -> list[Path]:
-    """safetensors files in subfolders, which are not compressed but are part of the size."""
-    if path.is_file():
-        return []
-    companions = companion_files(path, weight_files(path))
-    return [path / relative for relative in companions if relative.suffix == ".safetensors"]
+    """safetensors files that are not compressed but are part of the size; a variant is another network."""
+    found = [] if path.is_file() else of_repository(path).weights
+    return [file for file in found if not (file.parent == path and is_variant(file.name))]
 
 
 def _copied_reports(folder: Path, file: Path) -> list[TensorReport]:
-    where = file.parent.relative_to(folder).as_posix()
-    return [_copied_report(where, tensor) for tensor in list_tensors([file])]
+    inner = file.parent.relative_to(folder).as_posix()
+    where, reason = inner, "in a subfolder, copied"
+    if inner == ".":
+        where, reason = file.name.removesuffix(WEIGHTS_ENDING), "beside the model, copied"
+    return [_copied_report(where, tensor, reason) for tensor in list_tensors([file])]
 
 
-def _copied_report(where: str, t: SourceTensor) -> TensorReport:
-    name, reason = f"{where}/{t.name}", "in a subfolder, copied"
+def _copied_report(where: str, t: SourceTensor, reason: str) -> TensorReport:
+    name = f"{where}/{t.name}"
     return TensorReport(name, t.shape, t.dtype, t.n_bytes, t.n_weights, reason)
 
 
@@ -123,6 +127,8 @@ def _report(tensor: StoredTensor, excluded: list[str]) -> TensorReport:
     if not tensor.is_coded:
         return TensorReport(*common, reason=_reason(tensor, excluded))
     first = tensor.facts[0]
+    if first.is_exact:
+        return TensorReport(*common, reason="every bit kept, in fewer bytes", codec=first.codec)
     return TensorReport(
         *common,
         reason="",

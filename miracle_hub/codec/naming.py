@@ -22,6 +22,9 @@ STREAM = "miracle"
 _STAGE_FILE = re.compile(r"model\.stage-([1-9])[-.].*safetensors")
 _STAGES_INDEX = re.compile(r"model\.stages-([1-9])\.safetensors\.index\.json")
 _SHARD = re.compile(r"model(\.stage-[1-9])?(-\d{5}-of-\d{5})?\.safetensors")
+_VARIANT = re.compile(
+    r"model\.(?!stages?-[1-9][-.])[\w-]+?(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.[\w-]+\.json"
+)
 _WEIGHTS = re.compile(r"model(\.stages?-\d)?(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
@@ -87,3 +90,8 @@ def is_shard(name: str) -> bool:
 def is_weights(name: str) -> bool:
     """Whether `from_pretrained` would look at a file of this name; those of a variant have other names."""
     return _WEIGHTS.fullmatch(name) is not None
+
+
+def is_variant(name: str) -> bool:
+    """Whether a file is named as weights, or an index, for `from_pretrained(variant=…)` alone."""
+    return _VARIANT.fullmatch(name) is not None and not is_weights(name)

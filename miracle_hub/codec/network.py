@@ -1,6 +1,6 @@
 """A whole network's stream ⇄ its tensors, and the one file that holds it with whatever is stored plainly."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from miracle_hub.codec.dtypes import DTYPE_NAMES, TORCH_DTYPES, dtype_name, is_b
 from miracle_hub.codec.guard import GUARD_ALONE, is_stream_alone, read_contents
 from miracle_hub.codec.naming import STREAM
 from miracle_hub.codec.repository import OutputFile
-from miracle_hub.codec.source import list_tensors
+from miracle_hub.codec.source import list_tensors, narrowed_names, narrowing_metadata
 from miracle_hub.coding.cpu import decode_stream
 from miracle_hub.coding.digest import digest
 from miracle_hub.coding.order import permutation
@@ -48,12 +48,7 @@ def decode_stream_entry(data: bytes, tensors: tuple[SharedSpec, ...], where: str
     header, raw_scales, raw_message = decode_network(data, tensors, where)
     start = len(data) - len(raw_message) - len(raw_scales)
     check_scale_words(np.frombuffer(raw_scales, "<u2"), start, where)
-    unused = -header.code.message_bits(header.n_values) % 8
-    if raw_message[-1] & ((1 << unused) - 1):
-        raise FormatError(
-            f"{where}: byte {len(data) - 1}: expected the last {unused} bits of the message to be 0, found "
-            f"{raw_message[-1]:08b}; the file is damaged: download it again"
-        )
+    _check_padding(header, raw_message, len(data) - len(raw_message), where)
     scales = torch.frombuffer(bytearray(raw_scales), dtype=torch.bfloat16)
     weights = _weights(header, scales, torch.frombuffer(bytearray(raw_message), dtype=torch.uint8))
     if (found := _digest(weights)) != header.digest:
@@ -64,9 +59,25 @@ def decode_stream_entry(data: bytes, tensors: tuple[SharedSpec, ...], where: str
     return {t.name: weights[t.name].to(TORCH_DTYPES[t.dtype]) for t in header.tensors}
 
 
+def _check_padding(header: NetworkHeader, message: bytes, start: int, where: str) -> None:
+    """
+    Raises:
+        FormatError: the last byte of a message is not filled with zero bits.
+    """
+    end = 0
+    for n_values, code in header.code.segments(header.n_values):
+        end += code.message_bytes(n_values)
+        unused = -code.message_bits(n_values) % 8
+        if message[end - 1] & ((1 << unused) - 1):
+            raise FormatError(
+                f"{where}: byte {start + end - 1}: expected the last {unused} bits of the message to be 0, "
+                f"found {message[end - 1]:08b}; the file is damaged: download it again"
+            )
+
+
 def _weights(header: NetworkHeader, scales: Tensor, message: Tensor) -> dict[str, Tensor]:
     """Every tensor's float32 weights: candidates, permuted, times scale, shared."""
-    z = torch.as_tensor(decode_stream(message, header.code, header.n_values))
+    z = torch.cat(list(_candidates(header, message)))
     values = torch.empty_like(z).index_copy_(0, permutation(header.n_values, header.code), z)
     weights, first = {}, 0
     for number, (tensor, scale) in enumerate(zip(header.tensors, scales.float(), strict=True)):
@@ -78,6 +89,15 @@ def _weights(header: NetworkHeader, scales: Tensor, message: Tensor) -> dict[str
             own = own[places] * signs
         weights[tensor.name] = own.view(tensor.shape)
     return weights
+
+
+def _candidates(header: NetworkHeader, message: Tensor) -> Iterator[Tensor]:
+    """What the message of each code stands for."""
+    start = 0
+    for n_values, code in header.code.segments(header.n_values):
+        end = start + code.message_bytes(n_values)
+        yield decode_stream(message[start:end], code, n_values)
+        start = end
 
 
 def _digest(weights: Mapping[str, Tensor]) -> int:
@@ -106,10 +126,12 @@ def write_network(
     coded: Mapping[str, bytes],
     plain: Mapping[str, Tensor],
     check: Callable[[Path], None] = lambda written: None,
+    half: Collection[str] = (),
 ) -> int:
     """One safetensors file of coded entries and plain tensors; returns its bytes.
 
     Args:
+        half: names of float32 tensors among them to store in 16 bits.
         check: called on what was written before it gets its name, which it does not if this raises.
 
     Raises:
@@ -118,8 +140,10 @@ def write_network(
     """
     if STREAM in plain:
         raise FormatError(f"{STREAM}: this name is that of the stream; give the module's tensor another one")
-    raw = {name: raw_bytes(tensor.detach().cpu()) for name, tensor in plain.items()}
-    file = network_file(path.name, network_entries(plain, {name: len(data) for name, data in coded.items()}))
+    plain = {name: t.detach().half() if name in half else t.detach() for name, t in plain.items()}
+    raw = {name: raw_bytes(tensor.cpu()) for name, tensor in plain.items()}
+    entries = network_entries(plain, {name: len(data) for name, data in coded.items()})
+    file = network_file(path.name, entries, half)
     everything = {**raw, **coded}
     with temporary_beside(path) as temporary:
         written = temporary / file.name
@@ -131,9 +155,14 @@ def write_network(
     return n_bytes
 
 
-def network_file(name: str, entries: list[TensorSpec]) -> OutputFile:
-    """A network's file, with a guard unless a stream, which checks itself, is all that it holds."""
-    return OutputFile(name, entries, {}, "" if is_stream_alone(entries) else GUARD_ALONE)
+def network_file(name: str, entries: list[TensorSpec], half: Collection[str] = ()) -> OutputFile:
+    """A network's file, with a guard unless a stream, which checks itself, is all that it holds.
+
+    Args:
+        half: names of entries in 16 bits that stand for 32.
+    """
+    metadata = narrowing_metadata(entries, set(half))
+    return OutputFile(name, entries, metadata, "" if is_stream_alone(entries) else GUARD_ALONE)
 
 
 def network_entries(plain: Mapping[str, Tensor], coded: Mapping[str, int]) -> list[TensorSpec]:
@@ -159,7 +188,11 @@ def read_network(path: Path) -> tuple[bytes | None, dict[str, Tensor]]:
     """
     with files_kept_open():
         read_contents(path).check()
+        narrow = narrowed_names(path)
         tensors = {tensor.name: tensor.load() for tensor in list_tensors([path])}
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.float16 and (narrow is None or name in narrow):
+            tensors[name] = tensor.float()
     stream = tensors.pop(STREAM, None)
     if stream is not None and not is_bytes(stream):
         raise FormatError(

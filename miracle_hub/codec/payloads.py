@@ -24,7 +24,7 @@ from miracle_hub.format import network
 from miracle_hub.format.spec import TensorSpec
 
 # Where the codec of every magic is. Imported when one is met: reading needs no other's code.
-CODECS = {b"MRCL": "miracle_hub.codec.trellis:TRELLIS"}
+CODECS = {b"MRCL": "miracle_hub.codec.trellis:TRELLIS", b"MRCX": "miracle_hub.codec.exact:EXACT"}
 _MAGIC_BYTES = 4
 
 
@@ -35,12 +35,15 @@ class PayloadFacts:
     Attributes:
         codec: the name of what wrote it.
         dtype, shape: of the tensor that it stands for.
-        digest: of its float32 weights, in [0, 2⁶⁴).
-        relative_error: ‖decoded - source‖² / ‖source‖², measured by the encoder; 0 if nobody measured it.
+        digest: of its float32 weights, or of the bits of an exact tensor, in [0, 2⁶⁴).
+        relative_error: ‖decoded - source‖² / ‖source‖², decoded being what readers get, in the dtype of the
+            source, measured by the encoder; of a refinement over that of what it refines; 0 if nobody
+            measured it.
         codes: of a code of windows and steps, part after part; empty for others.
         rotation: width of the Hadamard groups, 1 if there are none.
         row_scales: whether some rows have a prior scale of their own.
         scale: median prior scale, 0 if there is none.
+        is_exact: whether it keeps every bit of a tensor, which then may have any dtype.
         has_rows: whether rows of a matrix decode without the others, so that it can stay compressed.
     """
 
@@ -54,6 +57,7 @@ class PayloadFacts:
     row_scales: bool = False
     scale: float = 0.0
     has_rows: bool = False
+    is_exact: bool = False
 
 
 class Packed(Protocol):
@@ -166,8 +170,20 @@ class Codec(Protocol):
         """The exact length of the payload that `encode` will write."""
         ...
 
-    def encode(self, weights: Tensor, choice: Choice, where: str, backend: Backend) -> bytes:
-        """The payload of a tensor, a pure function of its arguments."""
+    def encode(
+        self,
+        weights: Tensor,
+        choice: Choice,
+        where: str,
+        backend: Backend,
+        earlier: Sequence[Tensor] = (),
+    ) -> bytes:
+        """The payload of a tensor, a pure function of its arguments.
+
+        Args:
+            earlier: float32 weights of payloads that come before in the tensor's sum; what they leave is
+                coded. Only a codec that `stages` chooses gets any.
+        """
         ...
 
 

@@ -1,26 +1,25 @@
 """What happens to each tensor: it is coded here, coded already, or stays plain, and why."""
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
+from miracle_hub.code import MAX_DIMENSIONS
 from miracle_hub.codec.payloads import codec_named, is_payload, is_stray_stream
 from miracle_hub.codec.rates import Choice
 from miracle_hub.codec.repository import OutputFile, sharded
-from miracle_hub.codec.source import NARROWED, SourceTensor, list_tensors
-from miracle_hub.errors import OptionError, SourceError
+from miracle_hub.codec.source import SourceTensor, list_tensors, narrowing_metadata
+from miracle_hub.coding.narrowing import half_holds, is_narrowable
+from miracle_hub.errors import SourceError
 from miracle_hub.format.payload import DTYPES
 from miracle_hub.format.spec import TensorSpec, bytes_entry, item_bits
-from miracle_hub.names import matches, unmatched
+from miracle_hub.names import check_taken, matches
 
 # Below this a payload's header and scales (40 bytes and more) outweigh what coding saves at 2 bits and more.
 _SMALLEST_CODED = 1024
 # Vectors are norms and biases, to which models are sensitive: choices, not measured.
 _SMALLEST_CODED_VECTOR = 1 << 15
-# Relative squared error of rounding to 11 bits, with room for a few subnormal elements.
-_NARROWING_ERROR = 2.0**-22
 
 
 class Why(Enum):
@@ -33,7 +32,12 @@ class Why(Enum):
     SHORT_VECTOR = f"a vector of fewer than {_SMALLEST_CODED_VECTOR} weights"
     SMALL = f"fewer than {_SMALLEST_CODED} weights"
     OUT_OF_RANGE = "root mean square outside 2^-40 … 2^40"
+    TOO_LARGE = "values near the end of the range of {dtype}, or beyond that of F32"
     NO_BUDGET = "no budget for it"
+    BUFFER = "a buffer of the model's class, kept exact"
+    WHOLE = "whole numbers, kept exact"
+    FEW = "few different values, kept exact"
+    TABLE = "a table, kept exact"
 
     def text(self, dtype: str) -> str:
         """For people."""
@@ -64,13 +68,33 @@ class Coded:
     source: SourceTensor
 
 
-Plan = Plain | Ready | Coded
+@dataclass(frozen=True)
+class Exact:
+    """A tensor that is no weight, every bit of it kept in fewer bytes than plain."""
+
+    source: SourceTensor
+    why: Why
+    payload: bytes
+
+
+Plan = Plain | Exact | Ready | Coded
 
 
 def plan_tensor(tensor: SourceTensor, excluded: list[str] | str) -> Plain | Coded:
-    """What happens to a tensor that nobody coded before, by its header alone."""
+    """What happens to a tensor that nobody coded before, by its header alone.
+
+    Raises:
+        SourceError: it has more dimensions than readers take.
+    """
     why = why_plain(tensor, excluded)
-    return Coded(tensor) if why is None else Plain(tensor, why)
+    if why is not None:
+        return Plain(tensor, why)
+    if len(tensor.shape) > MAX_DIMENSIONS:
+        raise SourceError(
+            f"{tensor.path}: {tensor.name}: expected at most {MAX_DIMENSIONS} dimensions, found shape "
+            f"{list(tensor.shape)}; reshape it, or leave it out with modules_to_not_convert"
+        )
+    return Coded(tensor)
 
 
 def why_plain(spec: TensorSpec, excluded: list[str] | str) -> Why | None:
@@ -90,42 +114,39 @@ def why_plain(spec: TensorSpec, excluded: list[str] | str) -> Why | None:
     return Why.SMALL if spec.n_weights < _SMALLEST_CODED else None
 
 
-def plan_all(weights: list[Path], excluded: list[str] | str, coded: Mapping[str, bytes]) -> dict[str, Plan]:
+def plan_all(
+    weights: list[Path],
+    excluded: list[str] | str,
+    coded: Mapping[str, bytes],
+    half: Set[str] | None = None,
+) -> dict[str, Plan]:
     """The plan of every tensor of the source.
 
     Args:
         coded: payloads of tensors that are coded already.
+        half: see `narrowed`.
 
     Raises:
-        SourceError: a tensor looks like a payload, or a payload is that of no tensor.
-        OptionError: nothing is called as the user excludes it.
+        SourceError: a tensor looks like a payload or has more dimensions than readers take, or a payload is
+            that of no tensor.
+        OptionError: a name that the user excludes takes nothing.
     """
     plans: dict[str, Plan] = {}
     for tensor in list_tensors(weights):
         _refuse_coded(tensor)
-        plan = plan_tensor(tensor, excluded)
         if tensor.name in coded:
             plans[tensor.name] = Ready(tensor, coded[tensor.name])
         else:
-            plans[tensor.name] = narrowed_if_exact(plan) if isinstance(plan, Plain) else plan
+            plan = plan_tensor(tensor, excluded)
+            plans[tensor.name] = narrowed(plan, half) if isinstance(plan, Plain) else plan
     if missing := sorted(set(coded) - set(plans)):
         raise SourceError(
             f"payloads: expected those of tensors of the source, found one of {missing[0]!r}, which it has "
             f"not; it has {', '.join(sorted(plans)[:4])}, …"
         )
     if not coded:  # with payloads the names are those of a module, of which a file has tied ones once
-        _refuse_unmatched(excluded, sorted(plans))
+        check_taken(excluded, sorted(plans), "modules_to_not_convert", "the model")
     return plans
-
-
-def _refuse_unmatched(excluded: list[str] | str, names: list[str]) -> None:
-    """A misspelled name would have its tensor coded after all."""
-    if wrong := unmatched(excluded, names):
-        raise OptionError(
-            f"modules_to_not_convert: expected modules or tensors of the model, found {wrong[0]!r}, which "
-            f"takes none; it has {', '.join(names[:4])}, …: correct the name (give the option once for "
-            "each), or leave it out"
-        )
 
 
 def _refuse_coded(tensor: SourceTensor) -> None:
@@ -144,19 +165,21 @@ def _refuse_coded(tensor: SourceTensor) -> None:
         )
 
 
-def narrowed_if_exact(plan: Plain) -> Plain:
-    """Store a float32 weight or bias vector in 16 bits when float16 holds it to about 11 bits.
+def narrowed(plan: Plain, half: Set[str] | None = None) -> Plain:
+    """Store a float32 weight or bias vector in 16 bits when float16 holds it; see `coding.narrowing`.
 
-    Other vectors (running statistics, rotary frequencies) keep their 32 bits: models can be sensitive to
-    their last digits. So do tensors that the user wants to stay as they are.
+    Tensors that the user wants to stay as they are keep their 32 bits.
+
+    Args:
+        half: names of the vectors to store so, where that was decided before.
     """
     source = plan.source
-    is_affine = source.name.endswith((".weight", ".bias")) and len(source.shape) == 1 and source.n_weights
-    if plan.why is Why.EXCLUDED or source.dtype != "F32" or not is_affine:
+    if half is not None:
+        return replace(plan, is_narrowed=source.name in half)
+    is_kept = plan.why is Why.EXCLUDED or source.dtype != "F32"
+    if is_kept or not is_narrowable(source.name, source.shape):
         return plan
-    values = source.load().double()
-    error = (values.half().double() - values).square().sum()
-    return replace(plan, is_narrowed=bool(error <= _NARROWING_ERROR * values.square().sum()))
+    return replace(plan, is_narrowed=half_holds(source.load()))
 
 
 def entry_of(plan: Plan, choices: Mapping[str, Choice]) -> TensorSpec:
@@ -165,7 +188,7 @@ def entry_of(plan: Plan, choices: Mapping[str, Choice]) -> TensorSpec:
     match plan:
         case Plain():
             return TensorSpec(source.name, "F16" if plan.is_narrowed else source.dtype, source.shape)
-        case Ready():
+        case Ready() | Exact():
             return bytes_entry(source.name, len(plan.payload))
         case Coded():
             choice = choices[source.name]
@@ -177,15 +200,13 @@ def lay_out(
 ) -> list[OutputFile]:
     """The output files. Plain tensors come first, widest dtype first, so that they stay aligned."""
     entries = [entry_of(plan, choices) for plan in plans.values()]
-    entries.sort(key=lambda e: (not isinstance(plans[e.name], Plain), -item_bits(e.dtype), e.name))
+    coded = sorted((e for e in entries if not isinstance(plans[e.name], Plain)), key=lambda e: e.name)
+    entries = [*in_order([e for e in entries if isinstance(plans[e.name], Plain)]), *coded]
     files = sharded(entries, max_shard_bytes, stem)
-    return [replace(file, metadata=file.metadata | _narrowed(file.entries, plans)) for file in files]
+    half = {n for n, plan in plans.items() if isinstance(plan, Plain) and plan.is_narrowed}
+    return [replace(f, metadata=f.metadata | narrowing_metadata(f.entries, half)) for f in files]
 
 
-def _narrowed(entries: Iterable[TensorSpec], plans: Mapping[str, Plan]) -> dict[str, str]:
-    """The metadata that say which F16 tensors of a file were F32 in the source."""
-    half = [entry.name for entry in entries if entry.dtype == "F16"]
-    found = [name for name in half if isinstance(plan := plans[name], Plain) and plan.is_narrowed]
-    if not found:
-        return {}
-    return {NARROWED: "*" if found == half else json.dumps(found)}
+def in_order(plain: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """Plain tensors as a file has them, widest dtype first."""
+    return sorted(plain, key=lambda entry: (-item_bits(entry.dtype), entry.name))

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+_NAMED = 20  # files of one reason: a clone has hundreds of hidden ones
+
 
 @dataclass(frozen=True)
 class Report:
@@ -14,13 +16,45 @@ class Report:
         digest: of the payloads.
         backend: as chosen.
         plain: tensors that are stored plainly, and why.
+        budget_bytes: that were asked for; None where a rate was.
+        left_out: files of the source that the output has not, and why.
+        carried: files that are copied as they are though they hold, or may hold, weights; and how large.
+        notes: what else to know of the output.
+        exact: tensors that are no weights and keep every bit in fewer bytes, and why.
+        kept_bytes: of plain and exact tensors together.
+        judged_by: what says which tensors are weights: the model's class, or values alone and why.
     """
 
-    dense_bytes: int
-    compressed_bytes: int
-    n_weights: int
-    bits_per_weight: float
-    seconds: float
-    digest: str
-    backend: str
+    dense_bytes: int = 0
+    compressed_bytes: int = 0
+    n_weights: int = 0
+    bits_per_weight: float = 0.0
+    seconds: float = 0.0
+    digest: str = ""
+    backend: str = ""
     plain: Mapping[str, str] = field(default_factory=dict)
+    budget_bytes: int | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    carried: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    exact: Mapping[str, str] = field(default_factory=dict)
+    kept_bytes: int = 0
+    judged_by: str = ""
+
+    @property
+    def kept_share(self) -> float:
+        """Of the compressed bytes: those of plain and exact tensors."""
+        return self.kept_bytes / self.compressed_bytes
+
+
+def told_by_reason(reasons: Mapping[str, str]) -> list[str]:
+    """Files by what is said of them, for people: "reason: these files"."""
+    files: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        files.setdefault(reason, []).append(name)
+    return [f"{reason}: {_some(names)}" for reason, names in files.items()]
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names) if more <= 0 else f"{', '.join(names[:_NAMED])} and {more} more"

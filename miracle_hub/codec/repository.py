@@ -123,7 +123,8 @@ def _facts(folder: Path) -> dict[str, Any]:
         FormatError: and its subclasses, and SourceError: it is not sound.
     """
     facts = read_facts(folder)
-    check_config(folder / CONFIG, read_config(folder))
+    if facts:
+        check_config(folder / CONFIG, read_config(folder))
     return facts
 
 

@@ -1,26 +1,22 @@
-"""What a model folder holds: its safetensors files, their tensors, and what else to copy."""
+"""What a model folder holds: its safetensors files and their tensors."""
 
 import json
 import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
 from torch import Tensor
 
-from miracle_hub.codec.naming import CARD, INDEX, SINGLE, WEIGHTS_ENDING
-from miracle_hub.errors import FormatError, MissingWeightsError, PickleRefusedError, SourceError
+from miracle_hub.codec.kinds import is_other_kind, kind_of_names, refusal
+from miracle_hub.codec.naming import INDEX, SINGLE, WEIGHTS_ENDING
+from miracle_hub.errors import FormatError, MissingWeightsError, SourceError
 from miracle_hub.files.container import opened
-from miracle_hub.files.folders import is_hidden, refuse_leaving
-from miracle_hub.files.whole import writing
+from miracle_hub.files.folders import entries
 from miracle_hub.format.spec import TensorSpec
 
 NARROWED = "narrowed_from_F32"  # in the metadata of a file
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# Other copies of the same weights; a compressed repository carries only one.
-_OTHER_WEIGHTS = (*_PICKLES, ".h5", ".msgpack", ".onnx", ".gguf", ".ot")
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,7 @@ def weight_files(folder: Path, index: str = INDEX) -> list[Path]:
         index: its name, where there is no single file.
 
     Raises:
-        PickleRefusedError: there are only pickle weights.
+        PickleRefusedError: there are only pickle weights. SourceKindError: there is another kind of model.
         MissingWeightsError: there are none, a shard is missing, or it is no folder.
     """
     if folder.is_file():
@@ -68,10 +64,15 @@ def weight_files(folder: Path, index: str = INDEX) -> list[Path]:
         return [folder / SINGLE]
     if used := used_index(folder, index):
         return indexed_files(folder, used)
-    found = files_of_weights(folder)
+    found = [path for path in files_of_weights(folder) if not is_other_kind(path.name)]
     if found:
         return found
-    raise missing_weights(str(folder), [path.name for path in folder.glob("*")])
+    raise refusal("model.safetensors", kind_of_names(str(folder), names_in(folder)))
+
+
+def names_in(folder: Path) -> list[str]:
+    """Paths of everything in a folder, relative to it, with slashes."""
+    return [path.relative_to(folder).as_posix() for path in entries(folder)]
 
 
 def used_index(folder: Path, index: str = INDEX) -> Path | None:
@@ -84,21 +85,6 @@ def used_index(folder: Path, index: str = INDEX) -> Path | None:
 def files_of_weights(folder: Path) -> list[Path]:
     """Every safetensors file right in a folder, in order of name."""
     return sorted(path for path in folder.glob(f"*{WEIGHTS_ENDING}") if path.is_file())
-
-
-def missing_weights(source: str, names: list[str]) -> SourceError:
-    """What to raise for a folder or repository without safetensors that holds these files."""
-    pickles = sorted(name for name in names if Path(name).suffix in _PICKLES)
-    if pickles:
-        return PickleRefusedError(
-            f"{source}: expected model.safetensors, found only pickle weights ({', '.join(pickles)}), "
-            "which can run code when opened; convert them once where you trust them: "
-            "AutoModel.from_pretrained(source).save_pretrained(folder)"
-        )
-    return MissingWeightsError(
-        f"{source}: expected model.safetensors or model.safetensors.index.json, found neither; "
-        "pass a folder written by save_pretrained, or a Hub id"
-    )
 
 
 def indexed_files(folder: Path, index: Path) -> list[Path]:
@@ -157,6 +143,15 @@ def list_tensors(files: list[Path]) -> list[SourceTensor]:
     return list(tensors.values())
 
 
+def narrowing_metadata(entries: Iterable[TensorSpec], narrowed: Set[str]) -> dict[str, str]:
+    """The metadata that say which F16 tensors of a file were F32 in the source."""
+    half = [entry.name for entry in entries if entry.dtype == "F16"]
+    found = [name for name in half if name in narrowed]
+    if not found:
+        return {}
+    return {NARROWED: "*" if found == half else json.dumps(found)}
+
+
 def narrowed_names(path: Path) -> set[str] | None:
     """The F16 tensors of a file that were F32; None means all of them.
 
@@ -177,41 +172,3 @@ def narrowed_names(path: Path) -> set[str] | None:
             "file is damaged: download it again"
         )
     return set(names)
-
-
-def companion_files(folder: Path, weights: list[Path]) -> Iterator[Path]:
-    """Relative paths of the files to copy: all but weights, hidden folders and the model card.
-
-    Raises:
-        SourceError: a file is a link that leaves the folder.
-    """
-    skipped = {path.name for path in weights} | {INDEX, CARD}
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        top_weight = len(relative.parts) == 1 and (
-            relative.name in skipped or relative.name.endswith((WEIGHTS_ENDING, ".index.json"))
-        )
-        if (
-            path.is_file()
-            and not is_hidden(relative)
-            and not top_weight
-            and path.suffix not in _OTHER_WEIGHTS
-        ):
-            refuse_leaving(path, folder)
-            yield relative
-
-
-def copy_companions(source: Path, target: Path, weights: list[Path]) -> list[Path]:
-    """Copy `companion_files`; returns the copies.
-
-    Raises:
-        SourceError: a file is a link that leaves the folder.
-        OutputWriteError: a copy cannot be written.
-    """
-    copies = []
-    for relative in companion_files(source, weights):
-        copies.append(target / relative)
-        with writing(copies[-1]):
-            copies[-1].parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / relative, copies[-1])
-    return copies

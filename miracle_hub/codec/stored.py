@@ -41,6 +41,11 @@ class StoredTensor(TensorSpec):
         return bool(self.facts)
 
     @property
+    def is_exact(self) -> bool:
+        """Whether its payload keeps every bit of it."""
+        return any(facts.is_exact for facts in self.facts)
+
+    @property
     def is_narrowed(self) -> bool:
         """Whether it is stored plainly, in fewer bits than its source had."""
         return not self.is_coded and self.parts[0].dtype != self.dtype

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from miracle_hub.codec import payloads
 from miracle_hub.codec.payloads import Request
-from miracle_hub.codec.plan import Coded, Plain, Plan, Why
+from miracle_hub.codec.plan import Coded, Exact, Plain, Plan, Why
 from miracle_hub.codec.rates import Curve, Option
 from miracle_hub.codec.source import SourceTensor
 from miracle_hub.coding.matrix import matrix_columns
-from miracle_hub.errors import NonFiniteWeightError, SourceError
+from miracle_hub.errors import SourceError
 
 
 def survey(plans: dict[str, Plan], request: Request) -> tuple[list[Curve], dict[str, str]]:
@@ -20,19 +20,18 @@ def survey(plans: dict[str, Plan], request: Request) -> tuple[list[Curve], dict[
     Those that no codec takes become plain in `plans`.
 
     Raises:
-        NonFiniteWeightError: a tensor is not finite.
         SourceError: there is nothing to code.
     """
     codecs, surveys, contents = payloads.codecs(), {}, {}
     for name, plan in [(n, p) for n, p in plans.items() if isinstance(p, Coded)]:
-        weights = _load_finite(plan.source)
+        weights = plan.source.load()
         found = [codec.survey(plan.source, weights, request) for codec in codecs]
         if all(each is None for each in found):
             plans[name] = Plain(plan.source, Why.OUT_OF_RANGE)
             continue
         surveys[name], contents[name] = found, _sha256(weights)
     if not surveys:
-        whys = {p.why.text(p.source.dtype) for p in plans.values() if isinstance(p, Plain)}
+        whys = {p.why.text(p.source.dtype) for p in plans.values() if isinstance(p, Plain | Exact)}
         found = "; ".join(sorted(whys)) or "no tensors at all"
         raise SourceError(
             f"expected at least one tensor to compress, found none ({found}); keep this model as it is"
@@ -54,15 +53,3 @@ def _rows(source: SourceTensor) -> int:
 def _sha256(weights: Tensor) -> str:
     data = weights.contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(data.data).hexdigest()
-
-
-def _load_finite(source: SourceTensor) -> Tensor:
-    weights = source.load()
-    finite = torch.isfinite(weights.float()).flatten()  # in float32, in which it would be decoded
-    if not bool(finite.all()):
-        at = int(finite.int().argmin())
-        raise NonFiniteWeightError(
-            f"{source.name}: expected finite weights, found {weights.flatten()[at].item()} at position {at} "
-            f"({source.path}); repair the model, or leave the tensor out with modules_to_not_convert"
-        )
-    return weights

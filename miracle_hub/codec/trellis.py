@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from miracle_hub.code import Code
+from miracle_hub.code import Code, StreamCode
 from miracle_hub.codec.body import body_of, check_payload, coded_rows
 from miracle_hub.codec.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from miracle_hub.codec.payloads import Packed, PayloadFacts, Request
@@ -70,10 +70,19 @@ class Trellis:
         header = Header(spec.dtype, spec.shape, recipe.columns, recipe.rotation, _segments(choice))
         return header.payload_bytes
 
-    def encode(self, weights: Tensor, choice: Choice, where: str, backend: Backend) -> bytes:
+    def encode(
+        self,
+        weights: Tensor,
+        choice: Choice,
+        where: str,
+        backend: Backend,
+        earlier: Sequence[Tensor] = (),
+    ) -> bytes:
         """The payload of the least squared error that the search finds."""
         rotation = choice.option.recipe.rotation
-        return encode_tensor(weights, _segments(choice), rotation, where=where, backend=backend)
+        return encode_tensor(
+            weights, _segments(choice), rotation, where=where, backend=backend, earlier=earlier
+        )
 
 
 TRELLIS = Trellis()
@@ -177,6 +186,7 @@ def encode_tensor(
     selection: str = "best",
     generator: torch.Generator | None = None,
     backend: Backend | None = None,
+    earlier: Sequence[Tensor] = (),
 ) -> bytes:
     """The payload of a tensor; `decode_payload` gives its weights back.
 
@@ -186,16 +196,19 @@ def encode_tensor(
         rotation: width of the Hadamard groups; 1 means none.
         where: the tensor's name, for messages.
         backend: None means the one for the device of `weights`.
+        earlier: float32 weights of payloads that come before in the tensor's sum: what they leave is coded.
 
     Raises:
         OptionError: the rotation or the segments do not fit the tensor.
     """
+    from miracle_hub.codec.handed_out import decoded_in_range, left_by, relative_error
+
     backend = backend or choose(device=weights.device)
     columns = matrix_columns(tuple(weights.shape))
     check_width(rotation, columns, where)
     _check_rows(segments, weights.numel() // columns, where)
     header = Header(
-        dtype=DTYPE_NAMES[weights.dtype],
+        dtype="F32" if earlier else DTYPE_NAMES[weights.dtype],
         shape=tuple(weights.shape),
         columns=columns,
         rotation=rotation,
@@ -204,31 +217,60 @@ def encode_tensor(
         permuted=permuted,
     )
     weights = weights.to(backend.device)
-    matrix = rotated_matrix(weights, columns, rotation, backend)
+    matrix = rotated_matrix(left_by(earlier, weights), columns, rotation, backend)
     parts = [
         _encode_segment(rows, segment, header, selection, generator, backend)
         for segment, rows in zip(header.segments, _split_rows(matrix, header), strict=True)
     ]
-    decoded, digest = backend.decode_matrix(parts, layout_of(header), torch.float32)
-    difference = decoded.view(-1) - weights.float().reshape(-1)
-    power = float(weights.double().square().sum())
-    error = float(difference.double().square().sum()) / power if power else 0.0
+    handed_out, digest = decoded_in_range(parts, layout_of(header), earlier, weights.dtype, backend)
+    error = relative_error(handed_out, earlier, weights)
     return encode_payload(replace(header, digest=digest, relative_error=error), body_of(parts))
 
 
+def header_of_stream(shape: tuple[int, ...], dtype: str, code: StreamCode, has_row_scales: bool) -> Header:
+    """The header of a tensor whose weights, in their own order, are a stream.
+
+    Args:
+        dtype: as the format spells it.
+        has_row_scales: whether every row of the matrix view has a scale; else every code has one.
+    """
+    columns = matrix_columns(shape)
+    sizes = code.segments(math.prod(shape))
+    if not has_row_scales:  # rows are of no account: codes may share one
+        columns = math.gcd(columns, *(n for n, _ in sizes))
+    segments = tuple(Segment(n // columns, own, has_row_scales) for n, own in sizes)
+    return Header(dtype, shape, columns, 1, segments)
+
+
 def payload_of_stream(
-    shape: tuple[int, ...], dtype: torch.dtype, code: Code, scales: Tensor, message: Tensor
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    code: StreamCode,
+    scales: Tensor,
+    message: Tensor,
+    where: str,
 ) -> bytes:
     """The payload of a tensor whose weights, in their own order, are a message times its rows' scales.
 
     Args:
         scales: `[1]`, or one for every row of the matrix view, as the format allows them.
+        message: of two codes, both, one after the other.
+        where: the tensor's name, for messages.
+
+    Raises:
+        NonFiniteWeightError: its dtype cannot hold such weights.
     """
-    columns = matrix_columns(shape)
-    segment = Segment(math.prod(shape) // columns, code, scales.numel() > 1)
-    header = Header(DTYPE_NAMES[dtype], shape, columns, 1, (segment,))
-    parts = [CodedRows(segment.rows, code, scales.bfloat16().cpu(), message)]
-    _, digest = choose("cpu").decode_matrix(parts, layout_of(header), torch.float32)
+    from miracle_hub.codec.handed_out import require_finite
+
+    header = header_of_stream(shape, DTYPE_NAMES[dtype], code, scales.numel() > 1)
+    words, parts = scales.bfloat16().cpu(), []
+    by_row = words if scales.numel() > 1 else words.repeat(len(header.segments))
+    messages = message.split(list(header.message_bytes))
+    by_segment = by_row.split([segment.n_scales for segment in header.segments])
+    for segment, own, bits in zip(header.segments, by_segment, messages, strict=True):
+        parts.append(CodedRows(segment.rows, segment.code, own, bits))
+    weights, digest = choose("cpu").decode_matrix(parts, layout_of(header), dtype)
+    require_finite(weights, where)
     return encode_payload(replace(header, digest=digest), body_of(parts))
 
 

@@ -3,13 +3,18 @@
 import json
 import re
 from collections import Counter
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from miracle_hub.codec.companions import of_repository, of_source
+from miracle_hub.codec.comparing import check_finite, compare, compare_bits
+from miracle_hub.codec.config import read_quantization
+from miracle_hub.codec.detector import TO_COMPRESS, require
 from miracle_hub.codec.dtypes import TORCH_DTYPES, is_bytes
+from miracle_hub.codec.finite import NON_FINITE
 from miracle_hub.codec.guard import Contents
 from miracle_hub.codec.guarded import check_config, check_own_guard, unguarded
 from miracle_hub.codec.naming import (
@@ -28,14 +33,12 @@ from miracle_hub.codec.repository import Repository, repository_of
 from miracle_hub.codec.source import SourceTensor, indexed_files, list_tensors, weight_files
 from miracle_hub.codec.stored import StoredTensor
 from miracle_hub.coding.backend import Backend, choose
-from miracle_hub.errors import ChecksumError, FormatError, MiracleError, NonFiniteWeightError, SourceError
+from miracle_hub.errors import ChecksumError, FormatError, MiracleError, SourceError
 from miracle_hub.files.container import files_kept_open
-from miracle_hub.files.digests import Hashes
+from miracle_hub.files.digests import Hashes, sha256_of
 from miracle_hub.format.network import read_start
 
 _HASH = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
-# Of the squared error that a payload promises: its digits in float32, and another order of summation.
-_ERROR_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,13 @@ class Verification:
 @files_kept_open()
 def verify_folder(path: Path, *, dense: Path | None = None, backend: str = "auto") -> Verification:
     """See `miracle_hub.verify`. Every file is read once; with `dense`, those of several stages twice."""
-    check = _Check(choose(backend), _originals(dense))
+    copied = set() if path.is_file() else set(of_repository(path).weights)
+    check = _Check(choose(backend), _originals(dense), copied, _listed_as_non_finite(path))
     reading = read_all(path, check.look)
     reports = [check.report(file) for file in reading.files]
     defects, repository = [report.defect for report in reports if report.defect], None
+    if dense is not None and path.is_dir():
+        defects += _changed_companions(reading, dense)
     if not defects:  # else the whole could only repeat what is wrong with a part
         try:
             repository = _check_whole(reading, check)
@@ -102,7 +108,29 @@ def verify_folder(path: Path, *, dense: Path | None = None, backend: str = "auto
 
 
 def _originals(dense: Path | None) -> dict[str, SourceTensor] | None:
-    return None if dense is None else {tensor.name: tensor for tensor in list_tensors(weight_files(dense))}
+    if dense is None:
+        return None
+    require(dense, TO_COMPRESS)
+    return {tensor.name: tensor for tensor in list_tensors(weight_files(dense))}
+
+
+def _changed_companions(reading: Reading, dense: Path) -> Iterator[str]:
+    """What is wrong with files that the dense model has beside its weights, and that were to be copied."""
+    found = {file.name: file.hashes.sha256 for file in reading.files}
+    for name in of_source(dense, weight_files(dense)).carried:
+        if name not in found:
+            yield f"{reading.path}: expected {name} of {dense}, found none; compress the model again"
+        elif found[name] != sha256_of(dense / name):
+            yield f"{reading.path / name}: expected the bytes of {dense / name}, found others; copy it again"
+
+
+def _listed_as_non_finite(path: Path) -> list[str]:
+    """Tensors that a folder's config.json names as such; what is wrong with it is found later."""
+    try:
+        found = read_quantization(path).get(NON_FINITE) if path.is_dir() else None
+    except SourceError:
+        found = None
+    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
 
 
 _PAYLOAD = "decoded, digest agrees"
@@ -113,8 +141,15 @@ _PLAIN = "plain, finite"
 class _Check:
     """What is asked of every tensor on the way, and of every file at its end."""
 
-    def __init__(self, backend: Backend, originals: dict[str, SourceTensor] | None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        originals: dict[str, SourceTensor] | None,
+        copied: set[Path],
+        non_finite: Collection[str],
+    ) -> None:
         self.backend, self.originals = backend, originals
+        self.copied, self.non_finite = copied, non_finite
         self.kinds: dict[Path, Counter[str]] = {}
 
     @property
@@ -132,19 +167,23 @@ class _Check:
         self.kinds.setdefault(path, Counter())[self._kind(tensor, payload, entry)] += 1
 
     def _kind(self, tensor: StoredTensor, payload: Payload | None, entry: Tensor) -> str:
-        original = (self.originals or {}).get(tensor.name)
+        is_copied = tensor.parts[0].path in self.copied  # its names are not those of the model
+        original = None if is_copied else (self.originals or {}).get(tensor.name)
         if payload is not None:
-            weights = payload.decode(self.backend)
             # What stages add up to is known when all of them were read.
-            if original is not None and not is_of_stage(tensor.parts[0].path):
-                _compare(tensor, weights.cpu(), original)
+            is_whole = not is_of_stage(tensor.parts[0].path) or tensor.is_exact
+            weights = payload.decode(self.backend, rounded=is_whole)
+            if is_whole:
+                check_finite(tensor, weights, self.non_finite)
+            if is_whole and original is not None:
+                compare(tensor, weights.cpu(), original, lambda: payload.decode(self.backend).cpu())
             return _PAYLOAD
         if tensor.name == STREAM and is_bytes(entry):
             read_start(entry.numpy().tobytes(), f"{tensor.parts[0].path}: {STREAM}")
             return _STREAM
-        _check_finite(tensor, entry)
+        check_finite(tensor, entry, self.non_finite)
         if original is not None:
-            _compare_plain(tensor, entry, original)
+            compare_bits(tensor, entry, original)
         return _PLAIN
 
     def report(self, file: FileReading) -> FileReport:
@@ -186,21 +225,6 @@ def _check_cached(file: Path, hashes: Hashes) -> None:
         raise ChecksumError(
             f"{file}: expected content of hash {blob.name}, as the Hub announced it, found {found}; the "
             "cached file is damaged: delete it and download it again"
-        )
-
-
-def _check_finite(tensor: StoredTensor, values: Tensor) -> None:
-    """
-    Raises:
-        NonFiniteWeightError: a number is NaN or infinite.
-    """
-    if not (values.is_floating_point() or values.is_complex()):
-        return
-    few_bits = values.is_floating_point() and values.element_size() == 1  # float8, of which torch knows less
-    if not bool(torch.isfinite(values.float() if few_bits else values).all()):
-        raise NonFiniteWeightError(
-            f"{tensor.parts[0].path}: {tensor.name}: expected finite numbers, found NaN or infinity; "
-            "download the file again, or repair the model that it was made from"
         )
 
 
@@ -262,57 +286,33 @@ def _check_whole(reading: Reading, check: _Check) -> Repository:
             "digest to compare; run miracle compress first, or compare with --dense"
         )
     if check.originals is not None:
-        _compare_all(repository, check.originals, check.backend)
+        _require_same_names(repository, check.originals)
+    _check_sums(repository, check)
     return repository
 
 
-def _compare_all(repository: Repository, originals: dict[str, SourceTensor], backend: Backend) -> None:
+def _require_same_names(repository: Repository, originals: dict[str, SourceTensor]) -> None:
     """
     Raises:
-        SourceError: the source has other tensors, or what stages add up to is not what they promise.
+        SourceError: the source has other tensors.
     """
     if different := sorted(originals.keys() ^ {tensor.name for tensor in repository.tensors}):
         raise SourceError(
             f"{repository.path}: expected the tensors of the dense model, found {different[0]} in only one "
             "of the two; give the model that was compressed"
         )
+
+
+def _check_sums(repository: Repository, check: _Check) -> None:
+    """What stages add up to is finite, and what they promise.
+
+    Raises:
+        SourceError: it is not.
+    """
     for tensor in repository.tensors:
-        if tensor.is_coded and is_of_stage(tensor.parts[0].path):
-            _compare(tensor, tensor.sum(backend).cpu(), originals[tensor.name])
-
-
-def _compare_plain(tensor: StoredTensor, found: Tensor, source: SourceTensor) -> None:
-    """
-    Raises:
-        SourceError: it is not the source's tensor, rounded to float16 where the file says so.
-    """
-    original = source.load()
-    expected = original.half() if tensor.is_narrowed else original
-    same = found.dtype == expected.dtype and found.shape == expected.shape
-    # As bytes: -0.0 counts.
-    if not same or not torch.equal(*(x.reshape(-1).view(torch.uint8) for x in (found, expected))):
-        raise _other_model(tensor, "expected the bits of the dense model's plain tensor, found others")
-
-
-def _compare(tensor: StoredTensor, weights: Tensor, source: SourceTensor) -> None:
-    """
-    Raises:
-        SourceError: a coded tensor does not have the shape, dtype and squared error that were promised.
-    """
-    original = source.load()
-    if tuple(original.shape) != tensor.shape or original.dtype != TORCH_DTYPES[tensor.dtype]:
-        found = f"found {tensor.dtype} {list(tensor.shape)}"
-        raise _other_model(tensor, f"expected {original.dtype} {list(original.shape)}, {found}")
-    power, promised = float(original.double().square().sum()), tensor.relative_error
-    difference = float((weights - original.float()).double().square().sum())
-    found = difference / power if power else 0.0
-    # Tensors that training coded promise no error.
-    if promised and abs(found - promised) > _ERROR_TOLERANCE * promised:
-        raise _other_model(tensor, f"expected a relative squared error of {promised:.6g}, found {found:.6g}")
-
-
-def _other_model(tensor: StoredTensor, fault: str) -> SourceError:
-    return SourceError(
-        f"{tensor.parts[0].path}: {tensor.name}: {fault}; give the model that was compressed, or compress it "
-        "again"
-    )
+        # Only float16 has a range that a sum of finite parts can leave.
+        if len(tensor.parts) > 1 and (check.originals is not None or tensor.dtype == "F16"):
+            total, dtype = tensor.sum(check.backend).cpu(), TORCH_DTYPES[tensor.dtype]
+            check_finite(tensor, total.to(dtype), check.non_finite)
+            if check.originals is not None:
+                compare(tensor, total.to(dtype), check.originals[tensor.name], lambda total=total: total)

@@ -12,7 +12,7 @@ from miracle_hub.codec.dtypes import raw_bytes
 from miracle_hub.codec.guard import Contents, guards_of_stages
 from miracle_hub.codec.jobs import Job, run_all
 from miracle_hub.codec.naming import stage_name, stage_of
-from miracle_hub.codec.plan import Plain, Plan, Ready
+from miracle_hub.codec.plan import Exact, Plain, Plan, Ready
 from miracle_hub.codec.repository import OutputFile, payloads_digest, write_indices
 from miracle_hub.codec.source import files_of_weights
 from miracle_hub.codec.stored import payload_at
@@ -69,7 +69,7 @@ class Writer:
             if isinstance(plan, Plain):
                 weights = plan.source.load()
                 return raw_bytes(weights.half() if plan.is_narrowed else weights)
-            if isinstance(plan, Ready):
+            if isinstance(plan, Ready | Exact):
                 raw = plan.payload
             else:
                 job, raw = next(results)

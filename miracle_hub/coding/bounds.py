@@ -1,4 +1,4 @@
-"""How far the risk of a classifier may lie above its share of errors: inverse kl, and bits of a description.
+"""How far a risk may lie above what a sample shows: inverse kl, a bet, and bits of a description.
 
 Both are pure numbers; codec/certificate.py says what they certify, and under which assumptions.
 """
@@ -35,6 +35,28 @@ def inverse_kl(q: float, nats: float) -> float:
         else:
             high = middle
     return high
+
+
+def betting_bound(mean_log: float, bet: float, nats: float) -> float:
+    """The bound on a mean of expectations that a bet makes: (1 - exp(mean_log - nats)) / bet, at most 1.
+
+    For numbers Y_1 … Y_n in [0, 1], whatever they depend on, let M be the mean of their expectations, each
+    given all that came before it. For a bet λ in (0, 1) that was fixed before them,
+
+        P( M > betting_bound(mean log(1 - λ·Y_i), λ, nats) ) ≤ exp(-n · nats)
+
+    Proof: the product of (1 - λ·Y_i) / (1 - λ·E[Y_i | past]) has expectation 1, a factor at a time from the
+    last one on. By Markov's inequality it exceeds exp(n·nats) with probability exp(-n·nats) at most; else
+    Σ log(1 - λ·Y_i) - n·nats ≤ Σ log(1 - λ·E[Y_i | past]) ≤ n·log(1 - λ·M), the last by Jensen's. Since
+    log(1 - λ·y) ≥ y·log(1 - λ), it is never above Catoni's bound of the same λ, nor that above Azuma's.
+
+    Args:
+        mean_log: mean of log(1 - λ·Y_i).
+        bet: λ.
+
+    Source: Waudby-Smith and Ramdas 2023 (arXiv:2010.09686), bets; Catoni 2007 (arXiv:0712.0248).
+    """
+    return min(1.0, -math.expm1(mean_log - nats) / bet)
 
 
 def description_bits(n_bytes: int) -> int:

@@ -40,7 +40,7 @@ def draw_mean_kl(
         tau, alpha: float32 `[n]`, without constraints; blocks are consecutive. What the formulas call τ and
             α is `rate` times these, so that all parameters of a model can share a learning rate.
         log_scale: float32 `[]`, log ρ.
-        block_kl_nats: KL of every block; a short last one has it too: its message costs the same bits.
+        block_kl_nats: KL of every block; a short last one has it too.
         block_weights: from 1 to 1024.
         seed: int64 `[]` on the CPU.
 

@@ -10,7 +10,7 @@ from miracle_hub.coding.order import stream_order
 from miracle_hub.coding.rotation import widest_rotation
 
 # Sizes are met by the row: one of 64 rows at the next rate (a quarter more bits) is 0.4 % of a tensor.
-_FEWEST_ROWS = 64
+FEWEST_ROWS = 64
 _SHORTEST_ROW = 128
 _LONGEST_CUT_ROW = 1024
 # Rows this long always have their own scale: it costs at most 1/8 bit per weight. Choosing by the
@@ -59,8 +59,8 @@ def matrix_columns(shape: tuple[int, ...]) -> int:
     stacked = len(shape) == 3 and min(shape[1:]) >= 32
     columns = shape[-1] if stacked or len(shape) == 1 else math.prod(shape[1:])
     n_weights = math.prod(shape)
-    if n_weights // columns >= _FEWEST_ROWS:
+    if n_weights // columns >= FEWEST_ROWS:
         return columns
-    widths = range(_SHORTEST_ROW, min(_LONGEST_CUT_ROW, n_weights // _FEWEST_ROWS) + 1)
+    widths = range(_SHORTEST_ROW, min(_LONGEST_CUT_ROW, n_weights // FEWEST_ROWS) + 1)
     cuts = [width for width in widths if columns % width == 0]
     return max(cuts, key=lambda width: (widest_rotation(width), width), default=columns)

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from miracle_hub.code import Code
+from miracle_hub.code import Code, StreamCode
 from miracle_hub.coding.philox import philox4x32
 
 # Counters per call of Philox, whose dozen temporaries then stay in the cache, whatever a file asks for.
@@ -29,7 +29,7 @@ def banded_order(rows: int, columns: int, band_columns: int) -> Int64[Tensor, " 
     return torch.cat((whole.flatten(), positions[:, n_whole * width :].flatten()))
 
 
-def permutation(n: int, code: Code) -> Int64[Tensor, " n"]:
+def permutation(n: int, code: StreamCode) -> Int64[Tensor, " n"]:
     """A pseudo-random permutation: indices sorted by the first two Philox words of (i, 0, stream_id, 1).
 
     The 64-bit keys are compared as unsigned numbers (second word high); equal keys keep their order.

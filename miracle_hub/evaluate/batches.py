@@ -1,5 +1,6 @@
 """What a model is asked, in batches in which no row feels the others: texts of one length, images, arrays."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -7,19 +8,39 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
-from miracle_hub.errors import DataError, SourceError
+from miracle_hub.errors import DataError, MiracleError, SourceError
+from miracle_hub.evaluate.tables import read_table
+from miracle_hub.names import offer
 
 # Without any of them transformers makes some tokenizers up, which know no word.
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 _PROCESSOR = "preprocessor_config.json"
 _IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+_POSITIONS = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
 _MASKED_STRIDE = 7  # about as many tokens as BERT's training masks
 
 # Inputs by name, and the positions whose answers count: None means all.
 Batches: TypeAlias = Iterator[tuple[dict[str, Tensor], Tensor | None]]
+
+
+def read_model_config(source: str | Path) -> Any:
+    """
+    Raises:
+        SourceError: there is no config.json of a model of transformers.
+    """
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, MiracleError):
+            raise
+        said = str(error).strip().partition("\n")[0]
+        raise SourceError(
+            f"{source}: expected a model of transformers, with its config.json, found none ({said}); give a "
+            "folder written by save_pretrained, or a Hub id"
+        ) from error
 
 
 def read_tokenizer(folder: Path) -> Any:
@@ -32,7 +53,21 @@ def read_tokenizer(folder: Path) -> Any:
             f"{folder}: expected a tokenizer beside the model, found none of {', '.join(_TOKENIZER_FILES)}; "
             "save it there with tokenizer.save_pretrained"
         )
-    return AutoTokenizer.from_pretrained(folder)
+    return tokenizer_of(folder)
+
+
+def tokenizer_of(source: str | Path) -> Any:
+    """
+    Raises:
+        SourceError: a folder's or Hub repository's tokenizer cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except Exception as error:
+        raise SourceError(
+            f"{source}: expected a tokenizer that transformers reads, found {type(error).__name__}: "
+            f"{str(error).partition(chr(10))[0]}; save it there with tokenizer.save_pretrained"
+        ) from error
 
 
 def tokenized(tokenizer: Any, texts: Sequence[list[str]], max_length: int) -> dict[str, list[list[int]]]:
@@ -44,8 +79,42 @@ def tokenized(tokenizer: Any, texts: Sequence[list[str]], max_length: int) -> di
     inputs = dict(tokenizer(*texts, truncation=True, max_length=max_length))
     if [] in inputs["input_ids"]:
         row = inputs["input_ids"].index([])
-        raise DataError(f"data: row {row}: expected a text of at least one token, found none; complete it")
+        raise DataError(
+            f"data: row {row}: expected a text of at least one token, found none in "
+            f"{' and '.join(repr(column[row][:40]) for column in texts)}; complete it"
+        )
     return inputs
+
+
+def check_fits(model: Any, inputs: Mapping[str, list[list[int]]]) -> None:
+    """Refuse tokens that a model has no embedding for, and texts that are longer than its positions.
+
+    Raises:
+        SourceError: the tokenizer is of another model.
+        DataError: a text is too long.
+    """
+    largest, longest = (max(map(of, inputs["input_ids"]), default=0) for of in (max, len))
+    known = getattr(model.get_input_embeddings(), "num_embeddings", largest + 1)
+    if largest >= known:
+        raise SourceError(
+            f"tokenizer: expected tokens below {known}, of which the model has embeddings, found {largest}; "
+            "save the model's own tokenizer beside it"
+        )
+    if longest > (most := _most_positions(model)):
+        raise DataError(
+            f"data: expected texts of at most {most} tokens, as the model has positions, found one of "
+            f"{longest}; cut them with --max-length {most}"
+        )
+
+
+def _most_positions(model: nn.Module) -> float:
+    """Of embeddings by position, of which some begin later; others, as rotary ones, have no end."""
+    found = [math.inf]
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in _POSITIONS and isinstance(module, nn.Embedding):
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            found.append(module.num_embeddings - int(getattr(module, "offset", first)))
+    return min(found)
 
 
 def equal_lengths(
@@ -104,7 +173,9 @@ def array_batches(path: Path, known: set[str], step: int) -> tuple[int, Batches]
     """
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = {name: torch.from_numpy(file[name]) for name in file.files}
+            arrays = {name: _array(file[name], f"{path}: {name}") for name in file.files}
+    except DataError:
+        raise
     except (OSError, ValueError, TypeError, AttributeError, EOFError, BadZipFile) as error:
         raise DataError(
             f"{path}: expected an npz of numbers, found {error}; save it with np.savez"
@@ -112,7 +183,7 @@ def array_batches(path: Path, known: set[str], step: int) -> tuple[int, Batches]
     if unknown := sorted(set(arrays) - known):
         raise DataError(
             f"{path}: expected inputs of the model ({', '.join(sorted(known)[:4])}, …), found "
-            f"{unknown[0]!r}; rename or remove it"
+            f"{unknown[0]!r}; rename or remove it ({offer(unknown[0], sorted(known))})"
         )
     lengths = {len(values) if values.ndim else 0 for values in arrays.values()}
     if len(lengths) != 1 or not min(lengths):
@@ -123,6 +194,21 @@ def array_batches(path: Path, known: set[str], step: int) -> tuple[int, Batches]
     arrays = {n: x.float() if x.is_floating_point() else x.long() for n, x in arrays.items()}
     starts = range(0, min(lengths), step)
     return min(lengths), (({n: x[i : i + step] for n, x in arrays.items()}, None) for i in starts)
+
+
+def _array(values: np.ndarray, where: str) -> Tensor:
+    """
+    Raises:
+        DataError: they are no real numbers, or not finite.
+    """
+    if values.dtype.kind not in "fiub":
+        raise DataError(f"{where}: expected real numbers, found {values.dtype}; save them as numbers")
+    if bad := int((~np.isfinite(values)).sum()):
+        raise DataError(
+            f"{where}: expected finite numbers, found {bad} of {values.size} that are NaN or infinite; "
+            "repair them"
+        )
+    return torch.from_numpy(values.astype(values.dtype.newbyteorder("="), copy=False))
 
 
 def read_processor(folders: list[Path]) -> Any:
@@ -149,7 +235,7 @@ def image_batches(data: Path, processor: Any, step: int) -> tuple[int, Batches]:
     if data.is_dir():
         paths = sorted(path for path in data.rglob("*") if path.suffix.lower() in _IMAGE_ENDINGS)
     elif data.suffix == ".txt" and data.is_file():
-        lines = data.read_text(encoding="utf-8").splitlines()
+        lines = read_table(data)["text"]
         paths = [data.parent / line.strip() for line in lines if line.strip()]
     else:
         paths = [data] if data.is_file() else []
@@ -162,14 +248,30 @@ def image_batches(data: Path, processor: Any, step: int) -> tuple[int, Batches]:
 
 
 def _prepared(paths: list[Path], processor: Any, step: int) -> Batches:
-    from PIL import Image, UnidentifiedImageError
-
     for start in range(0, len(paths), step):
-        images = []
-        for path in paths[start : start + step]:
-            try:
-                with Image.open(path) as image:
-                    images.append(image.convert("RGB"))
-            except (OSError, UnidentifiedImageError, ValueError) as error:
-                raise DataError(f"{path}: expected an image, found {error}; remove or repair it") from error
+        images = [_image(path) for path in paths[start : start + step]]
         yield {"pixel_values": processor(images, return_tensors="pt")["pixel_values"]}, None
+
+
+def _image(path: Path) -> Any:
+    """An image as transformers prepares it: turned as its camera was held, in red, green and blue.
+
+    Raises:
+        DataError: it cannot be read, has several frames, or grays finer than 8 bits, which would be cut off.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            frames, mode = getattr(image, "n_frames", 1), image.mode
+            pixels = ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # PIL raises what its readers do: SyntaxError, struct.error, …
+        raise DataError(f"{path}: expected an image, found {error}; remove or repair it") from error
+    if frames > 1:
+        raise DataError(f"{path}: expected one image, found {frames} frames; save the one that is meant")
+    if mode.startswith(("I", "F")):
+        raise DataError(
+            f"{path}: expected 8 bits per color, found mode {mode!r}; scale it to 8 bits, or give an npz of "
+            "pixel_values"
+        )
+    return pixels

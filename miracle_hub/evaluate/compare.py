@@ -12,14 +12,17 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, kl_div, log_softmax
 from tqdm import tqdm
 
+from miracle_hub.codec.detector import TO_RUN
 from miracle_hub.codec.inspection import inspect_folder
 from miracle_hub.errors import DataError, SourceError
 from miracle_hub.evaluate.batches import (
     Batches,
     array_batches,
+    check_fits,
     equal_lengths,
     image_batches,
     masked,
+    read_model_config,
     read_processor,
     shared_tokenizer,
     tokenized,
@@ -102,7 +105,7 @@ def compare(
         data: texts (csv, tsv, json, jsonl, parquet, txt; a folder of `datasets`; a Hub id); for image models
             a folder of images, an image, or a txt of their paths; or an npz of the model's own inputs.
         split: of the data, where they have several.
-        text_columns: one or two columns of text; by default the columns of strings.
+        text_columns: one or two columns of text; by default those that can be no others.
         max_length: tokens of a text.
         revision_a, revision_b: branch, tag or commit of a Hub id.
 
@@ -112,7 +115,7 @@ def compare(
         DataError: the data cannot be read, are empty, or are not what the model takes.
         FormatError: and its subclasses: a file is not sound.
     """
-    sides = [_Side.read(local_folder(a, revision_a)), _Side.read(local_folder(b, revision_b))]
+    sides = [_Side.read(local_folder(*side, taken=TO_RUN)) for side in ((a, revision_a), (b, revision_b))]
     _check_alike(*sides)
     rows, batches = _batches(sides, Path(data), split, text_columns, max_length)
     tally = _Tally()
@@ -139,7 +142,7 @@ class _Side:
         Raises:
             SourceError: the model is of another kind, or misses tensors that its answers depend on.
         """
-        n_bytes, config = inspect_folder(folder).file_bytes, transformers.AutoConfig.from_pretrained(folder)
+        n_bytes, config = inspect_folder(folder).file_bytes, read_model_config(folder)
         architecture = str((config.architectures or [""])[0])
         auto = auto_class(architecture)
         is_known = architecture.endswith("Model") or auto != _EMBEDDING
@@ -150,8 +153,7 @@ class _Side:
                 "…ForImageClassification, …ForCausalLM, …ForMaskedLM) or gives embeddings (…Model), found "
                 f"{architecture or 'no architecture in config.json'}; compare such models"
             )
-        loader: Any = getattr(transformers, auto)
-        model, found = loader.from_pretrained(folder, output_loading_info=True)
+        model, found = _loaded(folder, getattr(transformers, auto))
         if missing := [name for name in sorted(found["missing_keys"]) if not name.startswith("pooler.")]:
             raise SourceError(
                 f"{folder}: expected every tensor of {type(model).__name__}, found none of the name "
@@ -166,7 +168,7 @@ class _Side:
             name: values.to(model.device, model.dtype if values.is_floating_point() else values.dtype)
             for name, values in inputs.items()
         }
-        outputs = model(**placed)
+        outputs = self._outputs(placed)
         if self.auto != _EMBEDDING:
             logits = outputs.logits
             kept = mask.bool() if chosen is None and mask is not None and logits.ndim == 3 else chosen
@@ -177,6 +179,37 @@ class _Side:
         hidden = hidden.double() if hidden.ndim == 3 else hidden.flatten(2).transpose(1, 2).double()
         share = torch.ones_like(hidden[..., :1]) if mask is None else mask[..., None].to(hidden)
         return (hidden * share).sum(1) / share.sum(1)
+
+    def _outputs(self, inputs: dict[str, Tensor]) -> Any:
+        """
+        Raises:
+            DataError: the model does not take the inputs.
+        """
+        try:
+            return self.model(**inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+            shapes = ", ".join(f"{name} {x.dtype} {list(x.shape)}" for name, x in inputs.items())
+            raise DataError(
+                f"{self.folder}: expected inputs that the model takes, found {shapes} "
+                f"({str(error).partition(chr(10))[0]}); give what its forward expects"
+            ) from error
+
+
+def _loaded(folder: Path, auto: Any) -> tuple[Any, dict[str, Any]]:
+    """
+    Raises:
+        SourceError: a package is missing that a model quantized by somebody else needs.
+    """
+    try:
+        return auto.from_pretrained(folder, output_loading_info=True)
+    except ImportError as error:
+        said = str(error).strip().partition("\n")[0]
+        raise SourceError(
+            f"{folder}: expected a model that transformers loads here, found a package missing ({said}); "
+            "install it, or compare with the model that it was made from"
+        ) from error
 
 
 def _check_alike(a: _Side, b: _Side) -> None:
@@ -211,13 +244,19 @@ class _Tally:
     def add(self, a: Tensor, b: Tensor, is_embedding: bool, sides: list[_Side]) -> None:
         """
         Raises:
-            SourceError: the answers have different sizes.
+            SourceError: the answers have different sizes, or are not finite.
         """
         if a.shape != b.shape:
             raise SourceError(
                 f"{sides[1].folder}: expected answers of shape {list(a.shape)} as {sides[0].folder} gives "
                 f"them, found {list(b.shape)}; compare models that answer alike"
             )
+        for side, answers in zip(sides, (a, b), strict=True):
+            if n_bad := int((~torch.isfinite(answers)).sum()):
+                raise SourceError(
+                    f"{side.folder}: expected finite answers, found {n_bad} of {answers.numel()} that are "
+                    "NaN or infinite; repair the model, or compare in float32"
+                )
         self.predictions += len(a)
         if is_embedding:
             self.cosine += float(cosine_similarity(a, b).sum())
@@ -267,6 +306,8 @@ def _batches(
         return image_batches(data, read_processor(folders), _BATCH)
     tokenizer, task = shared_tokenizer(folders), "causal-lm" if "token" in _TASKS[sides[0].auto] else "texts"
     inputs = tokenized(tokenizer, read_texts(data, split, columns, task), max_length)
+    for side in sides:
+        check_fits(side.model, inputs)
     inputs = {name: values for name, values in inputs.items() if name in known}
     step = _BATCH if getattr(model.config, "pad_token_id", None) is not None else 1  # some models insist
     hide = masked if sides[0].auto == _MASKED else lambda batch, _: (batch, None)

@@ -1,27 +1,36 @@
 """Data for `miracle fit`, `certify` and `compare`: files, folders and Hub data sets, through `datasets`."""
 
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from miracle_hub.errors import DataError
+from miracle_hub.evaluate.columns import Rows, check_column, text_columns, texts_of
+from miracle_hub.evaluate.labels import class_names, class_numbers
+from miracle_hub.evaluate.tables import READERS, joined, read_table
+from miracle_hub.names import near, offer
 
-# What each ending means to `datasets`.
-_FORMATS = {
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t", "quoting": 3}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".parquet": ("parquet", {}),
-    ".txt": ("text", {}),
-}
+_LOGGER = logging.getLogger("miracle_hub")
+_PARQUET = ".parquet"
+ENDINGS = (*READERS, _PARQUET)
 _EVALUATION_SHARE = 0.05  # of data without a split for it: a choice, told in `read_split`
 _EVALUATION_NAMES = ("validation", "dev", "test")
+# Of rows that are read: what a tokenizer calls its texts.
+TEXTS = ("text", "text_pair")
 
 
 @dataclass(frozen=True)
 class Split:
-    """Rows to train on and rows to evaluate on; labels are whole numbers in the column "labels"."""
+    """Rows to train on and rows to evaluate on.
+
+    Attributes:
+        train, evaluation: data sets with the columns `text_columns` and, of a classification, "labels".
+        text_columns: one or both of `TEXTS`.
+        class_names: by number; none of a language model.
+    """
 
     train: Any
     evaluation: Any
@@ -29,34 +38,69 @@ class Split:
     class_names: tuple[str, ...]
 
 
-def read_split(
-    data: str | Path, task: str, text_columns: list[str] | None, label_column: str, seed: int
-) -> Split:
+def read_split(data: str | Path, task: str, wanted: list[str] | None, label_column: str, seed: int) -> Split:
     """Rows of a data set. Without a split for evaluation a twentieth is held back.
+
+    Args:
+        wanted: columns of texts.
 
     Raises:
         DataError: it cannot be read, is empty, or lacks a column or labels; the message lists what there is.
     """
     sets = _load(data)
-    train = sets.get("train", next(iter(sets.values())))
-    if len(train) < 2:
-        raise DataError(f"{data}: expected at least two rows, found {len(train)}; look at the file")
-    texts = _text_columns(train, data, text_columns, label_column, task)
+    first = sets.get("train", next(iter(sets.values())))
+    if len(first) < 2:
+        raise DataError(f"{data}: expected at least two rows, found {len(first)}; look at the file")
+    columns = text_columns(first, str(data), wanted, label_column, task)
     names: tuple[str, ...] = ()
-    evaluation = next((sets[name] for name in _EVALUATION_NAMES if name in sets), None)
-    if evaluation is None:
-        both = train.train_test_split(test_size=max(1, round(len(train) * _EVALUATION_SHARE)), seed=seed)
-        train, evaluation = both["train"], both["test"]
     if task == "text-classification":
-        names = _class_names(train, data, label_column)
-        train, evaluation = (_numbered(rows, data, label_column, names) for rows in (train, evaluation))
-    return Split(train, evaluation, texts, names)
+        names = _names(first, data, label_column)
+    train = _data_set(first, str(data), columns, label_column, names)
+    found = next(((name, sets[name]) for name in _EVALUATION_NAMES if name in sets), None)
+    if found is None:
+        both = train.train_test_split(test_size=max(1, round(len(train) * _EVALUATION_SHARE)), seed=seed)
+        return Split(both["train"], both["test"], TEXTS[: len(columns)], names)
+    evaluation = _data_set(found[1], f"{data}: {found[0]}", columns, label_column, names)
+    return Split(train, evaluation, TEXTS[: len(columns)], names)
+
+
+def _names(rows: Rows, data: str | Path, label_column: str) -> tuple[str, ...]:
+    """
+    Raises:
+        DataError: there is no such column, or what it has are no classes.
+    """
+    if label_column not in rows.column_names:
+        raise DataError(
+            f"{data}: expected labels in a column {label_column!r}, found {rows.column_names}; name the "
+            f"column with --label-column ({offer(label_column, rows.column_names)}), or take --task causal-lm"
+        )
+    feature: Any = getattr(rows, "features", {}).get(label_column)
+    if hasattr(feature, "names"):
+        return tuple(feature.names)
+    return class_names(list(rows[label_column]), f"{data}: column {label_column!r}")
+
+
+def _data_set(
+    rows: Rows, where: str, columns: tuple[str, ...], label_column: str, names: tuple[str, ...]
+) -> Any:
+    """A data set of the texts and of the numbers of their classes."""
+    from datasets import Dataset
+
+    for name in columns:
+        check_column(rows, name, where, "--text-columns")
+    found: dict[str, list] = dict(
+        zip(TEXTS, (texts_of(rows, name, where, blanks=not names) for name in columns), strict=False)
+    )
+    if names:
+        check_column(rows, label_column, where, "--label-column")
+        found["labels"] = class_numbers(list(rows[label_column]), names, f"{where}: column {label_column!r}")
+    return Dataset.from_dict(found)
 
 
 def read_examples(
     data: str | Path,
     split: str | None,
-    text_columns: list[str] | None,
+    wanted: list[str] | None,
     label_column: str,
     names: tuple[str, ...],
 ) -> tuple[list[list[str]], list[int]]:
@@ -70,38 +114,32 @@ def read_examples(
     if not len(rows) or label_column not in rows.column_names:
         raise DataError(
             f"{data}: expected rows with labels in a column {label_column!r}, found {len(rows)} rows of "
-            f"{rows.column_names}; look at the file, or name the column with --label-column"
+            f"{rows.column_names}; look at the file, or name the column with --label-column "
+            f"({offer(label_column, rows.column_names)})"
         )
-    labels = [_class_number(label, data, label_column, names) for label in rows[label_column]]
-    columns = _text_columns(rows, data, text_columns, label_column, "text-classification")
-    texts = [list(rows[column]) for column in columns]
-    for column, found in zip(columns, texts, strict=True):
-        if None in found:
-            raise DataError(
-                f"{data}: column {column!r}: row {found.index(None)}: expected a text, found none; "
-                "complete it"
-            )
-    return texts, labels
+    labels = class_numbers(list(rows[label_column]), names, f"{data}: column {label_column!r}")
+    columns = text_columns(rows, str(data), wanted, label_column, "text-classification")
+    return [texts_of(rows, name, str(data), blanks=False) for name in columns], labels
 
 
-def read_texts(
-    data: str | Path, split: str | None, text_columns: list[str] | None, task: str
-) -> list[list[str]]:
-    """One or two columns of the texts of one split; rows without any text are left out.
+def read_texts(data: str | Path, split: str | None, wanted: list[str] | None, task: str) -> list[list[str]]:
+    """One or two columns of the texts of one split; rows without any text are left out, which is logged.
 
     Raises:
         DataError: it cannot be read, has several splits of which none is named, or no text.
     """
     rows = _one_split(data, split)
-    columns = _text_columns(rows, data, text_columns, "label", task)
-    texts = list(zip(*([text or "" for text in rows[column]] for column in columns), strict=True))
+    columns = text_columns(rows, str(data), wanted, "label", task)
+    texts = list(zip(*(texts_of(rows, name, str(data)) for name in columns), strict=True))
     kept = [row for row in texts if any(text.strip() for text in row)]
     if not kept:
         raise DataError(f"{data}: expected texts, found {len(rows)} rows without any; look at the file")
+    if len(kept) < len(texts):
+        _LOGGER.warning("%s: %d rows without any text are left out", data, len(texts) - len(kept))
     return [list(column) for column in zip(*kept, strict=True)]
 
 
-def _one_split(data: str | Path, split: str | None) -> Any:
+def _one_split(data: str | Path, split: str | None) -> Rows:
     """
     Raises:
         DataError: the data cannot be read, or have several splits of which none is named.
@@ -109,100 +147,81 @@ def _one_split(data: str | Path, split: str | None) -> Any:
     sets = _load(data)
     if split is None and len(sets) == 1:
         split = next(iter(sets))
-    if split not in sets:
+    if split is None or split not in sets:
+        close = f" ({offer(split, sets)})" if near(split, sets) else ""
         raise DataError(
             f"{data}: expected the name of a split among {', '.join(map(str, sets))}, found {split!r}; name "
-            "it with --split"
+            f"it with --split{close}"
         )
     return sets[split]
 
 
-def _load(data: str | Path) -> Any:
+def _load(data: str | Path) -> Mapping[str, Rows]:
     """Splits by name.
 
     Raises:
         DataError: the library is missing, or it cannot read the data.
     """
     try:
-        from datasets import load_dataset, load_from_disk
+        import datasets  # noqa: F401
     except ImportError as error:
         raise DataError(
             "data: expected the package datasets, found none; pip install 'miracle-hub[fit]'"
         ) from error
     path = Path(data)
+    ending = path.suffix.lower()
+    if ending in READERS and path.is_file():
+        return {"train": read_table(path)}
     try:
-        if path.suffix in _FORMATS and not path.exists():  # rather than ask the Hub for it
+        if ending in ENDINGS and not path.exists():  # rather than ask the Hub for it
             raise FileNotFoundError("no such file")
-        if path.is_file() and path.suffix in _FORMATS:
-            kind, options = _FORMATS[path.suffix]
-            return dict(load_dataset(kind, data_files=str(path), **options))
-        if path.is_dir() and any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
-            loaded = load_from_disk(str(path))
-            return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
-        return dict(load_dataset(str(data)))
+        with _quiet("datasets"):  # what it says of a file is in our error
+            return _by_library(data, path)
+    except DataError:
+        raise
     except Exception as error:
+        is_misspelled = not path.exists() and path.parent.is_dir()
+        close = near(path.name, (other.name for other in path.parent.iterdir())) if is_misspelled else []
         raise DataError(
-            f"{data}: expected a file ({', '.join(_FORMATS)}), a folder of datasets or a Hub id, found "
-            f"{type(error).__name__}: {str(error).partition(chr(10))[0]}; check the name and the contents"
+            f"{data}: expected a file ({', '.join(ENDINGS)}), a folder of datasets or a Hub id, found "
+            f"{type(error).__name__}: {str(error).partition(chr(10))[0]}; check the name"
+            f"{f' ({offer(path.name, close)})' if close else ''} and the contents"
         ) from error
 
 
-def _text_columns(
-    rows: Any, data: str | Path, wanted: list[str] | None, label_column: str, task: str
-) -> tuple[str, ...]:
-    strings = [
-        name
-        for name, feature in rows.features.items()
-        if getattr(feature, "dtype", "") in ("string", "large_string") and name != label_column
-    ]
-    chosen = wanted if wanted is not None else strings[: 1 if task == "causal-lm" else 2]
-    if not chosen or len(chosen) > 2 or any(name not in rows.column_names for name in chosen):
-        raise DataError(
-            f"{data}: expected one or two columns of text, found {chosen} in {rows.column_names}; "
-            "name them with --text-columns"
-        )
-    return tuple(chosen)
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
-def _class_names(rows: Any, data: str | Path, label_column: str) -> tuple[str, ...]:
-    if label_column not in rows.column_names:
-        raise DataError(
-            f"{data}: expected labels in a column {label_column!r}, found {rows.column_names}; name the "
-            "column with --label-column, or take --task causal-lm"
-        )
-    feature = rows.features[label_column]
-    if hasattr(feature, "names"):
-        return tuple(feature.names)
-    found = rows.unique(label_column)
-    if any(label is None or isinstance(label, float) for label in found) or len(found) < 2:
-        raise DataError(
-            f"{data}: column {label_column!r}: expected a class for every row, of two classes or more, found "
-            f"{sorted(map(str, found))[:4]}; complete the labels"
-        )
-    if all(isinstance(label, int) for label in found):
-        if min(found) < 0 or max(found) >= 2**16:
-            raise DataError(
-                f"{data}: column {label_column!r}: expected whole numbers from 0 on, found {min(found)} to "
-                f"{max(found)}; number the classes"
-            )
-        return tuple(str(i) for i in range(max(found) + 1))
-    return tuple(sorted(map(str, found)))
+def _by_library(data: str | Path, path: Path) -> Mapping[str, Rows]:
+    from datasets import load_dataset, load_dataset_builder, load_from_disk
 
-
-def _numbered(rows: Any, data: str | Path, label_column: str, names: tuple[str, ...]) -> Any:
-    """Rows with their class as a number in "labels"."""
-
-    def one(row: dict[str, Any]) -> dict[str, int]:
-        return {"labels": _class_number(row[label_column], data, label_column, names)}
-
-    return rows.map(one)
-
-
-def _class_number(label: Any, data: str | Path, label_column: str, names: tuple[str, ...]) -> int:
-    number = label if isinstance(label, int) else names.index(str(label)) if str(label) in names else -1
-    if not 0 <= number < len(names):
-        raise DataError(
-            f"{data}: column {label_column!r}: expected one of {names[:8]}, found {label!r}; complete "
-            "the labels"
-        )
-    return int(number)
+    loaded: Any
+    if path.is_file():
+        if path.suffix.lower() != _PARQUET:
+            raise ValueError(f"a file that ends in {path.suffix!r}")
+        loaded = load_dataset("parquet", data_files=str(path))
+        return {str(name): rows for name, rows in loaded.items()}
+    if path.is_dir() and any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
+        loaded = load_from_disk(str(path))
+        sets = loaded if isinstance(loaded, dict) else {"train": loaded}
+        return {str(name): rows for name, rows in sets.items()}
+    builder = load_dataset_builder(str(data))
+    files: Mapping[Any, list[str]] = builder.config.data_files or {}
+    described = path / "README.md"  # which may say how its files are to be read
+    ours = all(Path(file).suffix.lower() in READERS for split in files.values() for file in split)
+    if path.is_dir() and files and ours and not described.exists():
+        return {
+            str(split): joined([read_table(Path(file)) for file in names], str(data))
+            for split, names in files.items()
+        }
+    options: dict[str, Any] = {"keep_default_na": False, "na_filter": False} if builder.name == "csv" else {}
+    loaded = load_dataset(str(data), **options)
+    return {str(name): rows for name, rows in loaded.items()}

@@ -1,6 +1,6 @@
 """What a model said before it was coded, for refits to hold it to: more per batch than labels tell."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -44,6 +44,10 @@ class Teacher:
     def crc(self) -> str:
         """CRC-32 of the copy: a run goes on with the same teacher only."""
         return crc_of(_tensors(self.dense), {})
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that the copy consists of, as it is in use."""
+        yield from chain(self.dense.parameters(), self.dense.buffers())
 
     def keep(self, path: Path) -> None:
         """Write the copy, for a run that goes on after an interruption.

@@ -2,11 +2,12 @@
 
 import errno
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,37 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
+    Trainer,
     TrainingArguments,
     set_seed,
 )
 
+from miracle_hub.codec.detector import TO_FINE_TUNE
 from miracle_hub.codec.report import Report
-from miracle_hub.errors import DataError, MiracleError, OutputWriteError
+from miracle_hub.errors import DataError, MiracleError, OutputWriteError, SourceError
+from miracle_hub.evaluate.batches import (
+    check_fits,
+    read_model_config,
+    read_tokenizer,
+    tokenized,
+    tokenizer_of,
+)
 from miracle_hub.evaluate.data import Split, read_split
 from miracle_hub.files.whole import WRITE_ERRORS, alone_in, refuse_existing, writing
 from miracle_hub.finetune.models import make_variational
 from miracle_hub.finetune.trainer import MiracleTrainer
+from miracle_hub.hub.resolve import file_names, require_kind
 from miracle_hub.options import TASKS, FitOptions, chosen
-from miracle_hub.training.coder import CodingOptions
+from miracle_hub.training.coding_options import CodingOptions
 from miracle_hub.training.config import VariationalConfig
+from miracle_hub.training.guard import check_finite
+from miracle_hub.training.processes import Processes, all_processes, n_launched
 
+_LOGGER = logging.getLogger("miracle_hub")
+# As the Trainer's save_model leaves them: weights are new, and what belongs to the old ones need not fit.
+_OF_THE_BASE = "of SOURCE; a fit writes the model and its tokenizer"
 _FULL_BYTES = 1 << 16  # with less of it left, the disk is why torch.save failed, which does not say so
 
 
@@ -41,7 +56,7 @@ class FitReport:
     Attributes:
         report: of the repository.
         fitted: the evaluation's figures at the posterior's means, before coding.
-        coded: the same of what was written.
+        coded: the same of what `from_pretrained` loads from what was written.
     """
 
     report: Report
@@ -78,10 +93,10 @@ def fit(
 ) -> FitReport:
     """Make a hub model variational, fine-tune it, code it with refits, and write `out`.
 
-    Exactly one of `bits_per_weight`, `size` and `rate` is the budget. That of the whole files is met by the
-    highest rate whose files stay within it: they may be smaller, and the report says how large they are.
+    Exactly one of `bits_per_weight`, `size` and `rate` is the budget. That of the whole files is never
+    exceeded, and at least 99 % of it are used; the report has both.
     What an interrupted fit goes on from, and coding.csv, coding.json and coding.png, are in the folder `out`
-    with "-fit" appended.
+    with "-fit" appended. In a distributed run (`torchrun`) all processes call this, on disks that they share.
 
     Args:
         source: a folder or a Hub id of a dense model with its tokenizer.
@@ -93,12 +108,13 @@ def fit(
         rate: bits per coded value instead; headers, scales and plain tensors come on top.
         target_modules: what is coded: "all-matrices", "all-linear", "all", a regular expression that matches
             whole names of modules or parameters; or, in Python, a list of names or ends of names.
-        parametrization: "test-channel", "mean-kl" or "mean-var".
-        text_columns: one or two columns of text; by default the columns of strings.
+        parametrization: "test-channel" (no noise in the fit), "mean-kl" (for far less than 1 bit) or
+            "mean-var".
+        text_columns: one or two columns of text; by default those that can be no others.
         label_column: of a classification: whole numbers from 0 on, or names of classes.
         epochs: passes over the data.
         steps: of the optimizer; above 0 they count instead of epochs.
-        batch_size: rows of a step.
+        batch_size: rows of a step, in every process.
         learning_rate: that of a dense fine-tuning; refits have their own.
         max_length: tokens of a text, or of a language model's window.
         groups: groups that are coded one after the other.
@@ -111,6 +127,7 @@ def fit(
         options: all of these from `task` on, instead of the keywords.
 
     Raises:
+        SourceError: and its subclasses: the source is no dense model of transformers.
         DataError: the data lack a column, a label or any row.
         OptionError: an option is out of range.
         BudgetError: there is not exactly one budget, or it cannot be met; the message says the least or most
@@ -118,25 +135,35 @@ def fit(
         TrainingError: a loss is not finite.
         OutputExistsError: `out` exists, or another process is fitting it.
         OutputWriteError: it, or a checkpoint, cannot be written.
+        ProcessError: another process failed, or has ended.
     """
     return _fit(source, out, data, chosen(FitOptions, options, locals()))
 
 
 def _fit(source: str | Path, out: str | Path, data: str | Path, options: FitOptions) -> FitReport:
     refuse_existing(Path(out), options.overwrite)  # before any work
+    require_kind(source, TO_FINE_TUNE)
+    read_model_config(source)
     config, folder = _config(options), Path(f"{out}-fit")
-    splits = read_split(data, options.task, options.text_columns, options.label_column, options.seed)
-    with alone_in(folder):
-        trainer = _trainer(source, splits, _arguments(folder, options), config, options.max_length)
+    arguments = _arguments(folder, options)  # with them the processes of a distributed run meet
+    with all_processes() as processes, ExitStack() as until_the_end:
+        wanted = (data, options.task, options.text_columns, options.label_column, options.seed)
+        splits = processes.in_turn(lambda: read_split(*wanted))
+        with processes.together():
+            if processes.is_first:
+                until_the_end.enter_context(alone_in(folder))
+        trainer = processes.in_turn(lambda: _trainer(source, splits, arguments, config, options.max_length))
         checkpoint = folder / "coding.safetensors"
-        fitted = _train(trainer, folder, checkpoint, options.resume)
+        fitted = _train(trainer, folder, checkpoint, options.resume, processes)
         set_seed(options.seed)  # or where coding begins would depend on how often training was interrupted
         rate = trainer.refit_learning_rate(options.distill)
         report = trainer.compress(
             out, options=CodingOptions(options.groups, options.refit_steps, rate), distill=options.distill,
             checkpoint=checkpoint, log_folder=folder, overwrite=options.overwrite,
         )  # fmt: skip
-        return FitReport(report, fitted, _figures(trainer))
+        left_out = {name: _OF_THE_BASE for name in file_names(source) if not (Path(out) / name).exists()}
+        found = _figures(_reader(out, trainer, splits))
+        return FitReport(replace(report, left_out=left_out), fitted, found)
 
 
 def _config(options: FitOptions) -> VariationalConfig:
@@ -146,21 +173,29 @@ def _config(options: FitOptions) -> VariationalConfig:
     )  # fmt: skip
 
 
-def _train(trainer: MiracleTrainer, folder: Path, checkpoint: Path, resume: bool) -> dict[str, float]:
+def _train(
+    trainer: MiracleTrainer, folder: Path, checkpoint: Path, resume: bool, processes: Processes
+) -> dict[str, float]:
     """Train, or go on training, unless coding has begun; the evaluation's figures."""
-    figures = folder / "fitted.json"
-    if not resume:
-        checkpoint.unlink(missing_ok=True)
-    if checkpoint.exists() and figures.exists():
-        return json.loads(figures.read_text(encoding="utf-8"))
-    last = _last_checkpoint(folder) if resume else None
+    figures, found, last = folder / "fitted.json", None, None
+    with processes.together():
+        if processes.is_first:
+            if not resume:
+                checkpoint.unlink(missing_ok=True)
+            if checkpoint.exists() and figures.exists():
+                found = json.loads(figures.read_text(encoding="utf-8"))
+            last = _last_checkpoint(folder) if resume else None
+    found, last = processes.first((found, last))
+    if found is not None:
+        return found
     if last is not None and last.is_done:
         trainer._load_from_checkpoint(str(last.folder))  # train() would make a step more
     else:
         _train_or_name_a_full_disk(trainer, folder, last)
     found = _figures(trainer)
-    with writing(figures):
-        figures.write_text(json.dumps(found), encoding="utf-8")
+    with processes.together(), writing(figures):
+        if processes.is_first:
+            figures.write_text(json.dumps(found), encoding="utf-8")
     return found
 
 
@@ -207,7 +242,10 @@ def _trainer(
 ) -> MiracleTrainer:
     """The trainer of a model made variational; classes mean classification, else language modeling."""
     set_seed(arguments.seed)  # a new head starts at random
-    tokenizer: Any = AutoTokenizer.from_pretrained(source)
+    is_folder = Path(source).is_dir()
+    tokenizer = read_tokenizer(Path(source)) if is_folder else tokenizer_of(source)
+    if tokenizer.pad_token is None:
+        _pad_with_another(tokenizer)
     prepare = _classification if splits.class_names else _language_model
     model, collator, encode = prepare(source, tokenizer, splits, max_length)
     return MiracleTrainer(
@@ -221,15 +259,38 @@ def _trainer(
     )
 
 
+def _pad_with_another(tokenizer: Any) -> None:
+    """Texts of a batch are made equally long with a token that the mask hides, whichever it is.
+
+    Raises:
+        SourceError: the tokenizer has no token to take.
+    """
+    others = (tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token)
+    found = next((token for token in others if token is not None), None)
+    if found is None:
+        raise SourceError(
+            "tokenizer: expected a pad token, found none, nor one of end, beginning or unknown words to take "
+            "instead; set tokenizer.pad_token and save it beside the model"
+        )
+    tokenizer.pad_token = found
+    _LOGGER.warning(
+        "tokenizer: it has no pad token; %r pads texts, under a mask, and is written as such", found
+    )
+
+
 def _classification(source: Any, tokenizer: Any, splits: Split, max_length: int) -> tuple[Any, Any, Callable]:
     names = splits.class_names
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=len(names), **labels)
+    if model.config.pad_token_id is None:  # some models look for it to find a text's end
+        model.config.pad_token_id = tokenizer.pad_token_id
 
     def encode(rows: Any) -> Any:
         def one(batch: dict[str, list]) -> Any:
             texts = [batch[column] for column in splits.text_columns]
-            return {**tokenizer(*texts, truncation=True, max_length=max_length), "labels": batch["labels"]}
+            inputs = tokenized(tokenizer, texts, max_length)
+            check_fits(model, inputs)
+            return {**inputs, "labels": batch["labels"]}
 
         return rows.map(one, batched=True, remove_columns=rows.column_names)
 
@@ -237,23 +298,27 @@ def _classification(source: Any, tokenizer: Any, splits: Split, max_length: int)
 
 
 def _language_model(source: Any, tokenizer: Any, splits: Split, max_length: int) -> tuple[Any, Any, Callable]:
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
+    model = AutoModelForCausalLM.from_pretrained(source)
 
     def one(batch: dict[str, list]) -> dict[str, list]:
-        """Texts one after the other, cut into windows."""
+        """Texts one after the other, cut into windows; a last token alone has none to predict."""
         tokens = [t for text in batch[splits.text_columns[0]] for t in tokenizer(text)["input_ids"]]
-        starts = range(0, max(1, len(tokens) - max_length + 1), max_length)
-        return {"input_ids": [tokens[start : start + max_length] for start in starts if tokens]}
+        windows = [tokens[start : start + max_length] for start in range(0, len(tokens) - 1, max_length)]
+        check_fits(model, {"input_ids": windows})
+        return {"input_ids": windows, "labels": windows}
 
     def encode(rows: Any) -> Any:
         windows = rows.map(one, batched=True, remove_columns=rows.column_names)
         if not len(windows):
-            raise DataError("data: expected texts with at least one token, found none; look at the file")
+            raise DataError(
+                f"data: expected texts of at least two tokens, found none in {len(rows)} rows to train on or "
+                "to evaluate on; look at the file, or give more of them"
+            )
         return windows
 
-    model = AutoModelForCausalLM.from_pretrained(source)
-    return model, DataCollatorForLanguageModeling(tokenizer, mlm=False), encode
+    # Which pads labels by themselves: that of language modeling takes the pad token, which may be that of the
+    # end, out of them wherever it stands.
+    return model, DataCollatorForSeq2Seq(tokenizer), encode
 
 
 def _arguments(folder: Path, options: FitOptions) -> TrainingArguments:
@@ -263,6 +328,10 @@ def _arguments(folder: Path, options: FitOptions) -> TrainingArguments:
         learning_rate=options.learning_rate, warmup_steps=0.06, seed=options.seed,
         logging_steps=50, save_steps=200, save_total_limit=1, report_to=[],
         disable_tqdm=not options.progress, dataloader_pin_memory=torch.cuda.is_available(),
+        # Or transformers multiplies losses by the number of processes, also where models took their means.
+        average_tokens_across_devices=False,
+        # Without a GPU accelerate has processes meet only where this says so.
+        use_cpu=n_launched() > 1 and not torch.accelerator.is_available(),
     )  # fmt: skip
 
 
@@ -270,8 +339,19 @@ def _accuracy(predictions: Any) -> dict[str, float]:
     return {"accuracy": float((predictions.predictions.argmax(-1) == predictions.label_ids).mean())}
 
 
-def _figures(trainer: MiracleTrainer) -> dict[str, float]:
+def _reader(out: str | Path, trainer: MiracleTrainer, splits: Split) -> Trainer:
+    """What evaluates the model that a stranger loads."""
+    kind: Any = AutoModelForSequenceClassification if splits.class_names else AutoModelForCausalLM
+    return Trainer(
+        model=kind.from_pretrained(out), args=trainer.args, eval_dataset=trainer.eval_dataset,
+        data_collator=trainer.data_collator, processing_class=trainer.processing_class,
+        compute_metrics=trainer.compute_metrics,
+    )  # fmt: skip
+
+
+def _figures(trainer: Trainer) -> dict[str, float]:
     found = trainer.evaluate()
+    check_finite(torch.tensor(found["eval_loss"]), "evaluation")
     return {
         name.removeprefix("eval_"): found[name] for name in ("eval_loss", "eval_accuracy") if name in found
     }

@@ -18,21 +18,22 @@ class Frame:
     """One kind of string.
 
     Attributes:
+        versions: that are read, ascending.
         noun: what messages call it, such as "payload".
         least_bytes: that the shortest one has behind the frame.
     """
 
     magic: bytes
-    version: int
+    versions: tuple[int, ...]
     noun: str
     least_bytes: int
 
-    def seal(self, rest: bytes) -> bytes:
+    def seal(self, rest: bytes, version: int = 1) -> bytes:
         """The frame and what it guards; `check` is its mirror."""
-        return _FRAME.pack(self.magic, self.version, zlib.crc32(rest)) + rest
+        return _FRAME.pack(self.magic, version, zlib.crc32(rest)) + rest
 
-    def check(self, data: bytes, where: str) -> None:
-        """Raise unless bytes are a whole, undamaged string of this kind.
+    def check(self, data: bytes, where: str) -> int:
+        """The version of bytes that are a whole, undamaged string of this kind.
 
         Args:
             where: the tensor or file, for messages.
@@ -48,11 +49,12 @@ class Frame:
         magic, version, crc = _FRAME.unpack_from(data)
         if magic != self.magic:
             raise self._defect(where, 0, f"the magic {self.magic!r}", magic)
-        if version < self.version:
-            raise self._defect(where, len(magic), f"format version {self.version}", version)
-        if version > self.version:
+        known = " or ".join(map(str, self.versions))
+        if version < self.versions[0]:
+            raise self._defect(where, len(magic), f"format version {known}", version)
+        if version > self.versions[-1]:
             raise UnsupportedVersionError(
-                f"{where}: this miracle-hub reads {self.noun} version {self.version}, found {version}; "
+                f"{where}: this miracle-hub reads {self.noun} version {known}, found {version}; "
                 "upgrade: pip install -U miracle-hub"
             )
         if (found := zlib.crc32(memoryview(data)[SIZE:])) != crc:
@@ -60,6 +62,7 @@ class Frame:
                 f"{where}: bytes {SIZE} to {len(data)} of the {self.noun}: expected CRC-32 {crc:08x}, found "
                 f"{found:08x}; the file is truncated or damaged: download it again"
             )
+        return version
 
     def _defect(self, where: str, position: int, expected: str, found: object) -> FormatError:
         return FormatError(

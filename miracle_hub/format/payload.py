@@ -7,7 +7,7 @@ import math
 import struct
 from dataclasses import dataclass
 
-from miracle_hub.code import MAX_WIDTH_LOG2, Code
+from miracle_hub.code import MAX_DIMENSIONS, MAX_WIDTH_LOG2, Code
 from miracle_hub.errors import FormatError, OptionError, TruncatedPayloadError
 from miracle_hub.format import frame
 from miracle_hub.format.varint import encode_varint, read_varint
@@ -17,11 +17,11 @@ VERSION = 1
 # Position in this tuple is the number in the file: append only.
 DTYPES = ("F32", "BF16", "F16", "F64")
 SCALE_BYTES = 2  # bfloat16
-_MAX_DIMENSIONS = 8
+_MAX_DIMENSIONS = MAX_DIMENSIONS
 _MAX_SEGMENTS = 64
 _MAX_WEIGHTS = 1 << 40
 _TRAILER = struct.Struct("<fQ")
-_FRAME = frame.Frame(MAGIC, VERSION, "payload", _TRAILER.size)
+_FRAME = frame.Frame(MAGIC, (VERSION,), "payload", _TRAILER.size)
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,14 @@ def encode_header(header: Header) -> bytes:
     """The header as if nothing followed it.
 
     Raises:
-        OptionError: the segments cannot share a payload.
+        OptionError: the segments cannot share a payload, or it has too many dimensions.
     """
     code = _shared_code(header.segments)
+    if len(header.shape) > MAX_DIMENSIONS:
+        raise OptionError(
+            f"a payload has at most {MAX_DIMENSIONS} dimensions, found shape {list(header.shape)}; reshape "
+            "the tensor, or leave it plain"
+        )
     numbers = [DTYPES.index(header.dtype), len(header.shape), *header.shape]
     numbers += [header.columns, header.band_columns, int(header.permuted)]
     numbers += [header.rotation.bit_length() - 1, code.seed, code.stream_id, len(header.segments)]

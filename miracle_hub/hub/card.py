@@ -9,11 +9,12 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from yaml import YAMLError
 
-from miracle_hub.codec.config import is_miracle, read_config, read_quantization
+from miracle_hub.codec.config import read_config, read_quantization
 from miracle_hub.codec.inspection import inspected
 from miracle_hub.codec.naming import CARD
+from miracle_hub.codec.parts import is_miracle
 from miracle_hub.codec.reading import read_all
-from miracle_hub.codec.report import Report
+from miracle_hub.codec.report import Report, told_by_reason
 from miracle_hub.codec.repository import repository_of
 from miracle_hub.codec.verification import Verification, verify_folder
 from miracle_hub.errors import DataError
@@ -48,7 +49,8 @@ def write_card(folder: Path, report: Report, source: Path, base_model: str | Non
     """README.md of what was just compressed, with the license, languages and tags of the source's card."""
     reading = read_all(folder)
     found = facts_of_folder(folder, inspected(repository_of(reading)), reading.weights_sha256)
-    facts = replace(found, dense_bytes=report.dense_bytes, versions=versions())
+    left_out = tuple(told_by_reason(report.left_out))
+    facts = replace(found, dense_bytes=report.dense_bytes, versions=versions(), left_out=left_out)
     metadata = read_metadata(source / CARD)
     kept_tags = set(_tags(metadata)) - _FORMAT_TAGS
     kept = {key: metadata[key] for key in _KEPT if key in metadata} | {"tags": sorted(kept_tags)}
@@ -113,7 +115,8 @@ def rendered(
         data, template_path=str(TEMPLATE), title=title, base=base, usage=usage, transformers=is_plugin,
         compressed=f"{facts.n_bytes:,}", dense=f"{facts.dense_bytes:,}" if facts.dense_bytes else "",
         rate=rate, rows=_rows(facts), evaluations=facts.evaluations, certificate=facts.certificate,
-        limits=facts.limits, plots=facts.plots, verify=repo_id,
+        limits=facts.limits, copied=facts.copied, left_out=facts.left_out, plots=facts.plots,
+        verify=repo_id,
     )  # fmt: skip
     return re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
 

@@ -13,15 +13,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from miracle_hub.code import Code
+from miracle_hub.code import Code, SplitCode
+from miracle_hub.codec.companions import of_repository
 from miracle_hub.codec.inspection import Inspection
 from miracle_hub.codec.naming import STREAM
 from miracle_hub.codec.network import read_network
+from miracle_hub.codec.report import told_by_reason
 from miracle_hub.codec.source import files_of_weights
 from miracle_hub.errors import DataError
 from miracle_hub.files.digests import sha256_of
 from miracle_hub.format.network import NetworkHeader, read_start
 from miracle_hub.format.spec import item_bits
+from miracle_hub.names import near, offer
 
 _PACKAGES = ("miracle-hub", "torch")
 
@@ -55,6 +58,8 @@ class CardFacts:
         dense_bytes: of the files that were compressed, or else of the same tensors stored plainly.
         versions: of the packages that compressed.
         hardware: that compressed and evaluated.
+        copied: files that hold, or may hold, weights and are as the source had them; and how large.
+        left_out: files of the source that are not here, and why.
         plots: paths of PNGs, relative to the card.
         is_stream: of a network's stream, of which its files do not say everything.
     """
@@ -71,6 +76,8 @@ class CardFacts:
     evaluations: tuple[Evaluation, ...] = ()
     certificate: str = ""
     limits: tuple[str, ...] = ()
+    copied: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
     plots: tuple[str, ...] = ()
     is_stream: bool = False
 
@@ -102,7 +109,7 @@ class CardFacts:
         return replace(self, **found)
 
 
-_CARRIED = ("dense_bytes", "versions", "hardware", "evaluations", "certificate", "limits")
+_CARRIED = ("dense_bytes", "versions", "hardware", "evaluations", "certificate", "limits", "left_out")
 # What only the module of a network's stream knows.
 _OF_MODULE = ("n_weights", "digest", "code")
 
@@ -111,7 +118,7 @@ def _checked(given: object, where: str) -> dict[str, Any]:
     """Carried facts, typed; a stranger may have written them."""
     texts: dict[str, type] = dict.fromkeys(("sha256", "hardware", "certificate", "digest", "code"), str)
     texts |= {"dense_bytes": int, "n_weights": int}
-    lists = {"evaluations": _evaluation, "limits": _text}
+    lists = {"evaluations": _evaluation, "limits": _text, "left_out": _text}
     if not isinstance(given, dict):
         raise _unfit(where, "a JSON object of measured facts", given)
     found: dict[str, Any] = {}
@@ -123,7 +130,9 @@ def _checked(given: object, where: str) -> dict[str, Any]:
         elif name in lists and isinstance(value, list):
             found[name] = tuple(lists[name](each, where) for each in value)
         else:
-            raise _unfit(where, f"facts named {', '.join(('sha256', *_CARRIED))}", {name: value})
+            known = ("sha256", *_CARRIED)
+            close = "" if name in known or not near(name, known) else f" ({offer(name, known)})"
+            raise _unfit(where, f"facts named {', '.join(known)}{close}", {name: value})
     return found
 
 
@@ -187,6 +196,7 @@ def facts_of_folder(folder: Path, inspection: Inspection, sha256: str) -> CardFa
         code=_code_text(codes, rotation),
         seed=_only_seed(codes),
         dense_bytes=sum(t.n_weights * item_bits(t.dtype) // 8 for t in inspection.tensors),
+        copied=tuple(told_by_reason(of_repository(folder).carried)),
     )
 
 
@@ -203,10 +213,11 @@ def facts_of_network(path: Path, header: NetworkHeader | None, n_weights: int) -
 
 def _facts_of_stream(path: Path, sha256: str) -> CardFacts:
     stream = read_network(path)[0] or b""
-    (window, step, weights, seed), n_tensors, _ = read_start(stream, str(path))
-    rate = f"{step / weights:.4g} bits per value"
-    code = f"one stream of {n_tensors} tensors, windows of {window} bits, {rate}"
-    return CardFacts(path.stat().st_size, sha256, code=code, seed=seed, is_stream=True)
+    found, n_tensors, _ = read_start(stream, str(path))
+    codes = (found.first, found.rest) if isinstance(found, SplitCode) else (found,)
+    rate = " and ".join(f"{code.rate:.4g}" for code in codes)
+    code = f"one stream of {n_tensors} tensors, windows of {found.window_bits} bits, {rate} bits per value"
+    return CardFacts(path.stat().st_size, sha256, code=code, seed=found.seed, is_stream=True)
 
 
 def versions() -> dict[str, str]:

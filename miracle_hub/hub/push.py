@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.hf_api import RepoFile
 
+from miracle_hub.codec.detector import TO_DECODE, require
 from miracle_hub.codec.inspection import inspected
 from miracle_hub.codec.naming import CARD, WEIGHTS_ENDING, is_weights
 from miracle_hub.codec.source import weight_files
@@ -71,7 +72,7 @@ def push(
         token: of the Hub; by default the one that `hf auth login` stored.
 
     Raises:
-        SourceError: the folder is missing, or not compressed.
+        SourceError: the folder is missing, or not compressed. SourceKindError: it is another kind of model.
         ChecksumError: it is not sound; nothing was uploaded.
         DataError: the facts are none, or those of other files.
         UploadError: the Hub did not take it. RemoteMismatchError: what it holds differs.
@@ -79,6 +80,7 @@ def push(
     folder = Path(folder)
     if not folder.is_dir():
         raise SourceError(f"{folder}: expected a compressed folder, found none; run miracle compress first")
+    require(folder, TO_DECODE)
     verification = verify_with_card(folder, None if dense is None else Path(dense))
     has_weights = any(file.name.endswith(WEIGHTS_ENDING) for file in verification.files)
     if has_weights and not verification.n_coded and not any(file.defect for file in verification.files):

@@ -1,6 +1,7 @@
 """A folder or a Hub id → a local folder."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,12 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import repo_folder_name
 
 from miracle_hub.code import MAX_STAGES
-from miracle_hub.codec.naming import stage_patterns
-from miracle_hub.codec.source import missing_weights
+from miracle_hub.codec.detector import TO_DECODE, Taken, detect, refuse_others, require
+from miracle_hub.codec.kinds import Found, Kind, refusal, told_by_names
+from miracle_hub.codec.naming import WEIGHTS_ENDING, stage_patterns
+from miracle_hub.codec.purpose import STAYING_PATTERNS, why_staying
+from miracle_hub.codec.source import names_in
 from miracle_hub.errors import SourceError
-
-# Other copies of the weights, and what training left behind.
-_IGNORED = ["*.bin", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf", "*.ot", "*.pt", "*.pth"]
-_IGNORED += ["*.ckpt", "*.pkl", "*.tflite", "*.mlmodel", "onnx/*", "openvino/*", "coreml/*", "original/*"]
-_IGNORED += ["consolidated*.safetensors", "checkpoint-*/*", "runs/*"]
 
 _BEYOND_THE_END = 416  # a range of a file
 
@@ -33,24 +32,103 @@ _BEYOND_THE_END = 416  # a range of a file
 CLIENT_ERRORS = (HTTPError, OSError, ValueError)
 
 
-def local_folder(source: str | Path, revision: str | None = None, stages: int | None = None) -> Path:
+def local_folder(
+    source: str | Path, revision: str | None = None, stages: int | None = None, taken: Taken = TO_DECODE
+) -> Path:
     """The folder (or file) itself, or a snapshot of the Hub repository of that id.
 
     Args:
         stages: files of later ones are not downloaded; None means all.
+        taken: the kinds of models that the verb takes.
 
     Raises:
         SourceError: there is neither, or the Hub cannot be read and has not been read before.
         MissingWeightsError: the repository has no safetensors file.
-        PickleRefusedError: it has only pickle weights; they are not downloaded.
+        SourceKindError: it is a model of another kind. PickleRefusedError: it has only pickle weights. Where
+            names of files tell it, nothing is downloaded.
     """
     if os.path.exists(source):  # unlike Path.exists, False for names that no file can have
+        require(Path(source), taken)
         return Path(source)
-    later = stage_patterns(after=stages or MAX_STAGES)
-    folder = snapshot(str(source), revision=revision, ignore_patterns=_IGNORED + later)
-    if not any(folder.glob("*.safetensors")):
-        raise missing_weights(str(source), _top_level_names(str(source), revision, folder))
+    listed = _listed(str(source), revision)
+    if isinstance(listed, list):
+        _refuse_by_names(str(source), listed, taken)
+    patterns = [*STAYING_PATTERNS, *stage_patterns(after=stages or MAX_STAGES)]
+    folder = _snapshot_of(str(source), revision, listed, ignore_patterns=patterns)
+    if not any(folder.glob(f"*{WEIGHTS_ENDING}")):
+        raise refusal(taken.expected, Found(Kind.NOTHING, str(source)))
+    found = detect(folder)
+    refuse_others(found._replace(where=str(source)) if found.where == str(folder) else found, taken)
     return folder
+
+
+def _snapshot_of(
+    repo_id: str, revision: str | None, listed: list[str] | BaseException, **options: Any
+) -> Path:
+    """See `snapshot`; where the Hub could not even be asked, it is not asked again: what is cached must do.
+
+    Raises:
+        SourceError: see `snapshot`.
+    """
+    if isinstance(listed, list):
+        return snapshot(repo_id, revision=revision, **options)
+    try:
+        if isinstance(listed, RevisionNotFoundError):
+            raise listed
+        return _download(repo_id, revision=revision, local_files_only=True, **options)
+    except CLIENT_ERRORS:
+        raise _unreadable(repo_id, revision, listed) from listed
+
+
+def not_downloaded(source: str | Path, revision: str | None, folder: Path) -> dict[str, str]:
+    """Files of a Hub repository that its snapshot has not, and why; none of a local folder.
+
+    Offline nobody can tell them.
+    """
+    if os.path.exists(source):
+        return {}
+    listed = _listed(str(source), folder.name if folder.parent.name == "snapshots" else revision)
+    names = listed if isinstance(listed, list) else []
+    left = [name for name in names if not (folder / name).exists()]
+    return {name: why_staying(name) or "not downloaded" for name in left}
+
+
+def file_names(source: str | Path) -> list[str]:
+    """Paths of all files of a folder or a Hub repository; none where the Hub cannot be asked."""
+    if os.path.exists(source):
+        return names_in(Path(source))
+    listed = _listed(str(source), None)
+    return listed if isinstance(listed, list) else []
+
+
+def require_kind(source: str | Path, taken: Taken, revision: str | None = None) -> None:
+    """Refuse what a verb does not take that loads its source by itself.
+
+    Raises:
+        SourceError: and its subclasses, see `local_folder`; of a Hub repository, as far as JSON and the names
+            of its files tell.
+    """
+    if os.path.exists(source):
+        found = detect(Path(source))
+        if found.kind is Kind.NOTHING:
+            raise refusal(taken.expected, found)
+        refuse_others(found, taken)
+        return
+    listed = _listed(str(source), revision)
+    folder = _snapshot_of(str(source), revision, listed, allow_patterns=["*.json"])
+    if isinstance(listed, list):
+        _refuse_by_names(str(source), listed, taken)
+        refuse_others(detect(folder, listed), taken)
+
+
+def _refuse_by_names(repo_id: str, names: Sequence[str], taken: Taken) -> None:
+    """
+    Raises:
+        SourceError: and its subclasses: names of files tell that there is nothing that the verb takes.
+    """
+    found = told_by_names(repo_id, names)
+    if found is not None:
+        refuse_others(found, taken)
 
 
 def snapshot(repo_id: str, *, revision: str | None, **options: Any) -> Path:
@@ -62,10 +140,14 @@ def snapshot(repo_id: str, *, revision: str | None, **options: Any) -> Path:
     try:
         return _download(repo_id, revision=revision, **options)
     except CLIENT_ERRORS as error:
-        raise SourceError(
-            f"{repo_id}: expected a local folder or a Hub repository; there is no such folder, "
-            f"and {_reason(repo_id, revision, error)}"
-        ) from error
+        raise _unreadable(repo_id, revision, error) from error
+
+
+def _unreadable(repo_id: str, revision: str | None, error: BaseException) -> SourceError:
+    return SourceError(
+        f"{repo_id}: expected a local folder or a Hub repository; there is no such folder, "
+        f"and {_reason(repo_id, revision, error)}"
+    )
 
 
 def _download(repo_id: str, **options: Any) -> Path:
@@ -119,10 +201,10 @@ def _reason(repo_id: str, revision: str | None, error: BaseException) -> str:
     )
 
 
-def _top_level_names(repo_id: str, revision: str | None, folder: Path) -> list[str]:
-    """Names of the repository's own files, those that were not downloaded included."""
+def _listed(repo_id: str, revision: str | None) -> list[str] | BaseException:
+    """Paths of a repository's files, or why the Hub does not tell them."""
     try:
-        names = HfApi().list_repo_files(repo_id, revision=revision)
-    except CLIENT_ERRORS:  # offline, with a snapshot from before: what is there must do
-        names = [path.name for path in folder.glob("*")]
-    return [name for name in names if "/" not in name]
+        info = HfApi().model_info(repo_id, revision=revision)
+    except CLIENT_ERRORS as error:
+        return error
+    return [file.rfilename for file in info.siblings or ()]

@@ -7,6 +7,7 @@ and writes back what it read, which must be the bytes. `weight` is a property th
 
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from miracle_hub.codec.stored import decode_sum, payload_at
 from miracle_hub.errors import OptionError
 
 PAYLOAD = "payload"
+_REFUSED = ("half", "float")
 _Function = TypeVar("_Function", bound=Callable)
 
 
@@ -140,6 +142,14 @@ class CompressedLayer(nn.Module):
             self.payload = torch.empty_like(found, device=self.payload.device)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
+    def _apply(self, fn: Callable, recurse: bool = True) -> "CompressedLayer":
+        """`Module.type` casts integers too: bytes stay bytes."""
+        payload = self.payload
+        super()._apply(fn, recurse)
+        if self.payload.dtype != torch.uint8:
+            self.payload = payload.to(self.payload.device)
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         """Without what is parsed: copies and pickles parse again."""
         return {**self.__dict__, "_parsed": None}
@@ -203,8 +213,19 @@ def compressed_layers(model: nn.Module) -> dict[str, CompressedLayer]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, CompressedLayer)}
 
 
+def allow_casts(model: nn.Module) -> None:
+    """Let `half()` and `float()` do what `bfloat16()` and `to(dtype)` do: transformers refuses these two on
+    all quantized models, as others' weights cannot be cast.
+    """
+    for name in _REFUSED:
+        # A partial, which copies and pickles follow to the new model.
+        setattr(model, name, partial(getattr(nn.Module, name), model))
+
+
 def make_ordinary(model: nn.Module) -> None:
     """Decode all compressed layers of a model; those below an adapter stay frozen."""
+    for name in _REFUSED:
+        vars(model).pop(name, None)
     for name, layer in compressed_layers(model).items():
         model.set_submodule(name, layer.ordinary(trainable=not name.endswith("base_layer")))
 

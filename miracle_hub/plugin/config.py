@@ -11,6 +11,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from miracle_hub.code import FORMAT_VERSION, QUANT_METHOD, check_format_version
 from miracle_hub.errors import OptionError
+from miracle_hub.names import offer
 from miracle_hub.options import LoadOptions
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class MiracleConfig(QuantizationConfigMixin):
         if unknown := sorted(set(vars(self)) - known - own):
             raise OptionError(
                 f"MiracleConfig: expected options of make_variational ({', '.join(sorted(known))}), found "
-                f"{unknown[0]!r}; check the spelling"
+                f"{unknown[0]!r}; check the spelling ({offer(unknown[0], sorted(known))})"
             )
         return VariationalConfig(**{name: value for name, value in vars(self).items() if name in known})
 

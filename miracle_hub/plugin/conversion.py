@@ -141,7 +141,10 @@ def decode_leftovers(model: nn.Module, decoder: Decoder) -> None:
     """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         wanted = decoder.expected.get(name)
-        if wanted is None or tensor.is_meta or tensor.dtype in (wanted.built_dtype, wanted.loaded_dtype):
+        if wanted is None or tensor.is_meta:
+            continue
+        is_loaded = tensor.dtype in (wanted.built_dtype, wanted.loaded_dtype)
+        if is_loaded and not (tensor.dtype == torch.uint8 and decoder.is_decoded(tensor, name)):
             continue
         dense = decoder.dense(tensor, name)
         if dense.shape != wanted.shape:

@@ -1,6 +1,7 @@
 """What the tensors of a checkpoint become in the model of one load: dense weights, or kept payloads."""
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import TYPE_CHECKING, NamedTuple
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from miracle_hub.codec import payloads
-from miracle_hub.codec.stored import StoredTensor, decode_sum
+from miracle_hub.codec.stored import StoredTensor, decode_sum, payload_at
 from miracle_hub.errors import FormatError
 
 if TYPE_CHECKING:
@@ -44,11 +45,13 @@ class Decoder:
         expected: what the model is to get, by name.
         backend: who decodes; "auto" goes by the device on which transformers put a payload.
         kept: payloads of dense tensors that are stored as they are, by name; None where nobody wants them.
+        overflowed: names of tensors that a cast to the model's dtype made infinite.
     """
 
     def __init__(self, backend: str, kept: dict[str, Tensor] | None = None) -> None:
         self.backend, self.kept = backend, kept
         self.expected: Mapping[str, Expected] = {}
+        self.overflowed: list[str] = []
         self._refinements: dict[bytes, list[Tensor]] = {}
 
     def take_refinements(self, tensors: Sequence[StoredTensor]) -> None:
@@ -84,13 +87,32 @@ class Decoder:
         wanted = self.expected.get(name)
         dtype = wanted.loaded_dtype if wanted else None
         if not self.is_decoded(tensor, name):
-            return tensor.to(dtype)
+            return self._cast(tensor, name, tensor.device, dtype)
         # A user's `with torch.device(...)` must not move the decoder's work.
         with torch.device("cpu"):
             later = self._refinements.get(_key(tensor), []) if self._refinements else []
             entries = [tensor, *(refinement.to(tensor.device) for refinement in later)]
             weights = decode_sum(entries, name, backend=self.backend)
-        return weights.to(tensor.device, dtype)
+        return self._cast(weights, name, tensor.device, dtype)
+
+    def _cast(self, weights: Tensor, name: str, device: torch.device, dtype: torch.dtype | None) -> Tensor:
+        """As a dense checkpoint's tensor is cast; note is taken of one that becomes infinite."""
+        cast = weights.to(device, dtype)
+        is_narrower = cast.is_floating_point() and cast.element_size() < weights.element_size()
+        if is_narrower and not bool(torch.isfinite(cast).all()) and bool(torch.isfinite(weights).all()):
+            self.overflowed.append(name)
+        return cast
+
+    def warn_of_overflow(self) -> None:
+        """Say which finite tensors became infinite in the dtype that the user asked for."""
+        if self.overflowed:
+            names, self.overflowed = sorted(self.overflowed), []
+            warnings.warn(
+                f"from_pretrained: expected numbers that the asked dtype can hold, found larger ones in "
+                f"{len(names)} tensors, which became infinite: {', '.join(names[:4])}; load with a dtype of "
+                "more range, such as bfloat16 or float32",
+                stacklevel=2,
+            )
 
     def keep(self, tensor: Tensor, name: str) -> None:
         """Take note of the payload that a dense tensor of the model is stored as."""
@@ -100,10 +122,14 @@ class Decoder:
     def is_decoded(self, tensor: Tensor, name: str) -> bool:
         """Whether it is a payload whose weights the model gets.
 
-        Only a payload is expected as bytes: that of a layer that stays compressed.
+        Where bytes are expected, it is the payload of a layer that stays compressed, or that of bytes.
         """
+        if not payloads.is_payload(tensor):
+            return False
         wanted = self.expected.get(name)
-        return payloads.is_payload(tensor) and not (wanted and wanted.loaded_dtype == torch.uint8)
+        if wanted is None or wanted.loaded_dtype != torch.uint8:
+            return True
+        return payload_at(tensor, name).facts.shape == tuple(wanted.shape)
 
 
 def _key(payload: Tensor) -> bytes:

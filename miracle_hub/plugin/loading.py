@@ -1,5 +1,6 @@
 """One load of a compressed repository by transformers: opened, converted, finished, and saved again."""
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,20 +10,29 @@ from transformers.core_model_loading import WeightTransform, revert_weight_conve
 
 from miracle_hub.codec.config import digests_of, read_config
 from miracle_hub.codec.guarded import check_config
+from miracle_hub.codec.inherited import INHERITED, are_plain, is_inherited
 from miracle_hub.codec.naming import CONFIG, SINGLE, index_name, stage_of
+from miracle_hub.codec.parts import stated_dtype
 from miracle_hub.codec.payloads import is_payload
 from miracle_hub.codec.repository import check_stages, sound_tensors
 from miracle_hub.codec.source import indexed_files
 from miracle_hub.codec.stored import StoredTensor
 from miracle_hub.coding.backend import choose
 from miracle_hub.errors import OptionError
-from miracle_hub.plugin.compressed_linear import compressed_layers, saved_digest, saved_state
+from miracle_hub.names import check_taken
+from miracle_hub.plugin.compressed_linear import allow_casts, compressed_layers, saved_digest, saved_state
 from miracle_hub.plugin.config import MiracleConfig
 from miracle_hub.plugin.conversion import decode_leftovers, replace_layers, with_decoding, without_decoding
 from miracle_hub.plugin.decoder import Decoder, expected_tensors
+from miracle_hub.plugin.facts import forget_facts, repeat_facts
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
+
+_LOG = logging.getLogger(__name__)
+
+
+_NAMES = "modules_to_not_convert"
 
 
 class Loading:
@@ -46,18 +56,26 @@ class Loading:
         self._stored: list[StoredTensor] = []
         self._conversions: list[WeightTransform] = []
 
-    def choose_stages(self, config: Any) -> None:
-        """Which stages the model's config wants, and so which files are looked for.
+    def prepare(self, config: Any) -> None:
+        """What the config of the model, or of the part that is loaded, leaves open: its dtype, where nobody
+        states one, and which stages it wants, and so which files are looked for.
 
         Raises:
             OptionError: there are not so many stages, or layers cannot stay compressed.
             ChecksumError: config.json is not as it was written.
         """
-        path = Path(str(getattr(config, "_name_or_path", ""))) / CONFIG
-        if path.is_file():  # of a Hub id the folder is known with the files
+        name = getattr(config, "_name_or_path", "")  # a part has none; of a Hub id files tell the folder
+        if name and (path := Path(str(name)) / CONFIG).is_file():
+            if is_inherited(path.parent):
+                return
             check_config(path, read_config(path.parent))
-        if "stage_digests" not in self._facts:
-            return
+        if getattr(config, "dtype", None) is None:
+            # transformers would take that of the first plain tensor, which may be narrowed.
+            config.dtype = stated_dtype(self._facts, Path(CONFIG))
+        if "stage_digests" in self._facts:
+            self._choose_stages(config)
+
+    def _choose_stages(self, config: Any) -> None:
         n_stages = len(self._digests)
         self._stages = check_stages(getattr(config, "stages", None), n_stages, "from_pretrained")
         if self.config.keep_compressed and self._stages > 1:
@@ -77,18 +95,36 @@ class Loading:
 
         Raises:
             BackendError: the backend cannot run here.
+            OptionError: a name in `modules_to_not_convert` takes nothing of the model.
             FormatError: and its subclasses: a file is not sound; the message names the tensor.
         """
         if self.config.backend == "triton":
             choose("triton")
-        if paths := [Path(file) for file in files]:
+        paths = [Path(file) for file in files]
+        if paths and are_plain(paths):
+            _LOG.warning("%s: %s", paths[0].parent, INHERITED)
+            self.config.keep_compressed = False
+        elif paths:
             folder, digest = paths[0].parent, self._digests[self._stages - 1]
-            check_config(folder / CONFIG, read_config(folder))
+            check_config(folder / CONFIG, facts := read_config(folder))
+            self._check_names(model, facts.get("quantization_config"))
             self._stored = sound_tensors(paths, digest, self._stages, self._index(paths))
         self._decoder.take_refinements(self._stored)
         files[:] = [file for file in files if stage_of(Path(file)) == 1]
         self._model = model
         self._decoder.expected = expected_tensors(model, self.dtype)
+
+    def _check_names(self, model: "PreTrainedModel", written: Any) -> None:
+        """Refuse a reader's names that take nothing; those in config.json are of all that was compressed.
+
+        Raises:
+            OptionError: one does.
+        """
+        names = self.config.modules_to_not_convert
+        if names is not None and not (isinstance(written, dict) and names == written.get(_NAMES)):
+            held = (model.named_modules, model.named_parameters)
+            found = [name for named in held for name, _ in named(remove_duplicate=False) if name]
+            check_taken(names, found, _NAMES, type(model).__name__)
 
     def _index(self, files: list[Path]) -> Path | None:
         """That names these files, if one does: those of a variant have another."""
@@ -122,13 +158,15 @@ class Loading:
         if used is not None:
             model._weight_conversions = without_decoding(used)  # pyright: ignore[reportArgumentType]
         decode_leftovers(model, self._decoder)
+        self._decoder.warn_of_overflow()
         self._model, self._stored = None, []
         self._decoder.forget()
-        if "stage_digests" in self._facts:
-            for name in ("stages", "transformers_weights"):
-                vars(model.config).pop(name, None)
-        for layer in compressed_layers(model).values() if self.config.keep_compressed else ():
-            layer.finish_loading()
+        is_staged = "stage_digests" in self._facts
+        forget_facts(model, is_kept=self.config.keep_compressed, is_staged=is_staged)
+        if self.config.keep_compressed:
+            allow_casts(model)
+            for layer in compressed_layers(model).values():
+                layer.finish_loading()
 
     def saved(self, model: "PreTrainedModel") -> dict[str, Tensor] | None:
         """What save_pretrained writes of a model whose layers are compressed; None for a dense one."""
@@ -140,5 +178,7 @@ class Loading:
         # where they differ the repository does without a digest of all payloads.
         plain = revert_weight_conversion(model, dict(payloads)).keys() == payloads.keys()
         self._facts["digest"] = saved_digest(payloads) if plain else None
-        self._facts.pop("guard", None)  # transformers writes the files, without guards
+        for name in ("guard", "stage_digests"):  # transformers writes the files, without guards, in one stage
+            self._facts.pop(name, None)
+        repeat_facts(model, self._facts)
         return state

@@ -1,7 +1,8 @@
 """The transformers plug-in: plain `from_pretrained` meets payloads and gets dense weights.
 
 Every payload is stored as 1-D uint8 under the tensor's real name, so that a user without this
-plug-in gets a size mismatch and never silently wrong weights. The hooks used here have kept their
+plug-in gets a size mismatch. Only `ignore_mismatched_sizes=True` makes transformers put random weights
+there, and says so in its report; nothing of this package runs then. The hooks used here have kept their
 meaning from transformers 5.8 on; arguments that came and went are taken as `*args, **kwargs`.
 
 This module is imported by everybody who imports transformers, in the middle of that import: the
@@ -58,12 +59,12 @@ class MiracleQuantizer(HfQuantizer):
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Called with the model's config before any weights are looked for: which stages are wanted."""
-        self._loading.choose_stages(config)
+        self._loading.prepare(config)
         return config
 
     def update_tp_plan(self, config: Any) -> Any:
         """The same for transformers <= 5.20."""
-        self._loading.choose_stages(config)
+        self._loading.prepare(config)
         return config
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -111,8 +112,10 @@ class MiracleQuantizer(HfQuantizer):
     def _dequantize(self, model: "PreTrainedModel", *args: Any, **kwargs: Any) -> "PreTrainedModel":
         """Ordinary layers for compressed ones; another dtype than the model's casts it all."""
         from miracle_hub.plugin.compressed_linear import make_ordinary
+        from miracle_hub.plugin.facts import forget_facts
 
         make_ordinary(model)
+        forget_facts(model, is_kept=False, is_staged=False)
         for module in model.modules():
             vars(getattr(module, "config", None) or SimpleNamespace()).pop("_is_quantized", None)
         dtype = next(iter(args), kwargs.get("dtype"))

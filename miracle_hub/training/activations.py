@@ -7,17 +7,18 @@ Source: LeCun et al. 1990, "Optimal brain damage", for errors weighted by a diag
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from miracle_hub.errors import TrainingError
-from miracle_hub.training.convert import drawn_attributes
+from miracle_hub.training.drawn import drawn_attributes
 from miracle_hub.training.guard import Snapshot
 from miracle_hub.training.model import variational_of
 from miracle_hub.training.posteriors.protocol import Weighted
+from miracle_hub.training.processes import Processes
 from miracle_hub.training.stream import Stream
 
 # Of the mean: a column that no input was seen for may have one tomorrow. How small is a choice.
@@ -27,7 +28,9 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FORWARDS = {kind.forward for kind in (nn.Linear, *_CONVOLUTIONS)}
 
 
-def measure_curvature(model: nn.Module, run: Callable[[int], Any], batches: int) -> None:
+def measure_curvature(
+    model: nn.Module, run: Callable[[int], Any], batches: int, processes: Processes | None = None
+) -> None:
     """Give posteriors that take it the curvature of their columns, before anything is coded.
 
     Linear layers and convolutions without groups have one; elsewhere, and for posteriors of other kinds,
@@ -38,6 +41,7 @@ def measure_curvature(model: nn.Module, run: Callable[[int], Any], batches: int)
 
     Args:
         run: runs the model, which is in the mode it has, on the i-th batch, as the loss of refits does.
+        processes: that share the batches.
 
     Raises:
         TrainingError: an input of a layer is not finite.
@@ -45,16 +49,18 @@ def measure_curvature(model: nn.Module, run: Callable[[int], Any], batches: int)
     layers, sums = list(_layers(model)), {}
     if not layers or not batches:
         return
-    before = Snapshot(model)
+    before, processes = Snapshot(model), processes or Processes()
     hooks = [m.register_forward_pre_hook(_Sum(sums, stream), with_kwargs=True) for m, stream in layers]
     try:
-        with torch.random.fork_rng():
-            for number in range(batches):
+        with processes.together(), torch.random.fork_rng():
+            for number in range(processes.rank, batches, processes.count):
                 run(number)
     finally:
         for hook in hooks:
             hook.remove()
         before.restore()
+    if processes.count > 1:
+        sums = _of_all(sums, dict.fromkeys(stream for _, stream in layers), processes)
     for stream, total in sums.items():
         if not bool(total.isfinite().all()):
             raise TrainingError(
@@ -65,6 +71,22 @@ def measure_curvature(model: nn.Module, run: Callable[[int], Any], batches: int)
         assert isinstance(stream.posterior, Weighted)
         relative = (total / total.mean().clamp(min=torch.finfo(total.dtype).tiny)).clamp(min=_LEAST)
         stream.posterior.curvature = (relative / relative.mean()).to(stream.posterior.curvature)
+
+
+def _of_all(
+    sums: dict[Stream, Tensor], streams: Iterable[Stream], processes: Processes
+) -> dict[Stream, Tensor]:
+    """Sums over the batches of all processes; streams whose layer none of them ran are left out."""
+    found = {}
+    for stream in streams:
+        own = sums.get(stream)
+        if own is None:
+            own = next(stream.parameters()).new_zeros(math.prod(stream.members[0].shape[1:])).double()
+        total = torch.cat([own, own.new_full((1,), stream in sums)])
+        processes.add(total)
+        if total[-1] > 0:
+            found[stream] = total[:-1]
+    return found
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, Stream]]:

@@ -60,13 +60,17 @@ class Checkpoint:
         self.path, self.every_seconds, self.loss = Path(path), every_seconds, loss
         self.saved_at = time.monotonic()
 
+    def is_due(self) -> bool:
+        """Whether the last writing was long ago."""
+        return time.monotonic() - self.saved_at >= self.every_seconds
+
     def save_if_due(self, state: Callable[[], RunState], now: bool = False) -> None:
         """Write what a run's state is, if it was long ago, or if it must be now.
 
         Raises:
             OutputWriteError: it could not be written; the last one is still there.
         """
-        if now or time.monotonic() - self.saved_at >= self.every_seconds:
+        if now or self.is_due():
             self.save(state())
             self.saved_at = time.monotonic()
 
@@ -145,3 +149,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
         state.setdefault(int(number), {})[key] = tensor
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def of_process(name: str, rank: int) -> str:
+    """Under which name a state has that of a process's generator."""
+    return f"{name}.{rank}" if rank else name

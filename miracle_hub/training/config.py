@@ -32,21 +32,25 @@ class VariationalConfig:
     """Options of `make_variational`; exactly one of the first four is the budget.
 
     Attributes:
-        rate: message bits per value that is coded (of a sliding code, the rate of a long message).
-        message_bits: of a whole network, if `streams` is "network".
+        rate: message bits per value that is coded, the mean over all of them (of a sliding code, the rate of
+            a long message).
+        message_bits: of a whole network, if `streams` is "network"; of a rate or of these, too, 99 % are used
+            at least, or what is used is logged.
         bits_per_weight: bits of the whole file that the model will become, headers, scales and plain tensors
             included, over all its weights.
-        size: the same as bytes, such as "5.5MB"; never exceeded. `miracle_hub.make_variational` turns either
-            into the highest rate, or the most message bits, whose file stays within it.
+        size: the same as bytes, such as "5.5MB". `miracle_hub.make_variational` plans the file for either: it
+            has at least 99 % of it, and never more.
         target_modules: "all", "all-matrices", "all-linear", a regular expression that must match whole names
             of modules or parameters, or a list of names or ends of names. None means "all" for a network's
             stream and "all-matrices" for streams of tensors.
         exclude_modules: a regular expression or a list, of modules that stay as they are.
         modules_to_save: a regular expression or a list, of modules that stay as they are, are trained, and
             are stored as they are.
-        parametrization: "mean-kl" (the KL is fixed by construction), "mean-var" (annealed, as published) or
-            "test-channel" (fitted without noise; each group becomes a posterior when it is coded). None means
-            "mean-kl" for a network's stream and "test-channel" for streams of tensors.
+        parametrization: "mean-kl" (Gaussians that are drawn in every step; the KL of every block is fixed by
+            construction), "mean-var" (the same, with a KL that is annealed, as published) or "test-channel",
+            which is no variational inference: weights are fitted without noise, and each group becomes
+            Gaussians when it is coded, whose KL is the rate in the mean. None means "mean-kl" for a network's
+            stream and "test-channel" for streams of tensors, which suits 1 bit per weight and more.
         streams: "tensor", one message per tensor, for hub models; "network", one for all, for small networks.
         scales: of the prior: "row" (one for every row of at least 128 weights, else one per tensor) or
             "tensor"; a network's stream has one per tensor.

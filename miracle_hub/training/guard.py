@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ class Snapshot:
 
     def __init__(self, model: nn.Module) -> None:
         self.variational = variational_of(model)
-        own = {id(buffer) for buffer in self.variational.buffers()}
+        own = {id(tensor) for tensor in self.variational.tensors()}
         self.buffers = [(b, b.clone()) for b in model.buffers() if id(b) not in own]
         self.draw_number = self.variational.draw_number
 
@@ -51,3 +52,21 @@ def check_finite(value: Tensor, where: str, what: str = "loss") -> None:
             f"{where}: expected a finite {what}, found {found}; the model is as it was after the step "
             "before: lower the learning rate, or look at the batch"
         )
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise unless everything that a file would hold is finite, so that none holds what training has lost.
+
+    Raises:
+        TrainingError: a posterior or a weight is NaN or infinite, or a buffer NaN (a mask may be infinite).
+    """
+    buffers = dict(model.named_buffers())
+    for name, tensor in chain(model.named_parameters(), buffers.items()):
+        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:  # whose NaN torch cannot ask for
+            continue
+        bad = tensor.isnan() if name in buffers else ~torch.isfinite(tensor)
+        if n_bad := int(bad.sum()):
+            raise TrainingError(
+                f"{name}: expected finite weights to code, found {n_bad} of {tensor.numel()} that are NaN or "
+                "infinite; nothing is written: train again from sound weights, at a lower learning rate"
+            )

@@ -4,12 +4,16 @@ import csv
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from miracle_hub.errors import OutputWriteError
 from miracle_hub.files.whole import whole_file
+from miracle_hub.training.message import Chosen
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,24 @@ class Row:
     validation: float
 
 
+def row_of(group: int, coded_values: int, chosen: Sequence[Chosen], loss: float) -> Row:
+    """The row of a group before its validation, from what its choices cost; see `Row`."""
+    block_kl_bits = torch.cat([part.block_kl_nats for part in chosen]) / math.log(2)
+    kl_bits = float(block_kl_bits.sum())
+    log_weight_bits = sum(part.log_weight_nats for part in chosen) / math.log(2)
+    return Row(
+        group=group,
+        coded_values=coded_values,
+        blocks=len(block_kl_bits),
+        kl_bits=kl_bits,
+        least_block_kl_bits=float(block_kl_bits.min()),
+        largest_block_kl_bits=float(block_kl_bits.max()),
+        log_weight_gap_bits=log_weight_bits - kl_bits,
+        loss=loss,
+        validation=math.nan,
+    )
+
+
 @dataclass
 class Journal:
     """Rows of a coding run; with a folder also `coding.csv`, `coding.json` and `coding.png` there.
@@ -59,6 +81,14 @@ class Journal:
         """
         self.rows.append(row)
         self._write(time.monotonic() - self.plotted_at >= self.plot_every_seconds)
+
+    def replace_last(self, row: Row) -> None:
+        """
+        Raises:
+            OutputWriteError: the files cannot be written.
+        """
+        self.rows[-1] = row
+        self._write(True)
 
     def finish(self) -> None:
         """Write all files, if there is a folder.

@@ -1,17 +1,18 @@
 """How the values of a stream lie: whose they are, in which order, and which scale each of them has."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from miracle_hub.code import Code
-from miracle_hub.coding.matrix import ROW_SCALE_COLUMNS, matrix_columns
+from miracle_hub.code import StreamCode
+from miracle_hub.coding.matrix import FEWEST_ROWS, ROW_SCALE_COLUMNS, matrix_columns
 from miracle_hub.coding.order import permutation
 from miracle_hub.coding.sharing import Sharing, expand
+from miracle_hub.training.loans import is_wrapped
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,10 @@ class Layout(Protocol):
         """The weights of a member in its shape and dtype, from the values of the stream."""
         ...
 
+    def written(self, weight: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """Values `[n]` that give a member these weights, and which of them do; the others are 0."""
+        ...
+
 
 class Matrix(nn.Module):
     """One tensor in its own order, with a scale for every row, or one for all of it."""
@@ -102,20 +107,26 @@ class Matrix(nn.Module):
         """The values as a tensor."""
         return values.view(self.members[number].shape).to(self.members[number].dtype)
 
+    def written(self, weight: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """See `Layout`: all of them."""
+        values = weight.float().flatten()
+        return values, torch.ones_like(values, dtype=torch.bool)
+
 
 class Joint(nn.Module):
     """Several tensors, or one whose weights share values: permuted, with one scale per tensor.
 
-    Buffers: `order` and `owner`, of every stream element which value it stands for, counted member after
-    member, and of which member; of member i `place_i` and `sign_i`, which element of the stream, with which
-    sign, every weight takes.
+    Attributes:
+        order, owner: of every stream element which value it stands for, counted member after member, and of
+            which member.
+        places, signs: of every member, which element of the stream, with which sign, every weight takes.
+
+    They are no buffers: whoever averages buffers must not average indices.
     """
 
     has_columns: ClassVar[bool] = False
-    order: Tensor
-    owner: Tensor
 
-    def __init__(self, members: Sequence[Member], code: Code) -> None:
+    def __init__(self, members: Sequence[Member], code: StreamCode) -> None:
         """
         Args:
             code: whose seed fixes the permutation and which weights share a value.
@@ -127,13 +138,16 @@ class Joint(nn.Module):
         order = permutation(self.n_values, code)
         place_of = torch.empty_like(order).index_copy_(0, order, torch.arange(self.n_values))
         owner = torch.arange(len(members)).repeat_interleave(sizes)
-        self.register_buffer("order", order, persistent=False)
-        self.register_buffer("owner", owner[order], persistent=False)
+        self.order, self.owner = order, owner[order]
         firsts = (sizes.cumsum(0) - sizes).tolist()
-        for i, (member, first) in enumerate(zip(members, firsts, strict=True)):
-            values, signs = member.sharing.places(code.seed, i)
-            self.register_buffer(f"place_{i}", place_of[first + values], persistent=False)
-            self.register_buffer(f"sign_{i}", signs, persistent=False)
+        taken = [member.sharing.places(code.seed, i) for i, member in enumerate(members)]
+        self.places = tuple(place_of[first + at] for first, (at, _) in zip(firsts, taken, strict=True))
+        self.signs = tuple(signs for _, signs in taken)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Joint":
+        self.order, self.owner = fn(self.order), fn(self.owner)
+        self.places, self.signs = tuple(map(fn, self.places)), tuple(map(fn, self.signs))
+        return super()._apply(fn, recurse)
 
     def start(self, weights: Sequence[Tensor]) -> Tensor:
         """Of values that several weights take, the mean, at the size of the weights."""
@@ -155,11 +169,19 @@ class Joint(nn.Module):
 
     def weight(self, values: Tensor, number: int) -> Tensor:
         """The values of a member, each in all its places."""
-        own = expand(values, getattr(self, f"place_{number}"), getattr(self, f"sign_{number}"))
+        places, signs = self.places[number], self.signs[number]
+        # torch.func knows no ops of ours.
+        own = values[places] * signs if is_wrapped(values) else expand(values, places, signs)
         return own.view(self.members[number].shape).to(self.members[number].dtype)
 
+    def written(self, weight: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """See `Layout`: of weights that share a value, the last one's."""
+        values, places = torch.zeros(self.n_values, device=weight.device), self.places[number]
+        values[places] = weight.float().flatten() * self.signs[number]
+        return values, torch.zeros_like(values, dtype=torch.bool).index_fill_(0, places, True)
 
-def layout_of(members: Sequence[Member], code: Code, has_row_scales: bool) -> Matrix | Joint:
+
+def layout_of(members: Sequence[Member], code: StreamCode, has_row_scales: bool) -> Matrix | Joint:
     """One tensor without sharing lies in its own order; all others are permuted together.
 
     Args:
@@ -174,6 +196,19 @@ def scale_columns(shape: tuple[int, ...]) -> int:
     """The length of rows that have a scale of their own; 0 where they are short."""
     columns = matrix_columns(shape)
     return columns if columns >= ROW_SCALE_COLUMNS and columns < math.prod(shape) else 0
+
+
+def row_values(shape: tuple[int, ...], has_row_scales: bool) -> int:
+    """Values of a tensor that two codes do not share between them: a row that has a scale, or else a row of
+    one of 64 at least, which meets sizes to 0.4 % between rates that are a quarter apart.
+    """
+    if has_row_scales and (columns := scale_columns(shape)):
+        return columns
+    columns, n_values = matrix_columns(shape), math.prod(shape)
+    if n_values // columns >= FEWEST_ROWS:
+        return columns
+    small = [width for width in range(1, n_values // FEWEST_ROWS + 1) if columns % width == 0]
+    return max(small, default=1)
 
 
 def _shared_values(weights: Tensor, sharing: Sharing, seed: int, number: int) -> Tensor:

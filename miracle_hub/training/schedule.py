@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from miracle_hub.training.noise import generator
 from miracle_hub.training.stream import Stream
 
 ORDERS = ("random", "largest-kl")
@@ -19,6 +20,11 @@ class Run:
     stream: Stream
     steps: Tensor
 
+    @property
+    def n_values(self) -> int:
+        """That these steps stand for, as if none were the last of its code."""
+        return int(self.stream.begin_coding().widths()[self.steps].sum())
+
 
 class Schedule:
     """Groups of runs that get smaller: after g of G groups a share of (1 - g/G)² of all values is left."""
@@ -26,7 +32,7 @@ class Schedule:
     def __init__(self, streams: Sequence[Stream], groups: int, order: str, seed: int) -> None:
         """
         Args:
-            order: "random" or "largest-kl"; see `coder.CodingOptions`.
+            order: "random" or "largest-kl"; see `coding_options.CodingOptions`.
             seed: of the random order of blocks.
         """
         self.streams, self.groups, self.order, self.seed = list(streams), groups, order, seed
@@ -50,24 +56,28 @@ class Schedule:
         wanted, runs = math.ceil(self.n_values - self.n_coded() - share_left * self.n_values), []
         for stream in sorted(left, key=lambda s: (not s.n_coded(), -float(s.kl_nats().detach().sum()))):
             runs.append(self._run(stream, wanted))
-            wanted -= len(runs[-1].steps) * stream.code.step_weights
+            wanted -= runs[-1].n_values
             if wanted <= 0:
                 break
         return runs
 
     def _run(self, stream: Stream, wanted: int) -> Run:
         """About so many values of a stream, in whole blocks: the rest of one would have all of its KL."""
-        block, width = stream.budget.block_weights, stream.code.step_weights
-        n_steps = max(1, -(-wanted // block)) * (block // width)
-        return Run(stream, self._steps_left(stream)[:n_steps].sort().values)
+        left, message = self._steps_left(stream), stream.begin_coding()
+        ends = message.widths()[left].cumsum(0)
+        last = int((ends < wanted).sum().clamp(max=len(left) - 1))
+        blocks = stream.budget.block_of(message.firsts()[left])
+        n_steps = last + int((blocks[last:] == blocks[last]).sum())
+        return Run(stream, left[:n_steps].sort().values)
 
     def _steps_left(self, stream: Stream) -> Tensor:
         """Blocks in random order or by KL; windows that overlap one after the other."""
         left = stream.begin_coding().steps_left()
-        if stream.code.overlap_bits:
+        if any(segment.code.overlap_bits for segment in stream.begin_coding().segments):
             return left
         if self.order == "largest-kl":
+            # A block of a block code is a step.
             return left[stream.kl_nats().detach().cpu()[left].argsort(descending=True, stable=True)]
-        seed = torch.Generator().manual_seed(self.seed + stream.number)
-        order = torch.randperm(stream.code.steps(stream.n_values), generator=seed)
+        source = generator(self.seed, stream.number)
+        order = torch.randperm(stream.code.steps(stream.n_values), generator=source)
         return order[torch.isin(order, left)]

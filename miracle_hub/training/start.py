@@ -4,12 +4,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from miracle_hub.code import StreamCode
 from miracle_hub.training.blocks import budget_of
 from miracle_hub.training.config import VariationalConfig
 from miracle_hub.training.layout import Member, layout_of
 from miracle_hub.training.posteriors.protocol import Start
 from miracle_hub.training.posteriors.registry import POSTERIORS
-from miracle_hub.training.posteriors.scaled import scales_of
+from miracle_hub.training.posteriors.scaled import scales_of, shares_of
 from miracle_hub.training.stream import Stream
 
 # The prior's scale where all weights are 0, as biases often are: noise needs some room to move them. A
@@ -18,23 +19,22 @@ _SCALE_OF_ZEROS = 0.01
 
 
 def stream_of(
-    members: Sequence[Member], weights: Sequence[Tensor], config: VariationalConfig, number: int
+    members: Sequence[Member],
+    weights: Sequence[Tensor],
+    config: VariationalConfig,
+    code: StreamCode,
+    number: int,
 ) -> Stream:
     """A stream whose posterior starts at given weights, on their device.
 
     Args:
         number: of the stream in its model.
-
-    Raises:
-        BudgetError: the budget is below what the code can use.
     """
-    where = members[0].name if len(members) == 1 else f"{len(members)} tensors"
-    code = config.code_for(sum(member.sharing.n_values for member in members), where)
     has_row_scales = config.streams == "tensor" and config.scales == "row"
     layout = layout_of(members, code, has_row_scales).to(weights[0].device)
     values = layout.start(weights)
     budget = budget_of(code, layout.n_values, config.kl_block_weights)
-    scales = scales_of(values, layout, budget.share, _SCALE_OF_ZEROS)
+    scales = scales_of(values, layout, shares_of(budget, layout, values.device), _SCALE_OF_ZEROS)
     assert config.parametrization is not None
     start = Start(values, scales, layout, budget, config.beta, config.beta_rate)
     return Stream(layout, POSTERIORS[config.parametrization](start), code, number)

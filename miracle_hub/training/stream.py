@@ -1,20 +1,24 @@
 """A stream: the tensors that share a message, their posterior, and what of it is coded."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from miracle_hub.code import Code
+from miracle_hub.code import StreamCode
 from miracle_hub.coding import posterior as coding
-from miracle_hub.errors import OptionError
-from miracle_hub.training.blocks import Budget
+from miracle_hub.errors import OptionError, WrittenWeightError
+from miracle_hub.training.blocks import StreamBudget
 from miracle_hub.training.layout import Layout, Member
 from miracle_hub.training.message import Chosen, Message, Selector
 from miracle_hub.training.posteriors.protocol import Posterior
 
-_LEAST_VARIANCE = 1e-12  # a choice: it keeps costs of a posterior that is nearly a point finite
+# It keeps costs of a posterior that is nearly a point finite in float32. A value's KL is cut by it above 49
+# bits, more than twice the largest rate: only blocks that give nearly everything to one value go so far.
+_LEAST_VARIANCE = 1e-30
 # Ends of the names in a stream's state that are there, or have their size, only since coding has begun.
 BEGUN = tuple(f"message.{name}" for name in ("values", "is_coded", "states")) + (
     "posterior.fixed_scales",
@@ -37,7 +41,7 @@ class Stream(nn.Module):
     posterior: Posterior
     message: Message | None
 
-    def __init__(self, layout: Layout, posterior: Posterior, code: Code, number: int) -> None:
+    def __init__(self, layout: Layout, posterior: Posterior, code: StreamCode, number: int) -> None:
         super().__init__()
         self.code, self.number = code, number
         self.layout, self.posterior = layout, posterior
@@ -54,7 +58,7 @@ class Stream(nn.Module):
         return self.layout.n_values
 
     @property
-    def budget(self) -> Budget:
+    def budget(self) -> StreamBudget:
         """The KL that the message pays for."""
         return self.posterior.budget
 
@@ -104,6 +108,66 @@ class Stream(nn.Module):
         """One member's weights in their shape and dtype, from the stream's values."""
         return self.layout.weight(values, number)
 
+    def tensors(self) -> list[Tensor]:
+        """Parameters and buffers."""
+        return list(chain(self.parameters(), self.buffers()))
+
+    def owns(self, weight: Tensor) -> bool:
+        """Whether a tensor lies in the memory of the posterior's parameters."""
+        own = {p.untyped_storage().data_ptr() for p in self.parameters()}
+        return weight.untyped_storage().data_ptr() in own
+
+    @torch.no_grad()
+    def write(self, number: int, weight: Any) -> None:
+        """Have one member's mean at given weights.
+
+        Raises:
+            WrittenWeightError: coding has begun, they are no such weights, or the posterior cannot have them.
+        """
+        member = self.members[number]
+        if self.message is not None:
+            raise WrittenWeightError(
+                f"{member.name}: expected no writes once coding has begun, found one, which no file could "
+                "show; merge and write before code_model, or call remove_variational(model), write, and make "
+                "it variational and code it again"
+            )
+        wanted = f"{member.dtype} {member.shape}"
+        found = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else repr(weight)
+        if found != wanted:
+            raise WrittenWeightError(
+                f"{member.name}: expected weights of {wanted}, found {found}; change shapes (as "
+                "resize_token_embeddings does) and dtypes before make_variational, or after "
+                "remove_variational(model)"
+            )
+        if not bool(weight.isfinite().all()):
+            raise WrittenWeightError(
+                f"{member.name}: expected finite weights, found NaN or infinity; what was written is dropped"
+            )
+        values, are_written = self.layout.written(weight, number)
+        if not torch.equal(self.layout.weight(values, number), weight.float().to(member.dtype)):
+            raise WrittenWeightError(
+                f"{member.name}: expected equal weights where they share a value, found others; write before "
+                "make_variational, or share less"
+            )
+        if misfit := self.posterior.set_mean(values, are_written):
+            raise WrittenWeightError(f"{member.name}: {misfit}")
+
+    def cast(self, number: int, fn: Callable[[Tensor], Tensor]) -> None:
+        """Hand out a member in another dtype; the posterior keeps its own."""
+        members = list(self.members)
+        empty = torch.empty(0, dtype=members[number].dtype, device=self.scales().device)
+        members[number] = replace(members[number], dtype=fn(empty).dtype)
+        self.layout.members = tuple(members)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Stream":
+        """Devices change; dtypes are those of weights, not of what they are made from."""
+
+        def on_device(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(on_device, recurse)
+
     def scales(self) -> Tensor:
         """The prior's, `[scales]`: one for every member, or row; those of the file once coding has begun."""
         return self.posterior.scales()
@@ -135,10 +199,16 @@ def message_of(stream: Stream) -> Tensor:
 
     Raises:
         OptionError: something of it is not coded.
+        WrittenWeightError: the message stands for other values than those in use.
     """
     if stream.message is None or stream.n_coded() < stream.n_values:
         raise OptionError(
             f"{stream.members[0].name}: expected a coded stream, found one that is not; call "
             "code_model(model, …) first"
+        )
+    if not stream.message.is_sound():
+        raise WrittenWeightError(
+            f"{stream.members[0].name}: expected a message that stands for the weights in use, found "
+            "another: its buffers were averaged or written to; average before code_model, or parameters alone"
         )
     return stream.message.packed()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from miracle_hub.errors import OptionError
-from miracle_hub.names import is_named, matches
+from miracle_hub.errors import NonFiniteWeightError, OptionError
+from miracle_hub.names import check_taken, is_named, matches, near_selection
 from miracle_hub.training.config import VariationalConfig
 
 KEYWORDS = ("all", "all-matrices", "all-linear")
@@ -38,6 +39,7 @@ def find_targets(model: nn.Module, config: VariationalConfig) -> list[Target]:
         OptionError: there is none, or one that cannot be converted.
     """
     wanted = config.target_modules or ("all" if config.streams == "network" else "all-matrices")
+    _check_names(model, config)
     kept = [names for names in (config.exclude_modules, config.modules_to_save) if names]
     targets = [
         target
@@ -46,15 +48,41 @@ def find_targets(model: nn.Module, config: VariationalConfig) -> list[Target]:
         and not any(matches(target.name, names) for names in kept)
     ]
     if not targets:
-        modules = dict.fromkeys(name.rpartition(".")[0] or name for name, _ in model.named_parameters())
+        names = [name for name, _ in model.named_parameters()]
+        modules = dict.fromkeys(name.rpartition(".")[0] or name for name in names)
+        close = near_selection(wanted, names, KEYWORDS)
         raise OptionError(
             f"target_modules: expected modules with weights to code, found none for {wanted!r} (excluded: "
             f"{kept}) in {type(model).__name__}; choose one of {', '.join(KEYWORDS)}, or of its modules with "
-            f"parameters: {', '.join(list(modules)[:12]) or 'it has none'}"
+            f"parameters: {', '.join(list(modules)[:12]) or 'it has none'}{f' ({close})' if close else ''}"
         )
     for target in targets:
         _check(target)
     return targets
+
+
+def _check_names(model: nn.Module, config: VariationalConfig) -> None:
+    """
+    Raises:
+        OptionError: a name takes nothing of the model, or, of what is coded, nothing that can be.
+    """
+    held = (model.named_modules, model.named_parameters, model.named_buffers)
+    names, where = [n for named in held for n, _ in named(remove_duplicate=False) if n], type(model).__name__
+    for option in ("exclude_modules", "modules_to_save"):
+        check_taken(getattr(config, option), names, option, where)
+    wanted = config.target_modules
+    if not isinstance(wanted, list):
+        return  # one expression that takes nothing is told by what there is
+    check_taken(wanted, names, "target_modules", where)
+    targets = list(_parameters(model))
+    for name in wanted:
+        if not any(_is_wanted(target, [name], model, config.streams) for target in targets):
+            vectors = [target.name for target in targets if matches(target.name, [name])]
+            raise OptionError(
+                f"target_modules: expected modules of {where} with matrices to code, found {name!r}, which "
+                f"takes {f'vectors alone, such as {vectors[0]}' if vectors else 'no weights'}; name what is "
+                "to be coded in full, or leave it out"
+            )
 
 
 def _parameters(model: nn.Module) -> Iterator[Target]:
@@ -107,6 +135,24 @@ def _output_layer(model: nn.Module) -> nn.Module | None:
     return None if get is None else get()
 
 
+def check_weights(model: nn.Module) -> None:
+    """Refuse what no training mends, in what is coded and in what is not.
+
+    Raises:
+        NonFiniteWeightError: a parameter is NaN or infinite, or a buffer NaN (a mask may be infinite).
+    """
+    named = chain(model.named_parameters(), model.named_buffers())
+    for name, tensor in named:
+        if is_lazy(tensor) or tensor.is_meta or tensor.dtype not in DTYPES:
+            continue
+        bad = tensor.isnan() if not isinstance(tensor, nn.Parameter) else ~torch.isfinite(tensor)
+        if n_bad := int(bad.sum()):
+            raise NonFiniteWeightError(
+                f"{name}: expected finite weights, found {n_bad} of {tensor.numel()} that are NaN or "
+                "infinite; repair the model first"
+            )
+
+
 def _check(target: Target) -> None:
     for module, name in target.owners:
         if is_parametrized(module, name):
@@ -118,6 +164,11 @@ def _check(target: Target) -> None:
             raise OptionError(
                 f"{target.name}: expected dense gradients, found sparse=True; make the embedding dense, or "
                 "exclude the module"
+            )
+        if getattr(module, "max_norm", None) is not None:
+            raise OptionError(
+                f"{target.name}: expected weights that nobody writes to in a forward pass, found max_norm="
+                f"{module.max_norm}; make the embedding without it, or exclude the module"
             )
     parameter = target.parameter
     if is_lazy(parameter) or parameter.is_meta:

@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModel
+from transformers import PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import miracle_hub
 from miracle_hub.errors import BudgetError
 
-from ..architectures import drawn_models
+from ..sweep.tiny import classes_of, tiny_config
 from .environment import WORK
 
+_MOST_WEIGHTS = 1_200_000  # of a tiny model: a folder takes a second
 _DTYPES = (torch.float32, torch.float32, torch.float16, torch.bfloat16)
 # Beside every model: what stays byte for byte, whoever it is for.
 _CARRIED: dict[str, bytes] = {
@@ -63,7 +65,7 @@ class Outcome:
         faults: in words; none means that everything held.
     """
 
-    model_type: str
+    name: str
     faults: list[str] = field(default_factory=list)
     what: str = "equal"
 
@@ -82,7 +84,7 @@ def random_folders(seed: int, n_folders: int) -> Counter[str]:
     for number in range(n_folders):
         outcome = one_folder(seed, number)
         counts[f"folders: {outcome.what}"] += 1
-        faults += [f"folder {number} ({outcome.model_type}): {fault}" for fault in outcome.faults]
+        faults += [f"folder {number} ({outcome.name}): {fault}" for fault in outcome.faults]
     assert not faults, f"{len(faults)} faults, the first:\n" + "\n".join(faults[:20])
     return counts
 
@@ -92,8 +94,9 @@ def one_folder(seed: int, number: int) -> Outcome:
     generator, root = random.Random(f"{seed} {number}"), WORK / "folders"
     shutil.rmtree(root, ignore_errors=True)
     source, out, dense = root / "source", root / "out", root / "dense"
-    model_type, buffers, extra = write_folder(generator, source)
-    outcome, options = Outcome(model_type), _options(generator)
+    model = drawn_model(generator)
+    extra = write_folder(generator, source, model)
+    outcome, options = Outcome(type(model).__name__), _options(generator)
     try:
         report = miracle_hub.compress(source, out, progress=False, **options)
     except BudgetError:
@@ -106,15 +109,29 @@ def one_folder(seed: int, number: int) -> Outcome:
     _check_size(outcome, report, out)
     _check_files(outcome, report, source, out, dense)
     _check_extra(outcome, extra, dense)
-    _check_loading(outcome, out, dense, buffers, keeps=options["stages"] == 1)
+    _check_loading(outcome, out, dense, model, keeps=options["stages"] == 1)
     return outcome
 
 
-def write_folder(generator: random.Random, folder: Path) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
-    """The folder, its architecture, the buffers of its model, and what else in it is no weight."""
-    model_type, model = next(drawn_models(generator))
-    model.to(generator.choice(_DTYPES)).save_pretrained(folder)
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
+def drawn_model(generator: random.Random) -> PreTrainedModel:
+    """A class of any architecture, at tiny size; those that cannot be made so are passed over."""
+    while True:
+        try:
+            config = tiny_config(CONFIG_MAPPING[generator.choice(sorted(CONFIG_MAPPING))]())
+            config.validate()  # as save_pretrained does
+            model_class = generator.choice(classes_of(config))
+            with torch.device("meta"):
+                n_weights = sum(p.numel() for p in model_class(config).parameters())
+            if n_weights <= _MOST_WEIGHTS:
+                torch.manual_seed(generator.randrange(1 << 30))
+                return model_class(config).eval().to(generator.choice(_DTYPES))
+        except Exception:  # whatever sizes that do not suit each other lead to
+            continue
+
+
+def write_folder(generator: random.Random, folder: Path, model: PreTrainedModel) -> dict[str, Tensor]:
+    """The folder of a model; the tensors that are in it and no weights."""
+    model.save_pretrained(folder)
     extra = _put_tensors(generator, folder)
     for name, data in _drawn(generator, _CARRIED) | _drawn(generator, _ODD):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +139,7 @@ def write_folder(generator: random.Random, folder: Path) -> tuple[str, dict[str,
     for name in generator.sample(_NESTED, generator.randrange(2)):
         (folder / name).parent.mkdir(exist_ok=True)
         save_file({"linear.weight": torch.randn(32, 40)}, folder / name)
-    return model_type, buffers, extra
+    return extra
 
 
 def _drawn(generator: random.Random, files: dict[str, bytes]) -> set[tuple[str, bytes]]:
@@ -161,7 +178,7 @@ def _no_weights() -> dict[str, Tensor]:
 
 def _options(generator: random.Random) -> dict[str, Any]:
     return {
-        "bits_per_weight": generator.choice((4, 6, 8)),
+        "bits_per_weight": generator.choice((6, 8, 10)),
         "window_bits": generator.choice((8, 10)),
         "stages": generator.choice((1, 1, 1, 2)),
         "max_shard_size": generator.choice(("5GB", "5GB", "200KB")),
@@ -194,20 +211,21 @@ def _check_extra(outcome: Outcome, extra: dict[str, Tensor], dense: Path) -> Non
         outcome.claim(name in found and _is_same(found[name], tensor), f"{name} is not what it was")
 
 
-def _check_loading(outcome: Outcome, out: Path, dense: Path, buffers: dict[str, Tensor], keeps: bool) -> None:
+def _check_loading(outcome: Outcome, out: Path, dense: Path, model: PreTrainedModel, keeps: bool) -> None:
     """Bits and dtypes of what from_pretrained gives, of both folders.
 
     Args:
         keeps: also with layers that stay compressed.
     """
-    wanted = _loaded(dense)
+    wanted = _loaded(dense, type(model))
     if isinstance(wanted, Exception):
         outcome.what = "not loaded by transformers, dense or compressed"
     else:
-        for name, buffer in buffers.items():
-            outcome.claim(_is_same(wanted[name], buffer), f"{name}, a buffer, is not what it was")
+        for name in {name for name, _ in model.named_buffers()} & wanted.keys():
+            is_same = _is_same(wanted[name], model.get_buffer(name))
+            outcome.claim(is_same, f"{name}, a buffer, is not what it was")
     for keep_compressed in (False, True) if keeps else (False,):
-        found = _loaded(out, keep_compressed)
+        found = _loaded(out, type(model), keep_compressed)
         if isinstance(found, Exception) or isinstance(wanted, Exception):
             outcome.claim(isinstance(found, type(wanted)), f"{found!r:.300} instead of {wanted!r:.300}")
             continue
@@ -218,13 +236,14 @@ def _check_loading(outcome: Outcome, out: Path, dense: Path, buffers: dict[str, 
             outcome.claim(_is_same(found[name], wanted[name]), f"{name} loads as another tensor")
 
 
-def _loaded(folder: Path, keep_compressed: bool = False) -> dict[str, Tensor] | Exception:
+def _loaded(
+    folder: Path, model_class: type[PreTrainedModel], keep_compressed: bool = False
+) -> dict[str, Tensor] | Exception:
     """What a user's model holds; of layers that stay compressed, made ordinary again."""
-    options = (
-        {"quantization_config": miracle_hub.MiracleConfig(keep_compressed=True)} if keep_compressed else {}
-    )
+    kept = miracle_hub.MiracleConfig(keep_compressed=True)
+    options: dict[str, Any] = {"quantization_config": kept} if keep_compressed else {}
     try:
-        model = AutoModel.from_pretrained(folder, **options)
+        model = model_class.from_pretrained(folder, **options)
         return (model.dequantize() if keep_compressed else model).state_dict()
     except Exception as error:  # whatever a model raises
         return error

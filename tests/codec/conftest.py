@@ -69,7 +69,7 @@ def compress() -> Callable[..., Report]:
     def run(source: Path, out: Path, **options: Any) -> Report:
         if not {"size", "bits_per_weight"} & options.keys():
             options["bits_per_weight"] = 3.0
-        others = {name: options.pop(name) for name in ("card", "payloads") if name in options}
+        others = {name: options.pop(name) for name in ("card", "payloads", "roles") if name in options}
         chosen = CompressOptions(**{"window_bits": 8, "progress": False, **options})
         return compress_folder(source, out, chosen, **others)
 

@@ -144,11 +144,11 @@ def test_above_the_most_the_error_says_the_most_and_asking_for_it_works(
     with pytest.raises(BudgetError) as raised:
         compress(model, tmp_path / "out", bits_per_weight=12)
     message = str(raised.value)
-    most = number_after(message, "model can use is ")
-    rate = float(message.split("(")[1].split(" bits per weight")[0])
+    most = number_after(message, "bits per weight (")
+    rate = float(message.split("can use is ")[1].split(" bits per weight")[0])
     assert message == (
-        f"size: 18,672 bytes were asked for, but the most this model can use is {most:,} bytes ({rate} bits "
-        "per weight: every matrix at the highest rate); ask for that or less"
+        f"bits_per_weight: 12 were asked for (18,672 bytes), but the most this model can use is {rate} bits "
+        f"per weight ({most:,} bytes: every matrix at the highest rate); ask for that or less"
     )
     assert compress(model, tmp_path / "a", size=most).compressed_bytes == most
     assert 0.995 * most <= compress(model, tmp_path / "b", bits_per_weight=rate).compressed_bytes <= most

@@ -94,10 +94,10 @@ def test_tensors_that_cannot_be_coded_stay_plain_bit_for_bit_with_a_reason(
     plain = {
         "empty": (torch.zeros(0, 5), "empty"),
         "empty.bias": (torch.zeros(0), "empty"),
-        "integers": (torch.arange(2000).view(2, 1000), f"dtype I64 {integer}"),
-        "bytes": (torch.arange(200, dtype=torch.uint8), f"dtype U8 {integer}"),
+        "integers": (torch.arange(2), f"dtype I64 {integer}"),
+        "bytes": (torch.arange(20, dtype=torch.uint8), f"dtype U8 {integer}"),
         "two_bytes": (torch.tensor([77, 82], dtype=torch.uint8), f"dtype U8 {integer}"),
-        "mask": (torch.arange(2001).view(3, -1) % 3 == 0, f"dtype BOOL {integer}"),
+        "mask": (torch.arange(21).view(3, -1) % 3 == 0, f"dtype BOOL {integer}"),
         "flag": (torch.tensor(True), f"dtype BOOL {integer}"),
         "scalar": (torch.tensor(1.5), vector),
         "complex": (torch.view_as_complex(randn(40, 40, 2)), "dtype C64"),
@@ -173,6 +173,13 @@ def test_excluded_tensors_stay_plain(
     assert reasons["first.weight"] == "excluded by modules_to_not_convert" and not reasons["second.weight"]
 
 
+MEANT = {
+    "frist": "near it: 'first'; correct it (give the option once for each)",
+    "frist.*": "near it: 'first'; correct it (a string is a regular expression of whole names)",
+    "first,second": "near it: 'second'; correct it (give the option once for each)",
+}
+
+
 @pytest.mark.parametrize("wanted", [["first", "frist"], ["frist"], "frist.*", ["first,second"]], ids=str)
 def test_a_misspelled_exclusion_is_refused(
     wanted: list[str] | str, model: Path, compress: Compress, tmp_path: Path
@@ -182,8 +189,7 @@ def test_a_misspelled_exclusion_is_refused(
         compress(model, tmp_path / "out", modules_to_not_convert=wanted, bits_per_weight=18)
     assert str(raised.value) == (
         f"modules_to_not_convert: expected modules or tensors of the model, found {wrong!r}, which takes "
-        "none; it has first.weight, norm.weight, second.bias, second.weight, …: correct the name (give the "
-        "option once for each), or leave it out"
+        f"none; {MEANT[wrong]}, or leave it out"
     )
     assert not (tmp_path / "out").exists()
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from miracle_hub.code import Code
+from miracle_hub.code import Code, SplitCode
 from miracle_hub.codec.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from miracle_hub.codec.network import (
     decode_stream_entry,
@@ -89,9 +89,11 @@ def test_the_committed_streams_cover_every_option_of_the_format() -> None:
     assert {tensor.sharing for tensor in tensors} == {0, 1, 2}
     assert {len(tensor.shape) for tensor in tensors} >= {0, 1, 2, 4}
     assert {len(header.tensors) > 1 for header in headers} == {False, True}
-    assert {header.code.overlap_bits == 0 for header in headers} == {False, True}
-    assert max(header.code.seed for header in headers) == 2**64 - 1
-    assert max(header.code.step_weights for header in headers) == 256
+    codes = [code for header in headers for _, code in header.code.segments(header.n_values)]
+    assert {code.overlap_bits == 0 for code in codes} == {False, True}
+    assert max(code.seed for code in codes) == 2**64 - 1
+    assert max(code.step_weights for code in codes) == 256
+    assert {isinstance(header.code, SplitCode) for header in headers} == {False, True}
     assert not all(tensor.name.isascii() for tensor in tensors)
 
 
@@ -214,11 +216,12 @@ def test_a_file_of_lenet_5_is_message_and_scales_and_120_bytes(
 
 
 TENSORS = (SharedSpec("a", "F32", (3, 4), 1, 5), SharedSpec("b", "BF16", (8,), 0, 8))
-HEADER = NetworkHeader(Code(6, 3, 2, seed=1), TENSORS)  # 7 steps: 24 bits; 13 values
+CODE = Code(6, 3, 2, seed=1)
+HEADER = NetworkHeader(CODE, TENSORS)  # 7 steps: 24 bits; 13 values
 CODE_5 = Code(7, 3, 2, seed=1)  # 25 bits
 
 
-def small(code: Code = HEADER.code) -> bytes:
+def small(code: Code = CODE) -> bytes:
     message = torch.tensor([0b10110100, 77, 200, 0b10000000][: code.message_bytes(13)], dtype=torch.uint8)
     return encode_stream_entry(NetworkHeader(code, TENSORS), torch.tensor([0.5, 3.0]), message)[0]
 

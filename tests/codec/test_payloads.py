@@ -20,7 +20,7 @@ from miracle_hub.format.frame import SIZE, Frame
 from miracle_hub.format.spec import TensorSpec
 
 # Codes matrices that hold one number: that number, and the shape.
-FRAME = Frame(b"TOY1", 1, "toy payload", 13)
+FRAME = Frame(b"TOY1", (1,), "toy payload", 13)
 WORD = "embeddings.position_embeddings.weight"
 
 

@@ -13,17 +13,19 @@ from torch import Tensor
 
 from miracle_hub.code import (
     FORMAT_VERSION,
+    MAX_DIMENSIONS,
     MAX_STEP_WEIGHTS,
     MAX_WIDTH_LOG2,
     MAX_WINDOW_BITS,
     QUANT_METHOD,
     Code,
+    SplitCode,
 )
 from miracle_hub.codec.guard import GUARD, GUARD_ALONE
 from miracle_hub.codec.network import read_network
 from miracle_hub.codec.report import Report
 from miracle_hub.codec.repository import open_repository
-from miracle_hub.format import network, payload
+from miracle_hub.format import exact, network, payload
 from miracle_hub.plugin.config import MiracleConfig
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +50,10 @@ def validate_repository(folder: Path) -> None:
         validate(file_header(file), "file_header")
     for header in payload_headers(folder):
         validate(asdict(header), "payload_header")
+    for tensor in open_repository(folder).tensors:
+        if tensor.is_exact:
+            data = tensor.parts[0].load().numpy().tobytes()
+            validate(asdict(exact.decode_exact(data, tensor.name)[0]), "exact_header")
 
 
 def file_header(file: Path) -> Any:
@@ -58,7 +64,7 @@ def file_header(file: Path) -> Any:
 def payload_headers(folder: Path) -> Iterator[payload.Header]:
     for tensor in open_repository(folder).tensors:
         if tensor.is_coded:
-            for part in tensor.parts:
+            for part in tensor.parts if not tensor.is_exact else ():
                 yield payload.decode_header(part.load().numpy().tobytes(), part.name)[0]
 
 
@@ -163,10 +169,15 @@ def test_its_limits_are_those_of_the_readers() -> None:
     assert header["rotation"]["enum"] == [1 << i for i in range(MAX_WIDTH_LOG2 + 1)]
     assert header["segments"]["maxItems"] == payload._MAX_SEGMENTS
     assert header["shape"]["maxItems"] == payload._MAX_DIMENSIONS
+    own = kinds["exact_header"]["properties"]
+    assert own["dtype"]["enum"] == list(exact.DTYPES) and own["n_words"]["maximum"] == exact.MOST_WORDS
+    assert own["shape"]["maxItems"] == MAX_DIMENSIONS and own["form"]["maximum"] == exact.DEFLATED_DIFFERENCES
     assert kinds["network_header"]["properties"]["tensors"]["maxItems"] == network._MAX_TENSORS
     for kind, described in (
         ("code", Code),
+        ("split_code", SplitCode),
         ("payload_header", payload.Header),
         ("network_header", network.NetworkHeader),
+        ("exact_header", exact.ExactHeader),
     ):
         assert set(kinds[kind]["properties"]) == {field.name for field in fields(described)}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from miracle_hub.codec.decompress import decompress_folder, load_state_dict
 from miracle_hub.codec.inspection import inspect_folder
+from miracle_hub.codec.keeping import Roles
 from miracle_hub.codec.report import Report
 from miracle_hub.codec.repository import open_repository
 from miracle_hub.errors import (
@@ -119,8 +120,10 @@ def test_shards_and_other_dtypes_are_staged_too(
 def test_zero_and_constant_tensors_are_staged(
     save_model: Callable[..., Path], compress: Compress, tmp_path: Path
 ) -> None:
+    """As a model's class says that they are parameters; else they would be kept exact."""
     model = save_model({"zero": torch.zeros(64, 64), "one": torch.ones(64, 64), "x": torch.randn(64, 64)})
-    compress(model, tmp_path / "out", bits_per_weight=4.0, stages=3)
+    roles = Roles(parameters=frozenset({"zero", "one"}))
+    compress(model, tmp_path / "out", bits_per_weight=4.0, stages=3, roles=lambda _: roles)
     assert not load_state_dict(tmp_path / "out")["zero"].any()
 
 

@@ -159,7 +159,7 @@ def test_a_wrong_checksum_says_both() -> None:
 
 @pytest.mark.parametrize(("magic", "version"), [(b"MRCL", 1), (b"\0\0\0\0", 1), (b"MRCN", 0)])
 def test_other_bytes_in_front_are_no_stream(magic: bytes, version: int) -> None:
-    expected = (4, "format version 1", 0) if magic == b"MRCN" else (0, "the magic b'MRCN'", magic)
+    expected = (4, "format version 1 or 2", 0) if magic == b"MRCN" else (0, "the magic b'MRCN'", magic)
     at, wanted, found = expected
     assert defect(magic + bytes([version]) + STREAM[5:]) == (
         f"net: byte {at} of the network stream header: expected {wanted}, found {found}; the file is damaged "
@@ -167,11 +167,11 @@ def test_other_bytes_in_front_are_no_stream(magic: bytes, version: int) -> None:
     )
 
 
-@pytest.mark.parametrize("version", [2, 255])
+@pytest.mark.parametrize("version", [3, 255])
 def test_a_newer_version_says_how_to_upgrade(version: int) -> None:
     found = defect(sealed(STREAM[9:], version), kind=UnsupportedVersionError)
     assert found == (
-        f"net: this miracle-hub reads network stream version 1, found {version}; upgrade: "
+        f"net: this miracle-hub reads network stream version 1 or 2, found {version}; upgrade: "
         "pip install -U miracle-hub"
     )
 

@@ -18,14 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from miracle_hub.code import Code
+from miracle_hub.code import Code, SplitCode, StreamCode
+from miracle_hub.codec import payloads
 from miracle_hub.codec.decompress import decompress_folder, load_state_dict
+from miracle_hub.codec.dtypes import raw_bytes
+from miracle_hub.codec.exact import bits_digest
 from miracle_hub.codec.inspection import inspect_folder
 from miracle_hub.codec.modules import read_state
 from miracle_hub.codec.network import decode_stream_entry, encode_stream_entry
 from miracle_hub.codec.packed import PackedMatrix, is_packable
 from miracle_hub.codec.trellis import check_payload, decode_payload
 from miracle_hub.codec.verification import verify_folder
+from miracle_hub.coding.backend import choose
 from miracle_hub.coding.digest import digest
 from miracle_hub.errors import MiracleError
 from miracle_hub.format.network import SharedSpec, decode_network, structure
@@ -35,7 +39,10 @@ from miracle_hub.options import DecompressOptions
 from miracle_hub.plugin.config import MiracleConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-PAYLOADS, NETWORKS = (runpy.run_path(str(GOLDEN / f"{name}_decoder.py")) for name in ("payload", "network"))
+PAYLOADS, NETWORKS, EXACT = (
+    runpy.run_path(str(GOLDEN / f"{name}_decoder.py")) for name in ("payload", "network", "exact")
+)
+EXACT_CASES = json.loads((GOLDEN / "exact.json").read_text(encoding="utf-8"))
 CASES = json.loads((GOLDEN / "network.json").read_text(encoding="utf-8"))
 REGRESSIONS = Path(__file__).with_name("regressions")
 REPOSITORIES = sorted(GOLDEN.glob("repository_[0-9]*"))
@@ -88,7 +95,7 @@ def read_sealed_file(data: bytes) -> None:
 
 
 def seal(data: bytes) -> bytes:
-    if data[:4] not in (b"MRCL", b"MRCN") or len(data) < 9:
+    if data[:4] not in (b"MRCL", b"MRCN", b"MRCX") or len(data) < 9:
         return data
     return data[:5] + zlib.crc32(data[9:]).to_bytes(4, "little") + data[9:]
 
@@ -142,6 +149,19 @@ def fitted(data: bytes, n_scales: int, message_bits: list[int]) -> bytes:
     return body.tobytes()
 
 
+def read_exact(data: bytes) -> None:
+    """With a right checksum and digest."""
+    data = seal(b"MRCX\1" + data[5:])
+    found = allowed(payloads.read, as_tensor(data), "w")
+    tensor = found and allowed(found.decode, choose("cpu"), verify=False)
+    if tensor is not None:
+        at = found.start
+        right = bits_digest(raw_bytes(tensor)).to_bytes(8, "little")
+        whole = seal(data[: at - 8] + right + data[at:])
+        again = payloads.read(as_tensor(whole), "w")
+        assert again and raw_bytes(again.decode(choose("cpu"))) == EXACT["decode"](whole)[2]
+
+
 def read_network(data: bytes) -> None:
     """For the module that the first byte chooses."""
     case = CASES[data[0] % len(CASES)] if data else CASES[0]
@@ -151,24 +171,31 @@ def read_network(data: bytes) -> None:
 def read_sealed_network(data: bytes) -> None:
     """With right checksums, that of the module among them, and a message of the right length."""
     case, data = (CASES[data[0] % len(CASES)], data[1:]) if data else (CASES[0], data)
-    specs, position = specs_of(case), 9
-    numbers, n_values = [0] * 5, 0
+    specs, position, version = specs_of(case), 9, 2 if data[4:5] == b"\2" else 1
+    numbers, n_values = list[int](), 0
     try:
-        for i in range(5):
-            numbers[i], position = read_varint(data, position, "", (0, 2**64), "")
+        for _ in range(5 if version == 1 else 8):
+            number, position = read_varint(data, position, "", (0, 2**64), "")
+            numbers.append(number)
         for spec in specs:
             kind, position = read_varint(data, position, "", (0, 2), "")
             own = spec.n_values
             if kind:
                 own, position = read_varint(data, position, "", (0, 2**64), "")
             n_values += own
-        bits = Code(*numbers[:4]).message_bits(n_values)
+        code: StreamCode = Code(*numbers[:4])
+        if version == 2:
+            code = SplitCode(code, numbers[4], Code(numbers[0], numbers[5], numbers[6], numbers[3]))
+        if min(n for n, _ in code.segments(n_values)) < 1:
+            return
+        bits = [own.message_bits(n) for n, own in code.segments(n_values)]
     except MiracleError:
         return
     if n_values <= MOST_FITTED:
-        body = fitted(data[position + 12 :], len(specs), [bits])
+        body = fitted(data[position + 12 :], len(specs), bits)
         crc = structure(specs).to_bytes(4, "little")
-        compare_network(seal(b"MRCN\1" + data[5:position] + crc + bytes(8) + body), case)
+        start = b"MRCN" + bytes([version]) + data[5:position]
+        compare_network(seal(start + crc + bytes(8) + body), case)
 
 
 def compare_network(data: bytes, case: dict[str, Any]) -> None:
@@ -230,16 +257,18 @@ KINDS = (
     read_sealed_network,
     read_config,
     read_index,
+    read_exact,
 )
 
 
 def seeds() -> list[bytes]:
     """Sound inputs of every kind, from the files of tests/golden, and what was found before."""
     files = [path.read_bytes() for path in sorted(GOLDEN.rglob("*.safetensors"))]
-    payloads = [path.read_bytes() for path in sorted(GOLDEN.glob("payload_*.bin"))]
+    sound = [path.read_bytes() for path in sorted(GOLDEN.glob("payload_*.bin"))]
     streams = [bytes([i]) + bytes.fromhex(case["stream"]) for i, case in enumerate(CASES)]
     names = ("config.json", "model.safetensors.index.json")
     texts = [[bytes([i]) + (r / name).read_bytes() for i, r in enumerate(REPOSITORIES)] for name in names]
-    of_kind = [files, files, payloads, payloads, payloads, streams, streams, *texts]
+    exact = [bytes.fromhex(payload) for payload, _ in EXACT_CASES.values()]
+    of_kind = [files, files, sound, sound, sound, streams, streams, *texts, exact]
     regressions = [path.read_bytes() for path in sorted(REGRESSIONS.glob("*.bin"))]
     return [bytes([kind]) + seed for kind, found in enumerate(of_kind) for seed in found] + regressions

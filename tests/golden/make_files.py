@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from miracle_hub.code import Code
+from miracle_hub.code import Code, SplitCode
 from miracle_hub.codec.compress import compress_folder
 from miracle_hub.codec.decompress import load_state_dict
 from miracle_hub.codec.dtypes import raw_bytes
@@ -25,8 +25,8 @@ from miracle_hub.options import CompressOptions
 
 GOLDEN = Path(__file__).parent
 # Those that are not called guarded are of before there were guards.
-NAMES_OF_FILES = ("repository_1", "repository_2", "repository_2_guarded")
-NAMES_OF_FILES += ("network_1.safetensors", "network_1_guarded.safetensors")
+NAMES_OF_FILES = ("repository_1", "repository_2", "repository_2_guarded", "repository_3_guarded")
+NAMES_OF_FILES += ("network_1.safetensors", "network_1_guarded.safetensors", "network_2_guarded.safetensors")
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 NAMES |= {torch.int64: "I64", torch.uint8: "U8"}
 
@@ -35,7 +35,7 @@ def gaussian(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def dense_model(folder: Path) -> None:
+def dense_model(folder: Path, has_constants: bool) -> None:
     """Everything that is stored in a way of its own."""
     tensors = {
         "encoder.0.weight": 0.05 * gaussian(64, 48),
@@ -49,6 +49,9 @@ def dense_model(folder: Path) -> None:
         "mask": torch.arange(6, dtype=torch.uint8),
         "nothing": torch.zeros(0, 3),
     }
+    if has_constants:
+        tensors["attention.mask"] = torch.tril(torch.ones(40, 40))
+        tensors["attention.infinite"] = torch.full((33, 40), -torch.inf).triu(1).half()
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text('{"model_type": "bert", "dtype": "float32"}')
@@ -63,14 +66,15 @@ def content(tensors: dict[str, Tensor]) -> dict[str, str]:
 
 
 def make_repository(path: Path) -> dict[str, str]:
-    """As many stages as its version has at least."""
-    stages = int(path.name.split("_")[1])
+    """As many stages as its version has at least, and exact tensors from version 3 on."""
+    version = int(path.name.split("_")[1])
+    stages = min(version, 2)
     with tempfile.TemporaryDirectory() as temporary:
         dense = Path(temporary) / "dense"
-        dense_model(dense)
+        dense_model(dense, version > 2)
         options = CompressOptions(
-            bits_per_weight=4.0, window_bits=8, seed=2**40 + 3, max_shard_size="2kB", stages=stages,
-            progress=False,
+            bits_per_weight=4.0, window_bits=8, seed=2**40 + 3, max_shard_size=f"{2 * version}kB",
+            stages=stages, progress=False,
         )  # fmt: skip
         compress_folder(dense, path, options)
     return content(load_state_dict(path))
@@ -84,10 +88,14 @@ def make_network(path: Path) -> dict[str, str]:
         SharedSpec("1.weight", "F32", (20,), 2, 1),
         SharedSpec("2.weight", "F32", (5, 20), 0, 100),
     )
-    header = NetworkHeader(Code(11, 3, 4, seed=2**33 + 7), specs)
-    message = torch.frombuffer(bytearray(torch.arange(17).pow(3).byte().tolist()), dtype=torch.uint8)
-    message = message.repeat(2)[: header.code.message_bytes(header.n_values)]
-    message[-1] &= 0xFF << (-header.code.message_bits(header.n_values) % 8) & 0xFF
+    code = Code(11, 3, 4, seed=2**33 + 7)
+    is_split = path.name.startswith("network_2")
+    header = NetworkHeader(SplitCode(code, 50, Code(11, 2, 3, code.seed)) if is_split else code, specs)
+    message, end = torch.frombuffer(bytearray(torch.arange(17).pow(3).byte().tolist()), dtype=torch.uint8), 0
+    message = message.repeat(3)[: header.code.message_bytes(header.n_values)]
+    for n_values, own in header.code.segments(header.n_values):
+        end += own.message_bytes(n_values)
+        message[end - 1] &= 0xFF << (-own.message_bits(n_values) % 8) & 0xFF
     stream, _ = encode_stream_entry(header, torch.tensor([0.5, 0.25, 1.0, 0.125]), message)
     payload = encode_tensor(gaussian(5), [Segment(1, Code(8, 4, 1), False)], 1, where="2.bias")
     plain = {

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from miracle_hub.code import Code
+from miracle_hub.code import Code, SplitCode, StreamCode
 from miracle_hub.codec.network import encode_stream_entry
 from miracle_hub.coding.sharing import KINDS
 from miracle_hub.format.network import NetworkHeader, SharedSpec
@@ -36,18 +36,31 @@ CASES = (
     ),
     (Code(24, 5, 256, seed=2**32 + 1), (("only", "F32", (300,), "none", 300, 0.75),)),
     (Code(1, 1, 8, seed=9), (("only", "F16", (40, 5), "tile", 100, 0.125),)),
+    (
+        SplitCode(Code(10, 2, 1, seed=300), 37, Code(10, 3, 2, seed=300)),
+        (
+            ("conv.weight", "F32", (4, 2, 3, 3), "none", 72, 0.5),
+            ("fc.weight", "BF16", (6, 7), "hash", 10, 0.046875),
+        ),
+    ),
+    (
+        SplitCode(Code(12, 12, 3, seed=7), 1, Code(12, 12, 256, seed=7)),
+        (("only", "F32", (300,), "none", 300, 0.75),),
+    ),
 )
 
 
-def case(number: int, code: Code, tensors: tuple) -> dict:
+def case(number: int, code: StreamCode, tensors: tuple) -> dict:
     """One entry of network.json; the message's padding is zero, as the format asks."""
     specs = tuple(
         SharedSpec(name, dtype, shape, KINDS.index(kind), n_values)
         for name, dtype, shape, kind, n_values, _ in tensors
     )
     header = NetworkHeader(code, specs)
-    message = bytearray(np.random.default_rng(number).bytes(code.message_bytes(header.n_values)))
-    message[-1] &= 0xFF << (-code.message_bits(header.n_values) % 8) & 0xFF
+    message, end = bytearray(np.random.default_rng(number).bytes(code.message_bytes(header.n_values))), 0
+    for n_values, own in code.segments(header.n_values):
+        end += own.message_bytes(n_values)
+        message[end - 1] &= 0xFF << (-own.message_bits(n_values) % 8) & 0xFF
     scales = torch.tensor([t[5] for t in tensors])
     stream, weights = encode_stream_entry(header, scales, torch.frombuffer(message, dtype=torch.uint8))
     return {

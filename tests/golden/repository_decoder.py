@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-decode = runpy.run_path(str(Path(__file__).with_name("payload_decoder.py")))["decode"]
+PATHS = (Path(__file__).with_name(f"{kind}_decoder.py") for kind in ("payload", "exact"))
+decode, decode_exact = (runpy.run_path(str(path))["decode"] for path in PATHS)
 DTYPES = ("F32", "BF16", "F16", "F64")
 
 
@@ -15,8 +16,7 @@ def stored(file):
     """Every entry of a safetensors file by name: dtype, shape, bytes; float32 again where it was narrowed."""
     data, entries = file.read_bytes(), {}
     start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
-    narrowed = header.pop("__metadata__", {}).get("narrowed_from_F32", "[]")
+    narrowed = (header := json.loads(data[8:start])).pop("__metadata__", {}).get("narrowed_from_F32", "[]")
     for name, entry in header.items():
         (first, last), dtype = entry["data_offsets"], entry["dtype"]
         raw = data[start + first : start + last]
@@ -28,29 +28,32 @@ def stored(file):
 
 def rounded(weights, dtype):
     """The bytes of float32 weights in another dtype."""
+    word = weights.view("<u4")
     if dtype != "BF16":
         return weights.astype({"F32": "<f4", "F16": "<f2", "F64": "<f8"}[dtype]).tobytes()
-    word = weights.view("<u4")
     return (word + np.uint32(0x7FFF) + (word >> 16 & 1) >> 16).astype("<u2").tobytes()
 
 
 def read(folder):
     """Every tensor of a repository by name: dtype, shape, bytes."""
     facts = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert facts["quant_method"] == "miracle" and facts["format_version"] in (1, 2)
+    assert facts["quant_method"] == "miracle" and facts["format_version"] in (1, 2, 3)
     index, tensors, coded, lines = folder / "model.safetensors.index.json", {}, {}, {}
-    names = json.loads(index.read_text())["weight_map"].values() if index.exists() else ["model.safetensors"]
+    names = json.loads(index.read_text())["weight_map"].values() if index.exists() else [index.name[:17]]
     for file in sorted(set(names)):
         stage = int(file[12]) if file.startswith("model.stage-") else 1
         for name, (dtype, shape, raw) in stored(folder / file).items():
             if dtype == "U8" and len(shape) == 1 and raw[:4] == b"MRCL":
                 number, weights, _, digest = decode(raw)
                 lines[name] = f"{name} {digest:016x}\n"
-                name = name if stage == 1 else name.removesuffix(f".stage_{stage}")
+                name = name.removesuffix(f".stage_{stage}") if stage > 1 else name
                 dtype, earlier = coded[name] if stage > 1 else (DTYPES[number], None)
                 coded[name] = dtype, weights if stage == 1 else earlier + weights
-            else:
-                tensors[name] = dtype, shape, raw
+                continue
+            if dtype == "U8" and len(shape) == 1 and raw[:4] == b"MRCX":
+                dtype, shape, raw, digest = decode_exact(raw)
+                lines[name] = f"{name} {digest:016x}\n"
+            tensors[name] = dtype, shape, raw
     text = "".join(lines[name] for name in sorted(lines))
     assert facts["digest"] in (None, hashlib.sha256(text.encode()).hexdigest())
     return tensors | {name: (d, list(w.shape), rounded(w, d)) for name, (d, w) in coded.items()}

@@ -101,12 +101,36 @@ def test_a_classifier_is_certified_by_its_errors_and_its_whole_file(
     """Its own answers but for those that are "neutral": labels are wrong where the model said so."""
     given = [answer.replace("neutral", "negative") for answer in answers(source, rows(150))]
     pairs = [(text, label) for (text, _), label in zip(rows(150), given, strict=True)]
-    found = miracle_hub.certify(
+    found: Any = miracle_hub.certify(
         source, data=table(tmp_path / "d.tsv", pairs), fitted=fitted, delta=0.01, progress=False
     )
     file, errors = (source / "model.safetensors").read_bytes(), n_errors(source, pairs)
     assert found == Certificate(errors, 150, 3, len(file), fitted, 0.01, hashlib.sha256(file).hexdigest())
     assert 0 < errors < 50 and found.is_vacuous == fitted
+
+
+def test_rows_that_are_there_again_are_counted_and_stated(source: Path, tmp_path: Path) -> None:
+    once = list(dict(rows(30)).items())
+    data = table(tmp_path / "d.tsv", once * 3)
+    found: Any = miracle_hub.certify(source, data=data, fitted=False, progress=False)
+    wrong = n_errors(source, once)
+    assert (found.examples, found.errors) == (3 * len(once), 3 * wrong)
+    assert (found.repeated, found.repeated_errors) == (2 * len(once), 2 * wrong)
+    assert f"{found.repeated:,} of the examples repeat earlier ones" in found.statement
+
+
+def test_held_out_rows_that_were_in_training_are_counted_and_tighten_nothing(
+    source: Path, tmp_path: Path
+) -> None:
+    once = list(dict(rows(60)).items())
+    data, seen = table(tmp_path / "d.tsv", once), table(tmp_path / "t.tsv", once[: len(once) // 2])
+    rest = table(tmp_path / "r.tsv", once[len(once) // 2 :])
+    found, own = (
+        miracle_hub.certify(source, data=data, training=train, fitted=False, progress=False)
+        for data, train in ((data, seen), (rest, None))
+    )
+    assert isinstance(found, Certificate) and found.repeated == len(once) // 2
+    assert found.bound >= own.bound
 
 
 def test_shards_count_like_one_file(dense: Path, tmp_path: Path) -> None:
@@ -126,7 +150,7 @@ def test_weights_beside_the_counted_files_change_nothing(source: Path, tmp_path:
     shutil.copytree(source, folder)
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "another/model"}))
     data = table(tmp_path / "d.tsv", pairs)
-    found = miracle_hub.certify(folder, data=data, fitted=True, progress=False)
+    found: Any = miracle_hub.certify(folder, data=data, fitted=True, progress=False)
     assert found.errors == n_errors(source, pairs)
 
 
@@ -137,7 +161,7 @@ def test_what_fit_writes_is_certified_by_the_names_of_its_classes(dense: Path, t
     AutoTokenizer.from_pretrained(dense).save_pretrained(base)
     options: dict[str, Any] = dict(rate=2.0, steps=2, groups=2, refit_steps=1, progress=False)
     fitted = miracle_hub.fit(base, tmp_path / "out", data=data, **options)
-    found = miracle_hub.certify(tmp_path / "out", data=data, fitted=True, progress=False)
+    found: Any = miracle_hub.certify(tmp_path / "out", data=data, fitted=True, progress=False)
     assert (found.examples, found.classes) == (len(pairs), 2)
     assert found.n_bytes == fitted.report.compressed_bytes
 
@@ -196,7 +220,9 @@ def test_data_of_several_splits_need_the_name_of_one(source: Path, tmp_path: Pat
             DataError, match=f"split among train, test, found {split!r}; name it with --split"
         ):
             miracle_hub.certify(source, data=tmp_path / "sets", fitted=False, split=split, progress=False)
-    found = miracle_hub.certify(source, data=tmp_path / "sets", fitted=False, split="test", progress=False)
+    found: Any = miracle_hub.certify(
+        source, data=tmp_path / "sets", fitted=False, split="test", progress=False
+    )
     assert found.examples == 2
 
 

@@ -269,6 +269,14 @@ def test_modules_not_to_convert_are_dense(llama: Repository) -> None:
         assert_same_weights(model, llama.auto.from_pretrained(llama.compressed))
 
 
+def test_a_name_that_takes_nothing_of_the_model_is_refused_with_what_is_near(llama: Repository) -> None:
+    for wanted in (["lm_head", "q_porj"], "q_porj"):
+        with pytest.raises(OptionError, match="found 'q_porj', which takes none; near it: 'q_proj'"):
+            llama.auto.from_pretrained(
+                llama.compressed, quantization_config=keep(modules_to_not_convert=wanted)
+            )
+
+
 def test_a_readers_regular_expression_is_not_written_to_config_json(
     llama: Repository, tmp_path: Path
 ) -> None:
@@ -389,24 +397,6 @@ def test_layers_offloaded_to_disk_compute_the_same(repositories: Repositories, t
         )
         assert compressed_layers(model)
         assert_close(output(model), output(repository.auto.from_pretrained(repository.compressed)))
-
-
-def test_casting_changes_the_computation_and_never_the_payload(llama: Repository, model: Any) -> None:
-    layer = model.get_submodule(_LAYER)
-    before, exact = layer.payload.clone(), layer.weight
-    casts: list[tuple[Callable, torch.dtype]] = [
-        (model.bfloat16, torch.bfloat16),
-        (lambda: model.to(torch.float16), torch.float16),
-        (lambda: model.to("cpu", torch.float32), torch.float32),
-        (model.double, torch.float64),
-    ]
-    for cast, dtype in casts:
-        cast()
-        assert layer.weight.dtype == dtype and torch.equal(layer.weight, exact.to(dtype))
-        assert torch.equal(layer.payload, before) and output(model).dtype == dtype
-    assert layer.half().weight.dtype == torch.float16 and layer.float().weight.dtype == torch.float32
-    with pytest.raises(ValueError, match="is not supported for quantized model"):
-        model.half()
 
 
 def test_a_state_dict_can_be_loaded_into_another_model(llama: Repository, tmp_path: Path) -> None:

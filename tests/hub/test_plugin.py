@@ -9,10 +9,12 @@ import sys
 import sysconfig
 import venv
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from transformers import AutoModel
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from tests.limits import HANG_SECONDS
 
@@ -180,3 +182,28 @@ print("dense models load")
 
 def test_other_weights_would_have_another_digest(llama: Repository, expected: str) -> None:
     assert expected != digest_line(llama.source)
+
+
+def test_without_the_package_ignoring_mismatched_sizes_loads_random_weights(
+    llama: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit that README, the card and the troubleshooting page tell: nothing of ours runs there."""
+    for mapping in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING):
+        monkeypatch.delitem(mapping, "miracle")
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModel.from_pretrained(llama.compressed)
+    auto: Any = AutoModel
+    model, info = auto.from_pretrained(
+        llama.compressed, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    right = AutoModel.from_pretrained(llama.decompressed).state_dict()
+    mismatched = {name for name, *_ in info["mismatched_keys"]}
+    assert mismatched
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, right[name].to(tensor.dtype)) == (name not in mismatched), name
+
+
+def test_with_the_package_ignoring_mismatched_sizes_changes_nothing(llama: Repository) -> None:
+    model: Any = AutoModel.from_pretrained(llama.compressed, ignore_mismatched_sizes=True)
+    right = AutoModel.from_pretrained(llama.decompressed).state_dict()
+    assert all(torch.equal(tensor, right[name]) for name, tensor in model.state_dict().items())

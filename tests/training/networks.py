@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from miracle_hub.code import Code
 from miracle_hub.coding.cpu import decode_stream
+from miracle_hub.training.blocks import Budget
 from miracle_hub.training.config import VariationalConfig
 from miracle_hub.training.convert import make_variational
 from miracle_hub.training.layout import Joint
@@ -75,6 +77,18 @@ def posterior_of(stream: Stream) -> Any:
     return stream.posterior
 
 
+def code_of(stream: Stream) -> Code:
+    """The code of a stream that has one."""
+    assert isinstance(stream.code, Code)
+    return stream.code
+
+
+def blocks_of(stream: Stream) -> Budget:
+    """The budget of a stream that has one code."""
+    assert isinstance(stream.budget, Budget)
+    return stream.budget
+
+
 def message_in(stream: Stream) -> Message:
     """What is chosen of a stream whose coding has begun."""
     assert stream.message is not None
@@ -87,9 +101,19 @@ def in_stream_order(model: nn.Module, stream: Stream) -> Tensor:
     return values[stream.layout.order] if isinstance(stream.layout, Joint) else values
 
 
+def candidates_of(stream: Stream) -> Tensor:
+    """What the message of every code of a coded stream stands for."""
+    segments, message, parts = stream.code.segments(stream.n_values), message_of(stream), []
+    for n_values, code in segments:
+        own, message = message.tensor_split([code.message_bytes(n_values)])
+        parts.append(torch.as_tensor(decode_stream(own, code, n_values)))
+    assert not len(message)
+    return torch.cat(parts)
+
+
 def decoded(stream: Stream) -> list[Tensor]:
     """The float32 weights of every member of a coded stream, from its message and scales alone."""
-    z = torch.as_tensor(decode_stream(message_of(stream), stream.code, stream.n_values))
+    z = candidates_of(stream)
     scales = stream.scales()
     if not isinstance(stream.layout, Joint):
         rows = z.view(scales.numel(), -1)

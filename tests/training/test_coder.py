@@ -20,6 +20,8 @@ from miracle_hub.training.stream import message_of
 from .networks import (
     IMAGES,
     assert_same_state,
+    blocks_of,
+    code_of,
     decoded,
     loss_of,
     message_in,
@@ -139,7 +141,7 @@ def test_no_group_ends_inside_a_block_whose_rest_would_get_the_budget_of_what_is
     seen = set()
 
     def validate() -> float:
-        blocks = message_in(stream).is_coded.split(stream.budget.block_weights)
+        blocks = message_in(stream).is_coded.split(blocks_of(stream).block_weights)
         seen.update(len(set(block.tolist())) for block in blocks)
         return 0.0
 
@@ -153,9 +155,9 @@ def test_the_last_block_of_a_sliding_stream_is_nearly_full(n_values: int) -> Non
     model = nn.Linear(n_values, 1, bias=False)
     make_variational(model, VariationalConfig(rate=2.0, window_bits=4, kl_block_weights=64))
     (stream,) = streams_of(model)
-    n_steps = stream.budget.block_weights // stream.code.step_weights
-    assert n_steps * stream.code.step_weights == stream.budget.block_weights <= 80
-    assert -stream.code.steps(n_values) % n_steps <= 0.1 * n_steps
+    n_steps = blocks_of(stream).block_weights // code_of(stream).step_weights
+    assert n_steps * code_of(stream).step_weights == blocks_of(stream).block_weights <= 80
+    assert -code_of(stream).steps(n_values) % n_steps <= 0.1 * n_steps
 
 
 @pytest.mark.parametrize("kind", ["sliding", "block"])
@@ -164,7 +166,7 @@ def test_one_value_is_a_message_of_one_window(kind: str) -> None:
     config = VariationalConfig(message_bits=12, streams="network", code=kind, window_bits=12)
     code(make_variational(model, config), groups=3)
     (stream,) = streams_of(model)
-    assert stream.code.message_bits(1) <= 12 and len(message_of(stream)) == 2
+    assert code_of(stream).message_bits(1) <= 12 and len(message_of(stream)) == 2
     assert_weights_are_the_messages(model)
 
 
@@ -225,7 +227,8 @@ def test_refits_make_up_for_what_is_coded() -> None:
 
 def blocks_taken(order: str, seed: int = 0) -> tuple[list[Tensor], Tensor]:
     """Which blocks of three values are coded after each of four groups, and the KL of all of them."""
-    model = variational_net(streams="network", code="block", parametrization="mean-var", seed=seed)
+    given = {"streams": "network", "code": "block", "rate": 2.006}  # 158 blocks of 6 bits
+    model = variational_net(**given, parametrization="mean-var", seed=seed)
     (stream,), taken = streams_of(model), []
     stream.begin_coding()
     posterior = posterior_of(stream)
@@ -235,7 +238,7 @@ def blocks_taken(order: str, seed: int = 0) -> tuple[list[Tensor], Tensor]:
     kl = stream.kl_nats().detach()
 
     def validate() -> float:
-        assert stream.code.step_weights == 3
+        assert blocks_of(stream).block_weights == 3
         taken.append(message_in(stream).is_coded[::3].clone())
         return 0.0
 

@@ -107,6 +107,7 @@ def test_sums_over_blocks_count_every_value_once_and_go_back_to_values(n_values:
 def test_a_budget_pays_for_the_rate_of_the_code_in_whole_steps() -> None:
     for code in CODES:
         budget = budget_of(code, N, 8)
+        assert isinstance(budget, Budget)
         assert budget.block_weights % code.step_weights == 0
         assert budget.kl_nats == pytest.approx(code.rate * math.log(2))
         assert budget.share == pytest.approx(1 - 4.0**-code.rate)

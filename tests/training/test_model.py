@@ -24,7 +24,18 @@ from miracle_hub.training.model import anneal, kl_penalty
 from miracle_hub.training.posteriors.mean_kl import MeanKL
 from tests.limits import HANG_SECONDS
 
-from .networks import IMAGES, SMALL, conv_net, loss_of, part_of, posterior_of, streams_of, variational_net
+from .networks import (
+    IMAGES,
+    SMALL,
+    blocks_of,
+    code_of,
+    conv_net,
+    loss_of,
+    part_of,
+    posterior_of,
+    streams_of,
+    variational_net,
+)
 
 STREAMS = ["tensor", "network"]
 PARAMETRIZATIONS = ["mean-kl", "mean-var"]
@@ -315,8 +326,8 @@ def test_beta_moves_per_block_as_published() -> None:
     """Havasi et al. 2019, algorithm 2: above its budget a block's β is multiplied by 1 + ε, else divided."""
     model = variational_net(parametrization="mean-var", code="block", beta=3e-7, beta_rate=0.02)
     stream = streams_of(model)[4]
-    posterior, budget = posterior_of(stream), stream.budget.block_kl_nats
-    assert stream.budget.block_weights == stream.code.step_weights == 2
+    posterior, budget = posterior_of(stream), blocks_of(stream).block_kl_nats
+    assert blocks_of(stream).block_weights == code_of(stream).step_weights == 2
     assert budget == pytest.approx(6 * math.log(2))
     expected = [3e-7] * len(stream.kl_nats())
     generator = torch.Generator().manual_seed(0)
@@ -341,13 +352,14 @@ def test_beta_of_the_smallest_published_rate_is_exact_after_many_moves() -> None
 
 
 def test_the_penalty_is_the_weighted_kl_of_blocks_that_are_not_coded_and_so_is_its_gradient() -> None:
-    model = variational_net(parametrization="mean-var", streams="network", code="block", beta=0.1)
+    given = {"streams": "network", "code": "block", "rate": 2.006}  # 158 blocks of 6 bits
+    model = variational_net(**given, parametrization="mean-var", beta=0.1)
     (stream,), part = streams_of(model), part_of(model)
     posterior, layout = posterior_of(stream), stream.layout
     assert isinstance(layout, Joint)
     posterior.annealing.moves.copy_(torch.arange(stream.kl_nats().numel()))
-    stream.message = Message(stream.code, stream.n_values)
-    stream.message.is_coded[6:15] = True  # blocks 2, 3 and 4 of three values
+    message = stream.message = Message(stream.code, stream.n_values)
+    message.is_coded[6:15] = True  # blocks 2, 3 and 4 of three values
     mean, log_std, log_scales = (
         x.detach().double().requires_grad_()
         for x in (posterior.mean_values, posterior.log_std, posterior.log_scales)
@@ -380,7 +392,7 @@ def test_mean_kl_has_nothing_to_add_to_the_loss_and_nothing_to_anneal() -> None:
     anneal(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     (stream,) = streams_of(model)
-    width = stream.budget.block_weights
+    width = blocks_of(stream).block_weights
     n_blocks = -(-stream.n_values // width)
-    assert part_of(model).kl_bits() == pytest.approx(width * n_blocks * stream.code.rate)
+    assert part_of(model).kl_bits() == pytest.approx(width * n_blocks * code_of(stream).rate)
     assert conv_net().state_dict().keys() != model.state_dict().keys()

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 class Annealing(nn.Module):
     """β of every block.
 
-    Buffers: `moves`, int64 `[blocks]`: how often β went up, less how often down. Counts are exact; a
-    logarithm in float32 would lose a hundredth of every published move.
+    Buffers: `moves`, float32 `[blocks]`: how often β went up, less how often down. Counts are exact up to
+    2^24, also where buffers are averaged; a logarithm in float32 would lose a hundredth of every published
+    move.
 
     Source: Havasi et al. 2019 (arXiv:1810.00440), algorithm 2, lines 15 to 27.
     """
@@ -25,7 +26,7 @@ class Annealing(nn.Module):
         """
         super().__init__()
         self.first, self.rate = beta, rate
-        self.register_buffer("moves", torch.zeros(n_blocks, dtype=torch.int64))
+        self.register_buffer("moves", torch.zeros(n_blocks))
 
     def beta(self) -> Tensor:
         """β by now, `[blocks]`."""
@@ -33,4 +34,4 @@ class Annealing(nn.Module):
 
     def move(self, is_above: Tensor) -> None:
         """Up where a block's KL is above its budget, else down."""
-        self.moves.add_(torch.where(is_above, 1, -1))
+        self.moves.add_(torch.where(is_above, 1.0, -1.0))

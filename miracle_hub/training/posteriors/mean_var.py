@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from miracle_hub.coding.block_kl import block_kl_nats
 from miracle_hub.coding.draw import draw_mean_var
+from miracle_hub.training.blocks import block_budgets
 from miracle_hub.training.posteriors.annealing import Annealing
 from miracle_hub.training.posteriors.protocol import Start
 from miracle_hub.training.posteriors.scaled import Fitted
@@ -23,6 +24,7 @@ class MeanVar(Fitted):
     """
 
     has_noise: ClassVar[bool] = True
+    has_penalty: ClassVar[bool] = True
 
     def __init__(self, start: Start) -> None:
         super().__init__(start)
@@ -46,6 +48,11 @@ class MeanVar(Fitted):
         return self.moments()[0] * self.value_scales()
 
     @torch.no_grad()
+    def set_mean(self, values: Tensor, are_set: Tensor) -> None:
+        """See `protocol.Posterior`."""
+        self.mean_values.copy_(torch.where(are_set, values, self.mean_values))
+
+    @torch.no_grad()
     def moments(self) -> tuple[Tensor, Tensor]:
         """See `protocol.Posterior`."""
         log_scales = self.value_log_scales()
@@ -54,7 +61,16 @@ class MeanVar(Fitted):
     def kl_nats(self) -> Tensor:
         """KL of every block, `[blocks]`, with gradients."""
         log_scales = self.value_log_scales()
-        return block_kl_nats(self.mean_values, self.log_std, log_scales, self.budget.block_weights)
+        parts = [
+            block_kl_nats(
+                self.mean_values[at],
+                self.log_std[at],
+                log_scales[at] if log_scales.numel() > 1 else log_scales,
+                budget.block_weights,
+            )
+            for at, budget in self.budget.parts(self.layout.n_values)
+        ]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def penalty(self) -> Tensor:
         """β·KL of every block, `[blocks]`, in nats."""
@@ -63,4 +79,4 @@ class MeanVar(Fitted):
     @torch.no_grad()
     def after_step(self) -> None:
         """β grows where a block's KL is above its budget, else shrinks."""
-        self.annealing.move(self.kl_nats() > self.budget.block_kl_nats)
+        self.annealing.move(self.kl_nats() > block_budgets(self.budget, self.mean_values))

@@ -5,7 +5,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from miracle_hub.training.blocks import Budget
+from miracle_hub.training.blocks import StreamBudget
 from miracle_hub.training.layout import Layout
 
 
@@ -25,7 +25,7 @@ class Start:
     values: Tensor
     scales: Tensor
     layout: Layout
-    budget: Budget
+    budget: StreamBudget
     beta: float
     beta_rate: float
 
@@ -37,11 +37,13 @@ class Posterior(Protocol):
 
     Attributes:
         has_noise: whether training draws weights, instead of using one value of each.
+        has_penalty: whether `penalty` is something.
         budget: the KL that the message pays for.
     """
 
     has_noise: ClassVar[bool]
-    budget: Budget
+    has_penalty: ClassVar[bool]
+    budget: StreamBudget
 
     def scales(self) -> Tensor:
         """The prior's, `[scales]`: as they are by now, or as they were fixed."""
@@ -70,6 +72,18 @@ class Posterior(Protocol):
 
     def mean(self) -> Tensor:
         """Values `[n]` to evaluate at, in units of the weights, without gradients."""
+        ...
+
+    def set_mean(self, values: Tensor, are_set: Tensor) -> str | None:
+        """Have the mean at given values, where they are set, and elsewhere where it is.
+
+        Args:
+            values: `[n]`, in units of the weights.
+            are_set: bool `[n]`.
+
+        Returns:
+            what was expected, what was found and what to do, if the posterior cannot; it is as before then.
+        """
         ...
 
     def moments(self) -> tuple[Tensor, Tensor]:

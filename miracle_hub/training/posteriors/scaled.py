@@ -1,11 +1,13 @@
 """The prior's side of a posterior: scales that are fitted or follow the weights, until coding fixes them."""
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
 
 from miracle_hub.coding.scales import rounded_scales
+from miracle_hub.training.blocks import Budget, StreamBudget
 from miracle_hub.training.layout import Layout
 from miracle_hub.training.posteriors.protocol import Start
 
@@ -15,15 +17,25 @@ from miracle_hub.training.posteriors.protocol import Start
 RATE = 20.0
 
 
-def scales_of(values: Tensor, layout: Layout, share: float, of_zeros: float) -> Tensor:
+def scales_of(values: Tensor, layout: Layout, share: float | Tensor, of_zeros: float) -> Tensor:
     """The best scales of a prior, `[scales]`: the root of a share of the values' mean squares.
 
     Args:
-        share: that the code carries of a value's variance; see `coding.scales.carried_share`.
+        share: that the code carries of a value's variance, of all scales or of each; see `shares_of`.
         of_zeros: the scale where all values are 0.
     """
     power = layout.mean_squares(values)
     return torch.where(power > 0, (share * power).sqrt(), of_zeros)
+
+
+def shares_of(budget: StreamBudget, layout: Layout, device: torch.device) -> float | Tensor:
+    """The share that the code carries of a value's variance; of two codes the mean of each scale's values."""
+    if isinstance(budget, Budget):
+        return budget.share
+    roots = torch.empty(layout.n_values, device=device)
+    for at, part in budget.parts(layout.n_values):
+        roots[at] = math.sqrt(part.share)
+    return layout.mean_squares(roots)
 
 
 class Scaled(nn.Module, ABC):

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from miracle_hub.coding.draw import draw_mean_var
 from miracle_hub.coding.scales import SMALLEST_SCALE
+from miracle_hub.training.blocks import Budget
 from miracle_hub.training.posteriors.protocol import Start
-from miracle_hub.training.posteriors.scaled import Scaled, scales_of
+from miracle_hub.training.posteriors.scaled import Scaled, scales_of, shares_of
 
 
 class TestChannel(Scaled):
@@ -29,6 +30,7 @@ class TestChannel(Scaled):
     """
 
     has_noise: ClassVar[bool] = False
+    has_penalty: ClassVar[bool] = False
     curvature: Tensor
 
     def __init__(self, start: Start) -> None:
@@ -38,7 +40,9 @@ class TestChannel(Scaled):
 
     def current_scales(self) -> Tensor:
         """Those of the weights, without gradients; zeros stay zeros, for there is no noise to move them."""
-        return scales_of(self.weight.detach(), self.layout, self.budget.share, SMALLEST_SCALE)
+        weight = self.weight.detach()
+        share = shares_of(self.budget, self.layout, weight.device)
+        return scales_of(weight, self.layout, share, SMALLEST_SCALE)
 
     def draw(self, seed: Tensor, stream_id: int) -> Tensor:
         """The weights themselves."""
@@ -54,16 +58,22 @@ class TestChannel(Scaled):
         """The weights themselves, as they are without being coded."""
         return self.weight.detach()
 
+    @torch.no_grad()
+    def set_mean(self, values: Tensor, are_set: Tensor) -> None:
+        """See `protocol.Posterior`."""
+        self.weight.copy_(torch.where(are_set, values, self.weight))
+
     def moments(self) -> tuple[Tensor, Tensor]:
         """See `protocol.Posterior`."""
         by_scale = self.weight.detach() * (-self.value_log_scales()).exp()
-        wanted, variance = by_scale.view(-1, self.curvature.numel()), self._variances()
-        return ((1 - variance) * wanted).view(-1), variance.expand_as(wanted).reshape(-1)
+        rows = by_scale.view(-1, self.curvature.numel())
+        parts = [(at, self._variances(budget)) for at, budget in self.budget.parts(by_scale.numel())]
+        variance = torch.cat([by_column.expand_as(rows).reshape(-1)[at] for at, by_column in parts])
+        return (1 - variance) * by_scale, variance
 
-    def _variances(self) -> Tensor:
+    def _variances(self, budget: Budget) -> Tensor:
         """v of every column; log λ by bisection."""
-        budget, curvature = self.budget.kl_nats, self.curvature.double().cpu()
-        power = 1 / self.budget.share  # mean square of w/ρ
+        curvature, power = self.curvature.double().cpu(), 1 / budget.share  # mean square of w/ρ
 
         def variances(log_noise: float) -> Tensor:
             return 1 / (1 + curvature * math.exp(-log_noise))
@@ -71,7 +81,7 @@ class TestChannel(Scaled):
         low, high = -60.0, 60.0
         for _ in range(50):  # halves of a range over which the KL falls
             v = variances(middle := (low + high) / 2)
-            is_above = float(0.5 * ((1 - v).square() * power + v - 1 - v.log()).mean()) > budget
+            is_above = float(0.5 * ((1 - v).square() * power + v - 1 - v.log()).mean()) > budget.kl_nats
             low, high = (middle, high) if is_above else (low, middle)
         return variances(high).to(self.weight)
 

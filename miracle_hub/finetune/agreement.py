@@ -1,0 +1,89 @@
+"""The model in memory and the file that it became: the same bits, or it is said where they are not."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from miracle_hub.errors import ChecksumError
+from miracle_hub.training.rounding import plain_tensors
+
+_LOGGER = logging.getLogger("miracle_hub")
+
+
+def require_same(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """
+    Raises:
+        ChecksumError: what was written does not decode to the model's weights.
+    """
+    for name, tensor in expected.items():
+        # One that is loaded in another dtype has the same values in it.
+        if not torch.equal(found[name].cpu(), tensor.cpu().to(found[name].dtype)):
+            raise ChecksumError(
+                f"{path}: {name}: what was written does not decode to the model's weights; report this"
+            )
+
+
+@torch.no_grad()
+def adopt(model: nn.Module, loaded: nn.Module) -> list[str]:
+    """Give a variational model what is loaded from its file but for what is coded, which is there already.
+
+    Args:
+        loaded: what a stranger has of the file.
+
+    Returns:
+        The names of tensors whose values changed.
+    """
+    found, changed = loaded.state_dict(), []
+    for name, tensor in plain_tensors(model):
+        written = found[name].to(tensor)
+        if not torch.equal(written, tensor):
+            tensor.copy_(written)
+            changed.append(name)
+    return changed + [name for name, module, key in _unsaved(model) if _replaced(loaded, name, module, key)]
+
+
+def _unsaved(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Buffers that no file holds, which a loaded model works out by itself: full name, module, own name."""
+    for where, module in model.named_modules():
+        for key in sorted(module._non_persistent_buffers_set):
+            if module._buffers.get(key) is not None and "parametrizations" not in where:
+                yield f"{where}.{key}".lstrip("."), module, key
+
+
+def _replaced(loaded: nn.Module, name: str, module: nn.Module, key: str) -> bool:
+    """Give a module the buffer of the loaded one, dtype included; whether it is another one."""
+    own, other = module._buffers[key], loaded.get_buffer(name)
+    assert own is not None
+    if own.dtype == other.dtype and torch.equal(own.cpu(), other):
+        return False
+    module._buffers[key] = other.to(own.device)
+    return True
+
+
+def say_what_changed(path: Path, names: Sequence[str]) -> None:
+    """A line of the log, if tensors of the model in memory are not what they were."""
+    if names:
+        _LOGGER.warning(
+            "%s: %d tensors of the model in memory changed to what the file holds, such as %s: evaluations "
+            "from now on are those of the file, earlier ones may differ",
+            path, len(names), names[0],
+        )  # fmt: skip
+
+
+def say_other_dtypes(path: Path, dense: nn.Module, loaded: nn.Module) -> None:
+    """A line of the log, if `from_pretrained` gives a tensor in another dtype than it is evaluated in.
+
+    transformers loads a model in the one dtype of its config, but for modules that its class names.
+    """
+    found, own = loaded.state_dict(), dense.state_dict()
+    if others := [name for name, tensor in own.items() if tensor.dtype != found[name].dtype]:
+        name = others[0]
+        _LOGGER.warning(
+            "%s: %d tensors are loaded in another dtype than the model in memory has, such as %s: %s in "
+            "memory, %s from the file, so that answers differ; cast the model to what from_pretrained gives "
+            "before make_variational",
+            path, len(others), name, own[name].dtype, found[name].dtype,
+        )  # fmt: skip
