@@ -124,7 +124,8 @@ def drawn_model(generator: random.Random) -> PreTrainedModel:
                 n_weights = sum(p.numel() for p in model_class(config).parameters())
             if n_weights <= _MOST_WEIGHTS:
                 torch.manual_seed(generator.randrange(1 << 30))
-                return model_class(config).eval().to(generator.choice(_DTYPES))
+                model: Any = model_class(config)
+                return model.eval().to(generator.choice(_DTYPES))
         except Exception:  # whatever sizes that do not suit each other lead to
             continue
 
