@@ -35,12 +35,14 @@ fuzz: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[fuzz]"
 	$(BIN)/python tests/fuzz/fuzz.py $(FUZZ_SECONDS)
 
-# Kills −9, races and full disks: stops at the first output that is neither whole nor absent. Damaged files: fails if
-# one is read silently wrong, or with an error that has no name.
+# Kills −9, races and full disks: stops at the first output that is neither whole nor absent. Random models of all
+# architectures: fails if one loads otherwise compressed than decompressed, or a file of it is lost without a word.
+# Damaged files: fails if one is read silently wrong, or with an error that has no name.
 KILLS ?= 400
 DAMAGES ?= 10000
+FOLDERS ?= 200
 chaos: setup
-	$(BIN)/python -m tests.chaos --kills $(KILLS) --damages $(DAMAGES)
+	$(BIN)/python -m tests.chaos --kills $(KILLS) --damages $(DAMAGES) --folders $(FOLDERS)
 
 # Composite models of every architecture of transformers, by their parts: fails if a part loads otherwise from the
 # compressed folder than from the decompressed one. What passed is in tests/sweep/passed.json.

@@ -1,4 +1,4 @@
-"""Kills, races, full disks and damaged files: python -m tests.chaos --kills 400 --damages 10000 (make chaos).
+"""Kills, races, full disks, damaged files and random models: python -m tests.chaos (make chaos).
 
 All random choices come from --seed; a failure prints the number of the kill, which --first repeats.
 """
@@ -13,6 +13,7 @@ from .environment import WORK  # first: it sets what other modules read when the
 # isort: split
 from .damages import damage
 from .disks import starve
+from .folders import random_folders
 from .kills import one_kill
 from .races import one_race
 
@@ -23,6 +24,7 @@ def main() -> None:
     parser.add_argument("--races", type=int, default=24)
     parser.add_argument("--disks", type=int, default=48, help="how many sizes of disk")
     parser.add_argument("--damages", type=int, default=10_000, help="files damaged and read")
+    parser.add_argument("--folders", type=int, default=200, help="random model folders")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first kill")
     options = parser.parse_args()
@@ -34,6 +36,7 @@ def main() -> None:
         one_race(options.seed, race, counts)
     for disk in range(options.disks):
         starve(options.seed, disk, counts)
+    counts += random_folders(options.seed, options.folders)
     table = damage(options.seed, options.damages)
     for what, count in sorted(counts.items()):
         print(f"{count:5} {what}")

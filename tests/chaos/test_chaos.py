@@ -1,4 +1,4 @@
-"""A few kills, races and small disks, so that the driver of `make chaos` stays alive."""
+"""A few kills, races, small disks and random folders, so that the driver of `make chaos` stays alive."""
 
 import re
 import subprocess
@@ -10,9 +10,9 @@ from tests.limits import HANG_SECONDS
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_few_kills_races_and_small_disks_find_every_output_whole_or_absent() -> None:
+def test_a_few_kills_races_small_disks_and_random_folders_find_every_output_whole_or_absent() -> None:
     # Some hundreds of damaged files are read by tests/codec/test_flips.py.
-    options = ["--kills", "10", "--races", "2", "--disks", "3", "--damages", "0"]
+    options = ["--kills", "10", "--races", "2", "--disks", "3", "--damages", "0", "--folders", "4"]
     done = subprocess.run(
         [sys.executable, "-m", "tests.chaos", *options],
         cwd=ROOT,
