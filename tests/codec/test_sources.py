@@ -170,7 +170,7 @@ def test_a_tensor_in_two_shards_is_named(
     )
 
 
-@pytest.mark.parametrize("method", ["miracle", "bitsandbytes"])
+@pytest.mark.parametrize("method", ["gptq", "bitsandbytes"])
 def test_a_quantized_source_is_refused(
     method: str, save_model: SaveModel, tensors: dict[str, Tensor], compress: Compress, tmp_path: Path
 ) -> None:
