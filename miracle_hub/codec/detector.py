@@ -15,7 +15,7 @@ from miracle_hub.codec.inherited import is_inherited
 from miracle_hub.codec.kinds import Found, Kind, found, kind_of_names, refusal, told_by_names
 from miracle_hub.codec.naming import CONFIG
 from miracle_hub.codec.parts import remove_facts
-from miracle_hub.codec.payloads import has_magic
+from miracle_hub.codec.payloads import has_magic, is_stray_stream
 from miracle_hub.codec.quantized import SIDECARS, method_of_config, method_of_tensors
 from miracle_hub.codec.source import SourceTensor, list_tensors, names_in, weight_files
 from miracle_hub.errors import FormatError, MissingWeightsError, SourceError
@@ -150,7 +150,10 @@ def _is_ours(file: Path) -> bool:
 
 
 def _is_payload(tensor: SourceTensor) -> bool:
-    return tensor.is_bytes and has_magic(tensor.name, bytes(tensor.head(4).tolist()))
+    if not tensor.is_bytes:
+        return False
+    head = tensor.head(4)
+    return has_magic(tensor.name, bytes(head.tolist())) or is_stray_stream(tensor.name, head)
 
 
 def _quantized(where: Path, method: str, kind: Kind = Kind.QUANTIZED, key: str = "") -> Found:
