@@ -1,20 +1,17 @@
 """config.json: what it says of the repository beside it, and what is written there."""
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from miracle_hub.code import FORMAT_VERSION, MAX_STAGES, QUANT_METHOD, STAGED_VERSION, check_format_version
-from miracle_hub.codec.dtypes import TORCH_DTYPES
 from miracle_hub.codec.guard import with_guard
 from miracle_hub.codec.inherited import is_inherited
 from miracle_hub.codec.naming import CONFIG
-from miracle_hub.codec.parts import is_miracle, remove_facts, state_in_parts
+from miracle_hub.codec.parts import first_dtype, is_miracle, remove_facts, state_in_parts
 from miracle_hub.errors import FormatError, SourceError
 from miracle_hub.files.whole import writing
-from miracle_hub.format.payload import DTYPES
 from miracle_hub.format.spec import TensorSpec
 
 _DEEPEST_CONFIG = 100  # levels; real ones have five, and what is deeper may be impossible to write
@@ -149,9 +146,9 @@ def write_config(
         return
     config = read_config(source)
     has_dtype = config.get("dtype", config.get("torch_dtype")) is not None
-    if not has_dtype and any(tensor.dtype in DTYPES for tensor in tensors):
+    if not has_dtype and (dtype := first_dtype(tensors)):
         # transformers would otherwise take the dtype of the first plain tensor, which may be narrowed.
-        config["dtype"] = main_dtype(tensors)
+        config["dtype"] = dtype
     if is_miracle(config.get("quantization_config")):  # inherited, and replaced
         config.pop("stages", None)
     version = FORMAT_VERSION if has_exact else STAGED_VERSION if len(digests) > 1 else 1
@@ -178,12 +175,3 @@ def write_dense_config(source: Path, target: Path) -> None:
 def _write(path: Path, config: dict[str, Any]) -> None:
     with writing(path):
         path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def main_dtype(tensors: Sequence[TensorSpec]) -> str:
-    """The floating dtype that most weights have, as transformers spells it."""
-    counts: Counter[str] = Counter()
-    for tensor in tensors:
-        if tensor.dtype in DTYPES:
-            counts[tensor.dtype] += tensor.n_weights
-    return str(TORCH_DTYPES[counts.most_common(1)[0][0]]).removeprefix("torch.")

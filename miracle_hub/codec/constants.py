@@ -21,6 +21,7 @@ _FEWEST_OF_A_LINE = 5
 # a recurrence leaves 1.41 of the deviation of random numbers.
 _TOLERANCE = 2.0**-6
 _SHORTEST_RECURRENCE = 16
+_TINY = torch.finfo(torch.float64).tiny
 _FIRST_LINES = 32  # a tensor of weights is known as such by these
 
 
@@ -79,10 +80,11 @@ def is_table(values: Tensor) -> bool:
 
 
 def is_table_of_sines(values: Tensor) -> bool:
-    """Whether every line along one dimension obeys x[t+1] + x[t-1] = c·x[t], as sines, powers and straight
-    lines do; or all numbers come in pairs whose squares add up to 1.
+    """Whether every line along one dimension obeys x[t+1] + x[t-1] = c·x[t], and some with such a c that they
+    swing, as fitted lines that are only smooth or straight do not; or all numbers come in pairs whose squares
+    add up to 1.
     """
-    return any(_obeys(_recur, lines) for lines in _lines(values)) or _are_paired(values)
+    return any(_obeys(_recur, lines) and _swing(lines) for lines in _lines(values)) or _are_paired(values)
 
 
 def _lines(values: Tensor) -> Iterator[Tensor]:
@@ -139,14 +141,26 @@ def _recur(lines: Tensor) -> bool:
         return False
     own_steps = 2 * torch.finfo(lines.dtype).eps
     lines = lines.double()
-    middle, sides = lines[:, 1:-1], lines[:, 2:] + lines[:, :-2]
-    power = middle.square().sum(1, keepdim=True)
-    factor = (middle * sides).sum(1, keepdim=True) / power.clamp(min=torch.finfo(torch.float64).tiny)
+    middle, sides, factor = _recurrence(lines)
     left = (sides - factor * middle).square().mean(1).sqrt()
     # Against what varies: weights near 1 would obey as nearly as they are equal.
     spread, size = lines.std(1), lines.square().mean(1).sqrt()
     n_varying = int((spread > 8 * own_steps * size).sum())
     return bool((left <= _TOLERANCE * spread + own_steps * size).all()) and 4 * n_varying >= len(lines)
+
+
+def _recurrence(lines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x[t], x[t+1] + x[t-1] and the c of every line that fits them best."""
+    middle, sides = lines[:, 1:-1], lines[:, 2:] + lines[:, :-2]
+    power = middle.square().sum(1, keepdim=True)
+    return middle, sides, (middle * sides).sum(1, keepdim=True) / power.clamp(min=_TINY)
+
+
+def _swing(lines: Tensor) -> bool:
+    """Whether some line is a sine of fewer than 20 places: tables of sines begin with one of about 6."""
+    lines = lines.reshape(-1, lines.shape[-1]).double()
+    swings = _recurrence(lines)[2].abs() < 2 * math.cos(2 * math.pi / 20)
+    return bool((swings & (lines != 0).any(1, keepdim=True)).any())
 
 
 def _are_paired(values: Tensor) -> bool:

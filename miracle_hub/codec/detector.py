@@ -3,6 +3,7 @@
 Every verb asks `require` before it reads weights. What is damaged is no kind: its reader names the damage.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from miracle_hub.codec.inherited import is_inherited
 from miracle_hub.codec.kinds import Found, Kind, found, kind_of_names, refusal, told_by_names
 from miracle_hub.codec.naming import CONFIG
 from miracle_hub.codec.parts import remove_facts
-from miracle_hub.codec.payloads import has_magic
+from miracle_hub.codec.payloads import has_magic, is_stray_stream
 from miracle_hub.codec.quantized import SIDECARS, method_of_config, method_of_tensors
 from miracle_hub.codec.source import SourceTensor, list_tensors, names_in, weight_files
 from miracle_hub.errors import FormatError, MissingWeightsError, SourceError
@@ -22,6 +23,10 @@ from miracle_hub.files.container import opened
 
 _COMPRESS = "run miracle compress first"
 _HEAD_BYTES = 64
+# As PEFT, diffusers and kohya name the factors; a model that holds an adapter has mostly other tensors.
+_OF_ADAPTERS = re.compile(
+    r".*[._]?(lora_(A|B|down|up|embedding_A|embedding_B)|hada_w\d_[ab]|lokr_w\d\w*)(\..*)?"
+)
 _POINTER, _GGUF = b"version https://git-lfs", b"GGUF"
 
 
@@ -35,8 +40,8 @@ class Taken(NamedTuple):
 # Payloads are refused later, by the names of their tensors.
 TO_COMPRESS = Taken("a dense model", (Kind.DENSE, Kind.TENSORS, Kind.PAYLOADS))
 TO_FINE_TUNE = Taken("a dense model", (Kind.DENSE, Kind.TENSORS, Kind.COMPRESSED))
-TO_INSPECT = Taken("a compressed model", (Kind.COMPRESSED, Kind.PAYLOADS, Kind.TENSORS))
-TO_DECODE = Taken("a compressed model", (*TO_INSPECT.kinds, Kind.DENSE))
+TO_INSPECT = Taken("a compressed model", (Kind.COMPRESSED, Kind.PAYLOADS))
+TO_DECODE = Taken("a compressed model", (*TO_INSPECT.kinds, Kind.DENSE, Kind.TENSORS))
 TO_RUN = Taken("a model that transformers loads", (*TO_DECODE.kinds, Kind.QUANTIZED))
 
 
@@ -131,6 +136,8 @@ def _of_files(path: Path, files: Sequence[Path]) -> Found:
     if told := method_of_tensors(tensors):
         method, name = told
         return _quantized(path, method, key=f"tensor {name}")
+    if 2 * sum(_OF_ADAPTERS.fullmatch(tensor.name) is not None for tensor in tensors) > len(tensors):
+        return found(Kind.ADAPTER, str(path), [file.name for file in files])
     names = tuple(file.name for file in files)
     what = f"a dense one without any payload ({', '.join(names[:4])})"
     return Found(Kind.DENSE, str(path), what, _COMPRESS, names)
@@ -143,7 +150,10 @@ def _is_ours(file: Path) -> bool:
 
 
 def _is_payload(tensor: SourceTensor) -> bool:
-    return tensor.is_bytes and has_magic(tensor.name, bytes(tensor.head(4).tolist()))
+    if not tensor.is_bytes:
+        return False
+    head = tensor.head(4)
+    return has_magic(tensor.name, bytes(head.tolist())) or is_stray_stream(tensor.name, head)
 
 
 def _quantized(where: Path, method: str, kind: Kind = Kind.QUANTIZED, key: str = "") -> Found:

@@ -13,11 +13,13 @@ from torch import Tensor
 from miracle_hub.codec.constants import constant_kind
 
 NON_FINITE = "non_finite"  # in the quantization_config
+# Two numbers in a byte, without NaN or infinity; torch, which may not know it, converts it to nothing.
+_FLOAT4 = getattr(torch, "float4_e2m1fn_x2", None)
 
 
 def first_non_finite(values: Tensor) -> int | None:
     """The position of the first NaN or infinity; None if there is none."""
-    if not (values.is_floating_point() or values.is_complex()):
+    if values.dtype is _FLOAT4 or not (values.is_floating_point() or values.is_complex()):
         return None
     few_bits = values.is_floating_point() and values.element_size() == 1  # float8, of which torch knows less
     finite = torch.isfinite(values.float() if few_bits else values).flatten()

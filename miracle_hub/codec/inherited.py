@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from miracle_hub.codec.guard import GUARD, GUARD_ALONE
+from miracle_hub.codec.naming import WEIGHTS_ENDING
 from miracle_hub.codec.source import NARROWED, list_tensors, weight_files
 from miracle_hub.errors import MiracleError
 from miracle_hub.files.container import files_kept_open, opened
@@ -40,6 +41,8 @@ def are_plain(files: Iterable[Path]) -> bool:
 
 
 def _is_plain(path: Path) -> bool:
+    if path.suffix != WEIGHTS_ENDING:  # pickle, which transformers reads and nothing here writes
+        return True
     with opened(path) as file:
         metadata = file.metadata() or {}
     return not any(key in metadata for key in _OURS) and not any(t.is_bytes for t in list_tensors([path]))

@@ -74,6 +74,11 @@ _MARKS: dict[Kind, tuple[str, ...]] = {
 # What is told before anything else in the folder is looked at; the others where no pickle tells more.
 _FIRST = (Kind.PIPELINE, Kind.COMPONENT, Kind.ADAPTER, Kind.ORIGINAL)
 _SAVED = '.save_pretrained("dense"); then compress that'
+# Of Keras and of TensorFlow itself, which transformers never read.
+_FOREIGN = (
+    "save them as safetensors with the library that made them, or take the same model in the files that "
+    "transformers reads (model.safetensors and config.json)"
+)
 _TODO: dict[Kind, str] = {
     Kind.PIPELINE: "nothing loads a compressed pipeline; compress those of its parts that are models of "
     "transformers, such as its text encoder ({path}/text_encoder), each as a folder of its own",
@@ -107,7 +112,15 @@ def kind_of_names(where: str, names: Sequence[str]) -> Found:
         if files := [name for name in names if any(_is_like(name, pattern) for pattern in patterns)]:
             return found(kind, where, files)
     inner = [name for name in names if "/" in name and name.endswith((WEIGHTS_ENDING, "pytorch_model.bin"))]
-    return found(Kind.NESTED, where, inner) if inner else Found(Kind.NOTHING, where)
+    return found(Kind.NESTED, where, inner) if inner else _kind_of_inner(where, names)
+
+
+def _kind_of_inner(where: str, names: Sequence[str]) -> Found:
+    """The same, of what lies in subfolders only, as GGUF files of one rate each often do."""
+    for kind, patterns in _MARKS.items():
+        if files := [name for name in names if any(_is_like(name.split("/")[-1], p) for p in patterns)]:
+            return found(kind, where, files)
+    return Found(Kind.NOTHING, where)
 
 
 def _ordered(names: Sequence[str]) -> dict[Kind, tuple[str, ...]]:
@@ -122,8 +135,8 @@ def told_by_names(where: str, names: Sequence[str]) -> Found | None:
     """The same, or None where there are safetensors to look into."""
     right_here = [name for name in names if name.endswith(WEIGHTS_ENDING) and "/" not in name]
     is_read = SINGLE in names or INDEX in names or not all(map(is_other_kind, right_here))
-    is_pipeline = "model_index.json" in names and CONFIG not in names
-    return None if is_read and not is_pipeline else kind_of_names(where, names)
+    is_other = not {"model_index.json", "adapter_config.json"}.isdisjoint(names) and CONFIG not in names
+    return None if is_read and not is_other else kind_of_names(where, names)
 
 
 def is_other_kind(name: str) -> bool:
@@ -138,7 +151,9 @@ def found(kind: Kind, where: str, files: Sequence[str]) -> Found:
     if PurePosixPath(where).name == file:
         folder = str(PurePosixPath(where).parent)
     inner = f"{where}/{PurePosixPath(file).parent}"
-    todo = _TODO.get(kind, "").format(path=where, folder=folder, file=file, inner=inner)
+    is_foreign = kind is Kind.TENSORFLOW and not _is_like(file, "tf_model*.h5")
+    todo = _FOREIGN if is_foreign else _TODO.get(kind, "")
+    todo = todo.format(path=where, folder=folder, file=file, inner=inner)
     return Found(kind, where, f"{kind.value} ({', '.join(files[:_NAMED])}{more})", todo, tuple(files))
 
 
@@ -158,12 +173,24 @@ def refusal(expected: str, found: Found) -> SourceError:
         return PickleRefusedError(
             f"{where}: expected model.safetensors, found only pickle weights ({', '.join(found.files)}), "
             "which can run code when opened; convert them once where you trust them: "
-            "AutoModel.from_pretrained(source).save_pretrained(folder)"
+            f"{_conversion(found.files)}"
         )
     return SourceKindError(f"{where}: expected {expected}, found {found.what}; {found.todo}")
 
 
+def _conversion(pickles: Sequence[str]) -> str:
+    """What makes safetensors of pickle: transformers, if they have its names."""
+    if any(_is_like(name.split("/")[-1], "pytorch_model*.bin") for name in pickles):
+        return "AutoModel.from_pretrained(source).save_pretrained(folder)"
+    return (
+        f'torch.load("{pickles[0]}", weights_only=True), whose tensors safetensors.torch.save_file writes to '
+        '"folder/model.safetensors"'
+    )
+
+
 def _is_like(name: str, pattern: str) -> bool:
-    """Whether a path matches a shell pattern folder by folder; saved_model/* takes the first level below."""
-    parts, patterns = name.split("/"), pattern.split("/")
+    """Whether a path, in any case, matches a shell pattern folder by folder; saved_model/* takes the first
+    level below.
+    """
+    parts, patterns = name.lower().split("/"), pattern.lower().split("/")
     return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))

@@ -8,7 +8,7 @@ from miracle_hub.code import QUANT_METHOD
 from miracle_hub.codec.dtypes import TORCH_DTYPES
 from miracle_hub.errors import FormatError
 from miracle_hub.format.payload import DTYPES
-from miracle_hub.format.spec import TensorSpec, item_bits
+from miracle_hub.format.spec import TensorSpec
 
 FACTS = "quantization_config"
 # transformers writes a model_type into every part; who writes config.json by hand leaves it out of these.
@@ -40,7 +40,7 @@ def state_in_parts(config: dict[str, Any], tensors: Sequence[TensorSpec]) -> Non
         tensors: of the source.
     """
     parts, facts = list(parts_of(config)), config[FACTS]
-    if parts and (dtype := widest_dtype(tensors)):
+    if parts and (dtype := first_dtype(tensors)):
         facts["dtype"] = dtype
     for part in parts:
         part[FACTS] = facts_of_part(facts)
@@ -77,10 +77,11 @@ def stated_dtype(facts: Mapping[str, Any], where: Path) -> str | None:
     return dtype
 
 
-def widest_dtype(tensors: Sequence[TensorSpec]) -> str | None:
+def first_dtype(tensors: Sequence[TensorSpec]) -> str | None:
     """What transformers loads a dense model in whose config has no dtype, as it spells it: that of the first
-    floating tensor, and safetensors puts the widest first.
+    floating tensor of its first file, by names.
+
+    Args:
+        tensors: of the source, file by file and by names.
     """
-    found = [tensor.dtype for tensor in tensors if tensor.dtype in DTYPES]
-    widest = max(found, key=item_bits, default=None)
-    return _SPELLED[widest] if widest else None
+    return next((_SPELLED[tensor.dtype] for tensor in tensors if tensor.dtype in DTYPES), None)

@@ -71,13 +71,14 @@ def why_staying(path: str) -> str:
     """
     if any(part.startswith(".") for part in PurePosixPath(path).parts):
         return HIDDEN
-    matching = (why for why, patterns in _STAYING.items() for p in patterns if fnmatchcase(path, p))
+    lower = path.lower()
+    matching = (why for why, patterns in _STAYING.items() for p in patterns if fnmatchcase(lower, p))
     return next(matching, "")
 
 
 def how_carried(path: str, n_bytes: int) -> str:
     """What to say of a file that is copied though it holds, or may hold, weights; empty of all others."""
-    suffix, size = PurePosixPath(path).suffix, f"{n_bytes:,} bytes as they are"
+    suffix, size = PurePosixPath(path).suffix.lower(), f"{n_bytes:,} bytes as they are"
     if suffix == WEIGHTS_ENDING:
         return f"{size}, counted in the size"
     return f"{size}, neither opened nor counted in the size" if suffix in _OPAQUE else ""

@@ -33,7 +33,7 @@ def read_model_config(source: str | Path) -> Any:
     """
     try:
         return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         if isinstance(error, MiracleError):
             raise
         said = str(error).strip().partition("\n")[0]

@@ -399,8 +399,12 @@ def test_names_that_command_a_terminal_are_printed_as_text(
 ) -> None:
     from miracle_hub import cli
 
-    save_file({name: torch.zeros(2) for name in NAMES}, tmp_path / "model.safetensors")
-    monkeypatch.setattr("sys.argv", ["miracle", "inspect", str(tmp_path)])
+    tensors = {name: torch.zeros(2) for name in NAMES} | {"w": torch.randn(64, 64)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    out = tmp_path.with_name(f"{tmp_path.name}-out")
+    miracle_hub.compress(tmp_path, out, bits_per_weight=6, window_bits=8, progress=False)
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", ["miracle", "inspect", str(out)])
     with pytest.raises(SystemExit) as raised:
         cli.main()
     out = capsys.readouterr().out

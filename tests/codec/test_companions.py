@@ -41,7 +41,7 @@ STAYING = (
     "pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json",
     "pytorch_model.fp16.bin", "tf_model.h5", "tf_model-00001-of-00002.h5", "flax_model.msgpack",
     "rust_model.ot", "model.onnx", "onnx/model_quantized.onnx", "onnx/config.json",
-    "decoder_model_merged.onnx", "model.onnx_data", "q4.gguf", "consolidated.safetensors",
+    "decoder_model_merged.onnx", "model.onnx_data", "q4.gguf", "Q8_0.GGUF", "consolidated.safetensors",
     "consolidated.00.pth", "original/params.json", "openvino/openvino_model.bin", "coreml/a.mlpackage/x",
     "model.tflite", "optimizer.pt", "scheduler.pt", "rng_state_0.pth", "trainer_state.json",
     "training_args.bin", "checkpoint-500/model.safetensors", "checkpoint-500/optimizer.pt",

@@ -109,6 +109,8 @@ def test_tensors_that_cannot_be_coded_stay_plain_bit_for_bit_with_a_reason(
         "tiny": (randn(64, 64) * 1e-30, "root mean square outside 2^-40 … 2^40"),
         "huge": (randn(64, 64) * 1e30, "root mean square outside 2^-40 … 2^40"),
     }
+    if float4 := getattr(torch, "float4_e2m1fn_x2", None):
+        plain["float4"] = (torch.arange(64, dtype=torch.uint8).view(8, 8).view(float4), "dtype F4")
     source = save_model({"w": randn(64, 64)} | {name: tensor for name, (tensor, _) in plain.items()})
     report = compress(source, tmp_path / "out", size=least_size(source))
     stored, decoded = load_file(tmp_path / "out" / "model.safetensors"), load_state_dict(tmp_path / "out")

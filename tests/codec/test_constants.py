@@ -70,6 +70,18 @@ def test_of_parameters_only_tables_of_sines_are_constants(dtype: torch.dtype) ->
         assert constant_kind(CONSTANTS[name].to(dtype), may_be_fitted=True) is None, name
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_sums", [2, 3])
+def test_parameters_that_are_smooth_or_straight_are_weights(n_sums: int, dtype: torch.dtype) -> None:
+    smooth = torch.randn(128, 64, generator=torch.Generator().manual_seed(n_sums))
+    for _ in range(n_sums):
+        smooth = smooth.cumsum(1)
+    ramp = torch.linspace(0, 1, 64).expand(128, -1)
+    smooth[5] = 0
+    for found in (smooth / smooth.abs().max(), ramp, ramp.T):
+        assert constant_kind(found.to(dtype), may_be_fitted=True) is None
+
+
 def weights(kind: str, shape: list[int], generator: torch.Generator) -> Tensor:
     """As models have them, fitted or not."""
     found = torch.randn(shape, generator=generator)

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from miracle_hub.codec.config import read_config
 from miracle_hub.codec.parts import (
     FACTS,
+    first_dtype,
     is_miracle,
     parts_of,
     remove_facts,
     state_in_parts,
     stated_dtype,
-    widest_dtype,
 )
 from miracle_hub.errors import FormatError
 from miracle_hub.format.spec import TensorSpec
@@ -70,11 +70,12 @@ def test_parts_are_found_at_any_depth_and_by_their_usual_names() -> None:
     assert list(parts_of(config)) == [config["thinker_config"], inner, config["vision_config"]]
 
 
-def test_the_dtype_of_parts_is_the_one_of_the_decompressed_file() -> None:
-    """Which has the widest tensors first, as every file of safetensors."""
-    assert widest_dtype(_TENSORS) == "float32"
-    assert widest_dtype(_TENSORS[:2]) == "bfloat16"
-    assert widest_dtype(_TENSORS[1:2]) is None
+def test_the_dtype_where_none_is_stated_is_that_of_the_first_floating_tensor() -> None:
+    """As transformers reads it from files, whose names safetensors gives in their order."""
+    assert first_dtype(_TENSORS) == "bfloat16"
+    assert first_dtype(_TENSORS[1:]) == "float32"
+    assert first_dtype(_TENSORS[:2]) == "bfloat16"
+    assert first_dtype(_TENSORS[1:2]) is None
 
 
 @pytest.mark.parametrize("dtype", ["save", "int8", 5, ["float32"]], ids=str)

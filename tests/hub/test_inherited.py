@@ -117,6 +117,16 @@ def test_a_new_model_of_a_compressed_models_config_is_loaded_and_that_is_said(
     assert len(said()) == 1
 
 
+def test_pickles_beside_a_compressed_models_config_are_loaded_and_that_is_said(
+    bert: Repository, said: Callable[[], list[str]], tmp_path: Path
+) -> None:
+    model = BertModel(config(bert.compressed))
+    model.config.save_pretrained(tmp_path / "new")
+    torch.save(model.state_dict(), tmp_path / "new" / "pytorch_model.bin")
+    assert_same(BertModel.from_pretrained(tmp_path / "new").state_dict(), model.state_dict())
+    assert len(said()) == 1
+
+
 @pytest.mark.parametrize("way", ["from a config", "composed of parts"])
 def test_the_verbs_take_it_as_the_dense_model_that_it_is(
     way: str, repositories: Repositories, tmp_path: Path

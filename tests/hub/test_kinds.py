@@ -58,6 +58,11 @@ def single(name: str, content: bytes) -> Callable[[Path], Path]:
     return make
 
 
+LORA = {
+    "unet.lora_down.weight": SCALES.clone(),
+    "unet.lora_up.weight": SCALES.clone(),
+    "unet.alpha": torch.ones(()),
+}
 GPTQ = {"layer.qweight": WORDS, "layer.qzeros": WORDS.clone(), "layer.scales": SCALES}
 # Name → the kind, what makes it, and what every message about it says besides.
 SOURCES: dict[str, tuple[Kind, Callable[[Path], Path], str]] = {
@@ -66,6 +71,8 @@ SOURCES: dict[str, tuple[Kind, Callable[[Path], Path], str]] = {
         folder_of({"model-q4.gguf": b"GGUF\3", "config.json": BERT}),
         'gguf_file="model-q4.gguf"',
     ),
+    "gguf in capitals": (Kind.GGUF, folder_of({"MODEL-Q4.GGUF": b"GGUF\3"}), 'gguf_file="MODEL-Q4.GGUF"'),
+    "gguf in subfolders": (Kind.GGUF, folder_of({"q4/m.gguf": b"GGUF\3"}), 'gguf_file="q4/m.gguf"'),
     "gguf file": (Kind.GGUF, single("model-q4.gguf", b"GGUF\3\0\0\0"), 'gguf_file="model-q4.gguf"'),
     "gguf file of another name": (Kind.GGUF, single("model", b"GGUF\3\0\0\0"), "GGUF weights (model)"),
     "onnx": (Kind.ONNX, folder_of({"model.onnx": b"\x08", "config.json": BERT}), "ONNX export (model.onnx)"),
@@ -81,6 +88,7 @@ SOURCES: dict[str, tuple[Kind, Callable[[Path], Path], str]] = {
         folder_of({"pytorch_model.bin": b"\x80", "tf_model.h5": b"\x89", "m.onnx": b""}),
         "can run code",
     ),
+    "pickle of another name": (Kind.PICKLE, folder_of({"ckpt.pt": b"PK"}), 'torch.load("ckpt.pt", weights_o'),
     "pickle file": (Kind.PICKLE, single("model.pt", b"PK\3\4 not to be opened"), "can run code when opened"),
     "tensorflow": (
         Kind.TENSORFLOW,
@@ -91,6 +99,11 @@ SOURCES: dict[str, tuple[Kind, Callable[[Path], Path], str]] = {
         Kind.TENSORFLOW,
         folder_of({"bert_model.ckpt.index": b"", "bert_model.ckpt.data-00000-of-00001": b""}),
         "TensorFlow weights",
+    ),
+    "keras": (
+        Kind.TENSORFLOW,
+        folder_of({"model.weights.h5": b"\x89HDF"}),
+        "with the library that made them",
     ),
     "flax": (Kind.FLAX, folder_of({"flax_model.msgpack": b"\x82", "config.json": BERT}), "from_flax=True"),
     "openvino": (
@@ -109,6 +122,12 @@ SOURCES: dict[str, tuple[Kind, Callable[[Path], Path], str]] = {
         folder_of({"adapter_model.safetensors": WEIGHTS, "adapter_config.json": {}}),
         "merge it",
     ),
+    "adapter under a model's name": (
+        Kind.ADAPTER,
+        folder_of({"model.safetensors": WEIGHTS, "adapter_config.json": {}}),
+        "merge it",
+    ),
+    "adapter by tensors": (Kind.ADAPTER, folder_of({"style.safetensors": LORA}), "an adapter (LoRA, PEFT)"),
     "lora of diffusers": (
         Kind.ADAPTER,
         folder_of({"pytorch_lora_weights.safetensors": WEIGHTS}),
@@ -261,8 +280,9 @@ def test_every_verb_says_what_it_found_and_what_to_do(name: str, tmp_path: Path)
 
 def test_what_was_never_compressed_is_not_inspected_verified_or_pushed(tmp_path: Path) -> None:
     source = dense()(tmp_path / "source")
-    for path in (source, source / "model.safetensors"):
-        assert detect(path).kind is Kind.DENSE
+    bare = folder_of({"model.safetensors": WEIGHTS})(tmp_path / "bare")
+    for path in (source, source / "model.safetensors", bare):
+        assert detect(path).kind is (Kind.TENSORS if path is bare else Kind.DENSE)
         for verb in ("inspect", "verify"):
             with pytest.raises(SourceKindError) as raised:
                 VERBS[verb](path, tmp_path / "out")
@@ -317,6 +337,14 @@ def test_a_damaged_file_is_named_by_its_reader_and_no_kind(tmp_path: Path) -> No
     assert detect(source).kind is Kind.UNSOUND
     for verb in ("compress", "inspect", "load_state_dict"):
         with pytest.raises(ValueError, match="found 3 bytes that are not"):
+            VERBS[verb](source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("facts", ["fp8", ["fp8"], 8])
+def test_a_quantization_config_of_no_known_form_is_named(facts: Any, tmp_path: Path) -> None:
+    source = dense({**BERT, "quantization_config": facts})(tmp_path / "source")
+    for verb in ("compress", "fit", "compare"):
+        with pytest.raises(SourceError, match=r"expected .*, found .*; "):
             VERBS[verb](source, tmp_path / "out")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,6 +87,25 @@ def test_a_config_without_dtype_does_not_change_the_result(llama: Repository, tm
     )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("wide", ["lm_head", "norm", "embed"])
+def test_of_several_dtypes_and_no_stated_one_it_is_the_sources(
+    wide: str, llama: Repository, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama.source).bfloat16()
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.float() if wide in name else parameter.data
+    model.save_pretrained(tmp_path / "source")
+    config = tmp_path / "source" / "config.json"
+    stated = json.loads(config.read_text())
+    del stated["dtype"]
+    config.write_text(json.dumps(stated))
+    miracle_hub.compress(
+        tmp_path / "source", tmp_path / "out", bits_per_weight=8, window_bits=8, progress=False
+    )
+    ours, dense = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("out", "source"))
+    assert ours.dtype == dense.dtype == (torch.float32 if wide == "lm_head" else torch.bfloat16)
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}], ids=str)
