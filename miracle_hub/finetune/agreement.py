@@ -1,16 +1,54 @@
 """The model in memory and the file that it became: the same bits, or it is said where they are not."""
 
+import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
-from miracle_hub.errors import ChecksumError
+from miracle_hub.errors import ChecksumError, OptionError
+from miracle_hub.training.drawn import drawn_attributes
 from miracle_hub.training.rounding import plain_tensors
 
 _LOGGER = logging.getLogger("miracle_hub")
+
+
+def require_own_tensors(model: Any) -> None:
+    """Before anything is coded or written: a stranger has the class and the config, and no more.
+
+    Raises:
+        OptionError: the model has other tensors than its class makes of its config. Of those,
+            `from_pretrained` would leave some out, and draw others at random.
+    """
+    kind, found = type_before_parametrizations(model), _shapes(model)
+    with torch.device("meta"):
+        own = _shapes(kind(copy.deepcopy(model.config)))
+    for name in sorted(own.keys() | found.keys()):
+        if own.get(name) != found.get(name):
+            raise OptionError(
+                f"model: expected the tensors that {kind.__name__} makes of its config, as from_pretrained "
+                f"does, found {name}: {_said(found.get(name))} in the model, {_said(own.get(name))} in what "
+                "is loaded; change the config with the model (num_labels, num_hidden_layers, …), call "
+                "prune.remove, write a class of your own, or call save and load, which take any module"
+            )
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of all that a state dict of the ordinary model has."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in plain_tensors(model)}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, drawn in drawn_attributes(module):
+            member = drawn.holder[0].streams[drawn.stream].members[drawn.member]
+            shapes[f"{prefix}.{name}".lstrip(".")] = member.shape
+    return shapes
+
+
+def _said(shape: tuple[int, ...] | None) -> str:
+    return "none" if shape is None else str(list(shape))
 
 
 def require_same(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
