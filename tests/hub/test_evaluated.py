@@ -149,6 +149,19 @@ def test_a_model_whose_config_says_otherwise_is_refused_before_it_is_written(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("first", ["embed_tokens", "norm"])
+def test_weights_that_are_tied_by_hand_are_refused_before_they_are_written(
+    first: str, tmp_path: Path
+) -> None:
+    llama = of_transformers("llama")
+    other = llama.lm_head if first == "embed_tokens" else llama.model.layers[0].input_layernorm
+    other.weight = getattr(llama.model, first).weight
+    code_model(make_variational(llama, rate=2.0), options=AT_ONCE, progress=False)
+    with pytest.raises(OptionError, match="expected weights that LlamaForCausalLM ties by its config"):
+        compress_model(llama, tmp_path / "out", progress=False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_another_dtype_than_that_of_the_file_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
