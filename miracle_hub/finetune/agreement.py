@@ -1,16 +1,73 @@
 """The model in memory and the file that it became: the same bits, or it is said where they are not."""
 
+import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
-from miracle_hub.errors import ChecksumError
+from miracle_hub.errors import ChecksumError, OptionError
+from miracle_hub.training.drawn import drawn_attributes
 from miracle_hub.training.rounding import plain_tensors
 
 _LOGGER = logging.getLogger("miracle_hub")
+
+
+def require_own_tensors(model: Any) -> None:
+    """Before anything is coded or written: a stranger has the class and the config, and no more.
+
+    Raises:
+        OptionError: the model has other tensors than its class makes of its config. Of those,
+            `from_pretrained` would leave some out, and draw others at random.
+    """
+    kind, found = type_before_parametrizations(model), _tensors(model)
+    with torch.device("meta"):
+        own = _tensors(kind(copy.deepcopy(model.config)))
+    for name in sorted(own.keys() | found.keys()):
+        texts = [_said(name, tensors) for tensors in (found, own)]
+        if texts[0] != texts[1]:
+            raise OptionError(
+                f"model: expected the tensors that {kind.__name__} makes of its config, as from_pretrained "
+                f"does, found {name}: {texts[0]} in the model, {texts[1]} in what is loaded; change the "
+                "config with the model (num_labels, num_hidden_layers, tie_word_embeddings, …), call "
+                "prune.remove, write a class of your own, or call save and load, which take any module"
+            )
+    _require_own_ties(kind.__name__, found, own)
+
+
+def _require_own_ties(kind: str, found: "_Tensors", own: "_Tensors") -> None:
+    firsts: dict[Any, str] = {}
+    for name, (_, key) in found.items():
+        first = firsts.setdefault(key, name)
+        if own[first][1] != own[name][1]:
+            raise OptionError(
+                f"model: expected weights that {kind} ties by its config, found that {name} is {first}, and "
+                "would be another tensor when it is loaded; set config.tie_word_embeddings with the model, "
+                "or give each a tensor of its own, before make_variational"
+            )
+
+
+_Tensors = Mapping[str, tuple[tuple[int, ...], Any]]  # name → shape, and what is equal where tensors are tied
+
+
+def _tensors(model: nn.Module) -> _Tensors:
+    """All that a state dict of the ordinary model has."""
+    found: dict[str, tuple[tuple[int, ...], Any]] = {
+        name: (tuple(tensor.shape), id(tensor)) for name, tensor in plain_tensors(model)
+    }
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, drawn in drawn_attributes(module):
+            member = drawn.holder[0].streams[drawn.stream].members[drawn.member]
+            found[f"{prefix}.{name}".lstrip(".")] = (member.shape, (drawn.stream, drawn.member))
+    return found
+
+
+def _said(name: str, tensors: _Tensors) -> str:
+    return str(list(tensors[name][0])) if name in tensors else "none"
 
 
 def require_same(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from miracle_hub.code import Code, StreamCode
 from miracle_hub.codec.dtypes import DTYPE_NAMES
@@ -225,7 +226,8 @@ def _files(model: nn.Module, targets: Sequence[Target], config: VariationalConfi
         kept = config.modules_to_save or []
         half = frozenset(n for n, t in tensors.items() if not matches(n, kept) and is_held_in_half(n, t))
         entries = network_entries(tensors, {})
-        exact = {name: n for name, t in tensors.items() if (n := _exact_bytes(t))}
+        moving = statistics_of(model)
+        exact = {name: n for name, t in tensors.items() if name not in moving and (n := _exact_bytes(t))}
         stored = in_order(
             replace(e, dtype="F16") if e.name in half else e for e in entries if e.name not in exact
         )
@@ -235,6 +237,18 @@ def _files(model: nn.Module, targets: Sequence[Target], config: VariationalConfi
             n: torch.empty_like(plain[n], dtype=torch.float16, device="meta") for n in half & set(plain)
         }
     return _Files(coded, plain, stored, exact, half, config.scales == "row")
+
+
+def statistics_of(model: nn.Module) -> frozenset[str]:
+    """Buffers that training moves, by all their names: they are all zeros or ones, which is few bytes, only
+    before it.
+    """
+    return frozenset(
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, _NormBase)
+        for name in module._buffers
+    )
 
 
 def _exact_bytes(tensor: Tensor) -> int:

@@ -20,8 +20,14 @@ from miracle_hub.codec.report import Report
 from miracle_hub.codec.trellis import payload_of_stream
 from miracle_hub.errors import OptionError, ProcessError, WrittenWeightError
 from miracle_hub.files.whole import temporary_beside, writing
-from miracle_hub.finetune.agreement import adopt, require_same, say_other_dtypes, say_what_changed
-from miracle_hub.finetune.budget import plan_file
+from miracle_hub.finetune.agreement import (
+    adopt,
+    require_own_tensors,
+    require_same,
+    say_other_dtypes,
+    say_what_changed,
+)
+from miracle_hub.finetune.budget import plan_file, statistics_of
 from miracle_hub.format.network import NetworkHeader
 from miracle_hub.hub.card import write_card
 from miracle_hub.names import matches, offer
@@ -38,9 +44,6 @@ from miracle_hub.training.stream import message_of
 
 if TYPE_CHECKING:
     from miracle_hub.plugin.config import MiracleConfig
-
-_LOGGER = logging.getLogger("miracle_hub")
-
 
 _LOGGER = logging.getLogger("miracle_hub")
 
@@ -103,8 +106,8 @@ def save(model: nn.Module, path: str | Path) -> int:
     model, path = unwrapped(model), Path(path)
     variational = convert.check_evaluated(model)
     check_model(model)
-    if half := planned_half(model) or frozenset():  # all others keep their bits in such a file
-        round_as_written(model)
+    half = planned_half(model) or frozenset()
+    rounded = round_as_written(model) if half else []  # without a plan the file keeps all bits
     names = _names(model, variational)
     entries = _coded_entries(variational, names)
     dense = convert.posterior_mean(model)
@@ -114,6 +117,7 @@ def save(model: nn.Module, path: str | Path) -> int:
         require_same(path, read_state(written, dense), module_tensors(dense))
 
     n_bytes = write_network(path, entries, plain, check, half & set(plain))
+    say_what_changed(path, rounded)
     _say_if_above(variational.plan, n_bytes, path)
     return n_bytes
 
@@ -142,7 +146,8 @@ def compress_model(
             training to meet it. None means that they stay plain.
 
     Raises:
-        OptionError: the model is not coded, or has one stream for the whole network, or adapters on top.
+        OptionError: the model is not coded, has one stream for the whole network, adapters on top, or other
+            tensors than its class makes of its config.
         WrittenWeightError: evaluation has other weights than those that were coded.
         ChecksumError: what was written does not decode to the model's weights.
         ProcessError: the first process does not write, or the file is not to be seen from this one.
@@ -154,6 +159,7 @@ def compress_model(
             "MiracleHubMixin"
         )
     refuse_adapters(model)
+    require_own_tensors(model)
     convert.check_evaluated(model)
     check_model(model)
     payloads = _coded_entries(variational, _names(model, variational))
@@ -232,17 +238,22 @@ def _write_repository(
         return compress_folder(
             folder, out, options, coded=payloads, half=half,
             card=lambda target, report: write_card(target, report, folder, base),
-            roles=lambda _: _roles_in(dense),
+            roles=lambda _: _roles_in(dense, is_planned=half is not None),
         )  # fmt: skip
 
 
-def _roles_in(model: nn.Module) -> Roles:
-    """Which tensors of a module are parameters, and which are buffers."""
+def _roles_in(model: nn.Module, is_planned: bool) -> Roles:
+    """Which tensors of a module are parameters, and which are buffers.
+
+    Args:
+        is_planned: so that statistics have the bytes that they were planned with, whatever they became.
+    """
     buffers, parameters = (
         frozenset(name for name, _ in named(remove_duplicate=False))
         for named in (model.named_buffers, model.named_parameters)
     )
-    return Roles(buffers, parameters, type(model).__name__)
+    moving = statistics_of(model) if is_planned else frozenset()
+    return Roles(buffers - moving, parameters | moving, type(model).__name__)
 
 
 def refuse_adapters(model: Any) -> None:

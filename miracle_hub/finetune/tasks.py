@@ -11,7 +11,7 @@ from transformers import (
     DataCollatorWithPadding,
 )
 
-from miracle_hub.errors import DataError, SourceError
+from miracle_hub.errors import DataError, MiracleError, SourceError
 from miracle_hub.evaluate.batches import check_fits, tokenized
 from miracle_hub.evaluate.data import Split
 
@@ -37,6 +37,29 @@ def pad_with_another(tokenizer: Any) -> None:
     )
 
 
+def _loaded(kind: Any, source: Any, **options: Any) -> Any:
+    """
+    Raises:
+        SourceError: the model has no such class, or a head of another size.
+    """
+    try:
+        return kind.from_pretrained(source, **options)
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, MiracleError):
+            raise
+        if "size mismatch" in str(error) or "ignore_mismatched_sizes" in str(error):
+            raise SourceError(
+                f"{source}: expected a head for the {options.get('num_labels')} classes of the data "
+                f"({', '.join(list(options.get('label2id', ()))[:8])}), found one of another size; give "
+                "labels of the model's own classes, or fine-tune the model without a head that it was made from"
+            ) from error
+        found = str(error).strip().partition("\n")[0]
+        raise SourceError(
+            f"{source}: expected a model that {kind.__name__} loads, found none ({found}); choose another "
+            "--task, or another model"
+        ) from error
+
+
 def classification(source: Any, tokenizer: Any, splits: Split, max_length: int) -> tuple[Any, Any, Callable]:
     """The model with a head for the classes of the data, its collator, and what encodes rows.
 
@@ -45,7 +68,7 @@ def classification(source: Any, tokenizer: Any, splits: Split, max_length: int) 
     """
     names = splits.class_names
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-    model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=len(names), **labels)
+    model = _loaded(AutoModelForSequenceClassification, source, num_labels=len(names), **labels)
     if model.config.pad_token_id is None:  # some models look for it to find a text's end
         model.config.pad_token_id = tokenizer.pad_token_id
 
@@ -67,7 +90,7 @@ def language_model(source: Any, tokenizer: Any, splits: Split, max_length: int) 
     Raises:
         DataError: the texts have nothing to predict. SourceError: the model cannot take them.
     """
-    model = AutoModelForCausalLM.from_pretrained(source)
+    model = _loaded(AutoModelForCausalLM, source)
 
     def one(batch: dict[str, list]) -> dict[str, list]:
         """Texts one after the other, cut into windows; a last token alone has none to predict."""

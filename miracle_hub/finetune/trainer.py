@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 from miracle_hub.codec.report import Report
 from miracle_hub.errors import OptionError
 from miracle_hub.files.whole import refuse_existing
+from miracle_hub.finetune.agreement import require_own_tensors
 from miracle_hub.finetune.distillation import Teacher
 from miracle_hub.finetune.models import compress_model, refuse_adapters
 from miracle_hub.finetune.refit_batches import RefitBatches
@@ -186,6 +187,7 @@ class MiracleTrainer(Trainer):
         with all_processes() as processes:
             with processes.together():
                 refuse_adapters(self._plain_model())
+                require_own_tensors(self._plain_model())
                 if processes.is_first:
                     refuse_existing(Path(out), overwrite)
             journal = self._coded(options, distill, validate, state, log_folder, processes)

@@ -10,9 +10,11 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import miracle_hub
 from miracle_hub import CodingOptions, MiracleTrainer, code_model, compress_model, make_variational
+from miracle_hub.errors import OptionError
 from tests.hub.conftest import ARCHITECTURES
 from tests.hub.test_trainer import ROWS, arguments, classifier
 from tests.training.networks import IMAGES, conv_net, loss_of, variational_net
@@ -122,6 +124,42 @@ def test_buffers_that_no_file_holds_are_those_that_a_loaded_model_has(
     inputs = {"input_ids": TOKENS}
     assert torch.equal(logits(loaded, inputs), logits(model, inputs))
     assert "such as model.rotary_emb.inv_freq" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["head dropped", "head replaced", "layer dropped", "head added", "pruned"])
+def test_a_model_whose_config_says_otherwise_is_refused_before_it_is_written(
+    change: str, tmp_path: Path
+) -> None:
+    """`from_pretrained` would draw what is missing at random."""
+    bert = of_transformers("bert-classifier")
+    match change:
+        case "head dropped":
+            bert.classifier = nn.Identity()
+        case "head replaced":
+            bert.classifier = nn.Linear(bert.config.hidden_size, 7)
+        case "layer dropped":
+            bert.bert.encoder.layer = bert.bert.encoder.layer[:-1]
+        case "head added":
+            bert.value = nn.Linear(bert.config.hidden_size, 1)
+        case _:
+            prune.l1_unstructured(bert.bert.embeddings.LayerNorm, "weight", 0.5)
+    code_model(make_variational(bert, rate=2.0), options=AT_ONCE, progress=False)
+    with pytest.raises(OptionError, match="expected the tensors that BertForSequenceClassification makes"):
+        compress_model(bert, tmp_path / "out", progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("first", ["embed_tokens", "norm"])
+def test_weights_that_are_tied_by_hand_are_refused_before_they_are_written(
+    first: str, tmp_path: Path
+) -> None:
+    llama = of_transformers("llama")
+    other = llama.lm_head if first == "embed_tokens" else llama.model.layers[0].input_layernorm
+    other.weight = getattr(llama.model, first).weight
+    code_model(make_variational(llama, rate=2.0), options=AT_ONCE, progress=False)
+    with pytest.raises(OptionError, match="expected weights that LlamaForCausalLM ties by its config"):
+        compress_model(llama, tmp_path / "out", progress=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_dtype_than_that_of_the_file_is_said(

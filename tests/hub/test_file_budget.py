@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 import miracle_hub
 from miracle_hub import CodingOptions, MiracleConfig, VariationalConfig
@@ -105,6 +112,22 @@ def test_a_repository_has_99_percent_of_its_bits_per_weight_and_never_more(
     n_weights = sum(p.numel() for p in REPOSITORIES[kind]().parameters())
     assert 0.99 * bits_per_weight <= 8 * n_bytes / n_weights <= bits_per_weight
     assert 0.99 * bits_per_weight <= found <= bits_per_weight
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_statistics_that_training_moves_have_the_bytes_that_they_were_planned_with(
+    steps: int, tmp_path: Path
+) -> None:
+    """Zeros and ones, as they begin, would take fewer, and what they become more than the budget."""
+    sizes: Any = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic"}
+    torch.manual_seed(0)
+    model: Any = ResNetForImageClassification(ResNetConfig(**sizes))
+    budget = 5.0 * sum(p.numel() for p in model.parameters()) / 8
+    miracle_hub.make_variational(model, bits_per_weight=5.0)
+    for _ in range(steps):
+        model.train()(pixel_values=torch.randn(2, 3, 16, 16))
+    report = miracle_hub.compress_model(coded(model), tmp_path / "out", progress=False)
+    assert 0.99 * budget <= report.compressed_bytes <= budget
 
 
 @pytest.mark.parametrize("kind", REPOSITORIES)

@@ -15,6 +15,8 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTModel,
 )
 
 import miracle_hub
@@ -136,4 +138,22 @@ def test_a_source_that_is_not_finite_is_refused(name: str, source: Path, tmp_pat
     AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "bad")
     with pytest.raises(MiracleError, match="expected finite weights, found 1 of "):
         fit(tmp_path / "bad", tmp_path / "out", ROWS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_none_for_the_task_or_has_other_classes_is_named(
+    source: Path, tmp_path: Path
+) -> None:
+    rows = [("a film", 0), ("the movie", 1), ("very nice", 2)] * 8
+    ViTModel(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(
+        tmp_path / "vit"
+    )
+    tokenizer(eos_token="<eos>").save_pretrained(tmp_path / "vit")
+    with pytest.raises(SourceError, match="expected a model that AutoModelForSeq.* loads, found none"):
+        fit(tmp_path / "vit", tmp_path / "out", rows)
+    head = AutoModelForSequenceClassification.from_pretrained(source, num_labels=2)
+    head.save_pretrained(tmp_path / "head")
+    tokenizer(eos_token="<eos>").save_pretrained(tmp_path / "head")
+    with pytest.raises(SourceError, match="expected a head for the 3 classes .* found one of another"):
+        fit(tmp_path / "head", tmp_path / "out", rows)
     assert not (tmp_path / "out").exists()

@@ -318,8 +318,8 @@ def test_a_coded_transformers_model_loads_with_plain_from_pretrained(
     kind: str, auto: str, tmp_path: Path
 ) -> None:
     model = tiny(kind)
-    names_of_bert: dict[str, Any] = {"modules_to_save": ["classifier"], "exclude_modules": ["pooler"]}
-    miracle_hub.make_variational(model, rate=2.0, window_bits=8, **(names_of_bert if kind == "bert" else {}))
+    some: Any = {"modules_to_save": ["classifier"], "exclude_modules": ["pooler"]} if kind == "bert" else {}
+    miracle_hub.make_variational(model, rate=2.0, window_bits=8, **some)
     miracle_hub.code_model(model, options=CodingOptions(groups=2), progress=False)
     report = miracle_hub.compress_model(model, tmp_path / "out", progress=False)
     assert report.compressed_bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
