@@ -51,7 +51,7 @@ def _loaded(kind: Any, source: Any, **options: Any) -> Any:
             raise SourceError(
                 f"{source}: expected a head for the {options.get('num_labels')} classes of the data "
                 f"({', '.join(list(options.get('label2id', ()))[:8])}), found one of another size; give "
-                "labels of the model's own classes, or fine-tune the model without a head that it was made from"
+                "labels of the model's own classes, or fine-tune what it was made from, without a head"
             ) from error
         found = str(error).strip().partition("\n")[0]
         raise SourceError(

@@ -129,7 +129,7 @@ def drawn_model(generator: random.Random) -> PreTrainedModel:
             model_class = generator.choice(classes_of(config))
             with torch.device("meta"):
                 n_weights = sum(p.numel() for p in model_class(config).parameters())
-            if n_weights <= _MOST_WEIGHTS:
+            if 0 < n_weights <= _MOST_WEIGHTS:
                 torch.manual_seed(generator.randrange(1 << 30))
                 model: Any = model_class(config)
                 return model.eval().to(generator.choice(_DTYPES))
