@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_a_few_kills_races_small_disks_and_random_folders_find_every_output_whole_or_absent() -> None:
     # Some hundreds of damaged files are read by tests/codec/test_flips.py.
-    options = ["--kills", "10", "--races", "2", "--disks", "3", "--damages", "0", "--folders", "4"]
+    options = ["--kills", "10", "--races", "2", "--disks", "3", "--damages", "0", "--folders", "2"]
     done = subprocess.run(
         [sys.executable, "-m", "tests.chaos", *options],
         cwd=ROOT,

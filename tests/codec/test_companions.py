@@ -94,7 +94,7 @@ def assert_all_accounted_for(source: Path, out: Path, report: Report) -> None:
 OPAQUE = (".bin", ".pt", ".pkl", ".onnx", ".h5", ".npz")
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.sets(_NAMES, max_size=12))
 def test_every_file_of_a_random_folder_is_accounted_for(save_anywhere: SaveModel, drawn: set[str]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
