@@ -15,7 +15,7 @@ from miracle_hub.codec.jobs import Job, refining
 from miracle_hub.codec.keeping import Roles, keep_exact, kept_bytes, warn_of_kept
 from miracle_hub.codec.naming import CARD, CONFIG, stem_of
 from miracle_hub.codec.payloads import Request
-from miracle_hub.codec.plan import Coded, Exact, Plain, Plan, Why, lay_out, narrowed, plan_all
+from miracle_hub.codec.plan import Coded, Exact, Plain, Plan, Ready, Why, lay_out, narrowed, plan_all
 from miracle_hub.codec.report import Report
 from miracle_hub.codec.repository import OutputFile, total_bytes
 from miracle_hub.codec.source import list_tensors, weight_files
@@ -23,6 +23,7 @@ from miracle_hub.codec.stages import refined_files, refinement
 from miracle_hub.codec.survey import survey
 from miracle_hub.codec.writer import Writer
 from miracle_hub.coding.backend import Backend, choose
+from miracle_hub.errors import BudgetError
 from miracle_hub.files.whole import output_folder, refuse_overlap, writing
 from miracle_hub.options import CompressOptions, budget_bytes, parse_size
 
@@ -68,6 +69,7 @@ def compress_folder(
             left_out={**copied.left_out, **(not_downloaded or {})},
             notes=_notes(source),
             judged_by=known.said_by,
+            budget_bytes=_asked(options, n_weights),
         )
         facts, tensors = _facts(report, options, plans), [plan.source for plan in plans.values()]
         facts |= {NON_FINITE: non_finite} if non_finite else {}
@@ -162,12 +164,14 @@ def _decide(
 ) -> tuple[list[list[OutputFile]], list[list[Job]]]:
     """Files and jobs of every stage; tensors that cannot be coded, or have no budget, become plain."""
     shard_bytes, stem = parse_size(options.max_shard_size, "max_shard_size"), stem_of(1, options.stages)
-    if not options.has_budget:
-        left = {name: plan.source for name, plan in plans.items() if isinstance(plan, Coded)}
+    left = {name: plan.source for name, plan in plans.items() if isinstance(plan, Coded)}
+    are_coded = not left and any(isinstance(plan, Ready) for plan in plans.values())
+    if not options.has_budget or are_coded:
         plans |= {name: narrowed(Plain(source, Why.NO_BUDGET), half) for name, source in left.items()}
-        return [lay_out(plans, {}, shard_bytes, stem)], [[]]
-    n_coded = sum(isinstance(plan, Coded) for plan in plans.values())
-    request = Request(options.window_bits, options.rotation, options.seed, n_coded, backend)
+        files = lay_out(plans, {}, shard_bytes, stem)
+        _require_within(total_bytes(files) + copied_bytes, options, n_weights)
+        return [files], [[]]
+    request = Request(options.window_bits, options.rotation, options.seed, len(left), backend)
     curves, contents = survey(plans, request)
     refined = [refined_files(plans, request, stage, shard_bytes) for stage in range(2, options.stages + 1)]
     target = budget_bytes(options.bits_per_weight, options.size, n_weights)
@@ -180,3 +184,20 @@ def _decide(
         last = {job.source.name: job for job in jobs[-1]}
         jobs.append(refining(last, lambda source: refinement(source, request), backend))
     return [lay_out(plans, choices, shard_bytes, stem), *refined], jobs
+
+
+def _asked(options: CompressOptions, n_weights: int) -> int | None:
+    return budget_bytes(options.bits_per_weight, options.size, n_weights) if options.has_budget else None
+
+
+def _require_within(n_bytes: int, options: CompressOptions, n_weights: int) -> None:
+    """
+    Raises:
+        BudgetError: what training coded, and what stays plain, is above the budget, and nothing is left to
+            code.
+    """
+    if (budget := _asked(options, n_weights)) is not None and n_bytes > budget:
+        raise BudgetError(
+            f"size: {budget:,} bytes were asked for, but everything is coded already, in {n_bytes:,} bytes; "
+            "ask for that or more, or give the budget to make_variational"
+        )

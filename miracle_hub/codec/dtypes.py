@@ -10,6 +10,14 @@ TORCH_DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+# Which torch of some version may lack; they are stored, and kept exact, where it has them.
+_LATER = {
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu", "C64": "complex64",
+}  # fmt: skip
+EXACT_DTYPES = TORCH_DTYPES | {
+    name: getattr(torch, spelled) for name, spelled in _LATER.items() if hasattr(torch, spelled)
+}
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 

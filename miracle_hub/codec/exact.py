@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from miracle_hub.code import MAX_DIMENSIONS
-from miracle_hub.codec.dtypes import raw_bytes
+from miracle_hub.codec.dtypes import EXACT_DTYPES, raw_bytes
 from miracle_hub.codec.payloads import Packed, PayloadFacts, Request
 from miracle_hub.codec.rates import Choice, Option
 from miracle_hub.coding.backend import Backend
@@ -34,13 +34,7 @@ from miracle_hub.format.exact import (
 )
 from miracle_hub.format.spec import TensorSpec
 
-# By the names that safetensors has for them; torch of some version may lack the last ones.
-_TORCH_NAMES = {
-    "F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
-    "U64": "uint64", "U32": "uint32", "U16": "uint16",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "C64": "complex64",
-}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in EXACT_DTYPES.items()}
 _INDEX_BITS = np.arange(16)
 
 
@@ -126,7 +120,7 @@ class ExactPayload:
                 f"{self.where}: the decoded tensor has digest {found:016x}, the header promises "
                 f"{self.header.digest:016x}; the payload is damaged: download the file again"
             )
-        dtype = getattr(torch, _TORCH_NAMES[self.header.dtype], None)
+        dtype = EXACT_DTYPES.get(self.header.dtype)
         if dtype is None:
             raise SourceError(
                 f"{self.where}: expected a dtype that torch knows, found {self.header.dtype}; upgrade torch"
@@ -144,8 +138,7 @@ class ExactPayload:
 
 def exact_payload(tensor: Tensor) -> bytes | None:
     """The shortest payload of a tensor; None if the format has no such tensor."""
-    names = {name: dtype for dtype, name in _TORCH_NAMES.items()}
-    dtype = names.get(str(tensor.dtype).removeprefix("torch."))
+    dtype = _NAMES.get(tensor.dtype)
     if dtype is None or not tensor.numel() or tensor.ndim > MAX_DIMENSIONS:
         return None
     raw = raw_bytes(tensor)

@@ -6,7 +6,6 @@ Arguments: a folder with a model in `source` and rows in `train.tsv`.
 import json
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import miracle_hub
 from miracle_hub import CodingOptions, MiracleTrainer, code_model, compress_model, posterior_mean
 from miracle_hub.training.sealed import crc_of
 from tests.hub.test_trainer import ROWS, arguments, classifier
+from tests.workers import caught
 
 FOLDER, RANK = Path(sys.argv[1]), int(os.environ["RANK"])
 OPTIONS = CodingOptions(groups=3, refit_steps=2)
@@ -30,14 +30,6 @@ def trainer_of(kind: str, rows: Any = ROWS, **options: Any) -> MiracleTrainer:
     model = classifier(parametrization=kind)
     given = arguments(FOLDER / f"trained-{kind}", max_steps=2, **options)
     return MiracleTrainer(model=model, args=given, train_dataset=rows, eval_dataset=ROWS)
-
-
-def caught(run: Callable[[], Any]) -> str:
-    try:
-        run()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
 
 
 def crc(model: Any) -> str:

@@ -25,6 +25,7 @@ from miracle_hub.training.journal import Journal
 from miracle_hub.training.model import kl_penalty
 from miracle_hub.training.sealed import crc_of
 from tests.training.networks import IMAGES, conv_net, loss_of, variational_net
+from tests.workers import caught
 
 OPTIONS = CodingOptions(groups=3, refit_steps=2, learning_rate=1e-3)
 FOLDER, RANK = Path(sys.argv[1]), int(os.environ["RANK"])
@@ -39,15 +40,6 @@ def coded(model: nn.Module, loss: Callable[[int], Tensor] | None = None, **optio
 def crc(model: nn.Module) -> str:
     state = {n: t.contiguous() for n, t in model.state_dict().items() if isinstance(t, Tensor)}
     return crc_of(state, {})
-
-
-def caught(run: Callable[[], Any]) -> str:
-    """The kind and the text of the error that something raises."""
-    try:
-        run()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
 
 
 def kinds_of_posteriors() -> dict[str, Any]:
