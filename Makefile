@@ -80,6 +80,7 @@ bench: setup
 	$(BIN)/python benchmarks/verify_time.py
 	$(BIN)/python benchmarks/minilm.py
 	$(BIN)/python benchmarks/stories.py
+	$(BIN)/python benchmarks/token_certificate.py
 	$(BIN)/python benchmarks/peers.py round-to-nearest
 	$(BIN)/python benchmarks/cards.py minilm
 	$(BIN)/python benchmarks/report.py

@@ -120,13 +120,10 @@ def _of_texts(found: list[str], plain: list[Any], where: str) -> list[Any]:
         )
     if all(_is_number(label) for label in found):
         raise _no_class(others[0], plain, where)
-    if whole:
-        raise DataError(
-            f"{where}: expected labels of one kind, found whole numbers and {others[0]!r} in row "
-            f"{plain.index(others[0])}; name all classes, or number them all"
-        )
     if {"true", "false"} == {label.casefold() for label in found} and len(found) > 2:
         raise DataError(f"{where}: expected one spelling of each class, found {found}; write them alike")
+    if whole:  # as 1, 2, 3+ are; or a column was filled in two ways, which a text does not tell
+        _LOGGER.warning("%s: whole numbers stand beside %r: they are taken for names too", where, others[0])
     return found
 
 

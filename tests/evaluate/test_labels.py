@@ -107,3 +107,10 @@ def test_a_label_that_is_none_of_the_models_classes_is_refused(
 def test_a_number_is_a_class_where_no_name_says_otherwise() -> None:
     assert class_numbers(["1", 0, "b"], ("a", "b"), "d") == [1, 0, 1]
     assert class_numbers(["2", 2], ("0", "1", "2"), "d") == [2, 2]
+
+
+def test_numbers_beside_names_are_names_and_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    assert class_names(["0", "pos", "1"], "d: column 'label'") == ("0", "1", "pos")
+    assert caplog.messages == [
+        "d: column 'label': whole numbers stand beside 'pos': they are taken for names too"
+    ]

@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 
 import miracle_hub
 from miracle_hub import CodingOptions, MiracleTrainer, code_model, compress_model, make_variational
-from miracle_hub.errors import OptionError
+from miracle_hub.errors import BudgetError, OptionError
 from tests.hub.conftest import ARCHITECTURES
 from tests.hub.test_trainer import ROWS, arguments, classifier
 from tests.training.networks import IMAGES, conv_net, loss_of, variational_net
@@ -172,6 +172,33 @@ def test_another_dtype_than_that_of_the_file_is_said(
     compress_model(model, tmp_path / "out", progress=False)
     assert "2 tensors are loaded in another dtype than the model in memory has, such as" in caplog.text
     assert "LayerNorm.weight: torch.float32 in memory, torch.bfloat16 from the file" in caplog.text
+
+
+def test_a_trainer_that_evaluates_in_bfloat16_writes_what_it_evaluated(tmp_path: Path) -> None:
+    given = arguments(tmp_path / "t", bf16_full_eval=True, use_cpu=True)
+    model = classifier()
+    trainer = MiracleTrainer(model=model, args=given, train_dataset=ROWS, eval_dataset=ROWS)
+    trainer.train()
+    trainer.evaluate()  # from here on the model is in bfloat16
+    trainer.compress(tmp_path / "out", options=CodingOptions(groups=2, refit_steps=1))
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    found, expected = loaded(TOKENS).logits, model.eval()(TOKENS).logits
+    assert found.dtype == expected.dtype == torch.bfloat16 and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(("size", "bound"), [("1MB", None), ("1kB", "everything is coded already, in ")])
+def test_a_size_for_what_is_coded_whole_is_met_or_refused(
+    size: str, bound: str | None, tmp_path: Path
+) -> None:
+    model = classifier(target_modules="all")
+    code_model(model, options=CodingOptions(groups=1), progress=False)
+    if bound is None:
+        report = compress_model(model, tmp_path / "out", size=size, progress=False)
+        assert report.compressed_bytes <= 1_000_000 == report.budget_bytes
+    else:
+        with pytest.raises(BudgetError, match=bound):
+            compress_model(model, tmp_path / "out", size=size, progress=False)
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("size", [None, "6kB"])
