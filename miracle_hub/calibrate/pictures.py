@@ -1,0 +1,94 @@
+"""Noise like images for a vision net: of its size, scaled as its processor scales."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from miracle_hub.calibrate.modality import Modality, main_input, modality_of
+from miracle_hub.calibrate.noise import images
+from miracle_hub.calibrate.rows import Found, rows_of_batch, tokens_of
+from miracle_hub.errors import CalibrationError, SourceError
+from miracle_hub.evaluate.batches import read_processor
+
+_LEAST_ROWS = 16
+_AT_ONCE = 64
+_SIZES = (32, 28, 64, 96, 224, 299, 384)  # of images, tried in this order where nothing says it
+_LARGE_KERNEL = 5  # of a first convolution with strides, as nets for photographs have
+# What images are scaled by where nothing says it: as torchvision's nets.
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def picture_rows(model: Any, folder: Path, wanted: int, generator: torch.Generator) -> Found:
+    """Rows that have `wanted` tokens together.
+
+    Raises:
+        CalibrationError: the model is none that takes images, or of none of the usual sizes.
+    """
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    leads = next((m for m in model.modules() if isinstance(m, nn.Embedding | nn.Linear | nn.Conv2d)), None)
+    if first is None or (modality_of(model) is Modality.ARRAY and leads is not first):
+        raise CalibrationError(
+            f"{type(model).__name__}: expected a model of which it is known what it takes (texts, images or "
+            "sounds), found another; give data (--calibrate DATA), as an npz of its inputs"
+        )
+    channels, name = first.in_channels, main_input(model)
+    mean, std, said = _scaling(folder, channels)
+    height, width = _size(model, folder, first, name)
+    rows: list[dict[str, Tensor]] = []
+    while sum(map(tokens_of, rows)) < wanted or len(rows) < _LEAST_ROWS:
+        pixels = images(_AT_ONCE, channels, height, width, generator)
+        rows += rows_of_batch({name: (pixels - mean) / std})
+    return Found(
+        rows, "self", f"{len(rows):,} images of noise with natural spectra, {height} × {width}, {said}"
+    )
+
+
+def _scaling(folder: Path, channels: int) -> tuple[Tensor, Tensor, str]:
+    """What pixels between 0 and 1 are scaled by."""
+    try:
+        processor = read_processor([folder])
+    except SourceError:
+        mean, std, said = _MEAN, _STD, "scaled as usual, for want of a processor"
+        if channels != len(mean):
+            mean, std = (0.0,) * channels, (1.0,) * channels
+    else:
+        mean = getattr(processor, "image_mean", None) or (0.0,) * channels
+        std, said = getattr(processor, "image_std", None) or (1.0,) * channels, "scaled as by its processor"
+    return *(torch.tensor(x)[:, None, None] for x in (mean, std)), said
+
+
+def _size(model: Any, folder: Path, first: nn.Conv2d, name: str) -> tuple[int, int]:
+    """Height and width: what the config says, or the first usual size that the model runs on.
+
+    Raises:
+        CalibrationError: it runs on none.
+    """
+    size = getattr(getattr(model, "config", None), "image_size", None)
+    if isinstance(size, int):
+        return size, size
+    if isinstance(size, list | tuple) and len(size) == 2:
+        return int(size[0]), int(size[1])
+    sizes = (
+        sorted(_SIZES, key=lambda n: n != 224)
+        if first.kernel_size[0] >= _LARGE_KERNEL and first.stride[0] > 1
+        else _SIZES
+    )
+    said = ""
+    for size in sizes:
+        try:
+            with torch.no_grad():
+                model(**{name: torch.zeros(1, first.in_channels, size, size)})
+        except (RuntimeError, ValueError) as error:
+            said = str(error).partition("\n")[0]
+            continue
+        return size, size
+    raise CalibrationError(
+        f"{type(model).__name__}: expected a net for images of one of the usual sizes {list(sizes)}, found "
+        f"that it takes none ({said}); give data (--calibrate DATA), as an npz of its inputs"
+    )
+
+
+__all__ = ["copy", "picture_rows"]
