@@ -14,7 +14,7 @@ from miracle_hub.errors import DataError
 from miracle_hub.evaluate.batches import checked_arrays
 
 _LOGGER = logging.getLogger("miracle_hub")
-LABELS = frozenset({"labels", "label", "label_ids", "start_positions", "end_positions"})
+_LABELS = frozenset({"labels", "label", "label_ids", "start_positions", "end_positions"})
 
 
 def rows_of_arrays(
@@ -70,10 +70,11 @@ def _named(model: nn.Module, batch: Any, number: int) -> Mapping[str, np.ndarray
             f"data: batch {number}: expected inputs of the model by name, a tensor, or a pair of one and "
             f"labels, found {type(batch).__name__}; give one of these"
         )
-    return {str(name): _array(values) for name, values in batch.items()}
+    return {str(name): as_numpy(values) for name, values in batch.items()}
 
 
-def _array(values: Any) -> np.ndarray:
+def as_numpy(values: Any) -> np.ndarray:
+    """An array on the CPU, bfloat16 as float32."""
     if isinstance(values, Tensor):
         values = values.detach().cpu()
         return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
@@ -86,9 +87,9 @@ def _rows(model: nn.Module, arrays: Mapping[str, np.ndarray], where: str) -> tup
     Raises:
         DataError: they are not the model's inputs, not finite, or token ids that it has not.
     """
-    labels = sorted(set(arrays) & LABELS)
-    kept = {name: values for name, values in arrays.items() if name not in LABELS}
-    found = checked_arrays(kept, set(inputs_by_name(model)) - LABELS, where)
+    labels = sorted(set(arrays) & _LABELS)
+    kept = {name: values for name, values in arrays.items() if name not in _LABELS}
+    found = checked_arrays(kept, set(inputs_by_name(model)) - _LABELS, where)
     if main_input(model) in found:  # which says how long a row is
         found = {main_input(model): found[main_input(model)], **found}
     _require_tokens(model, found, where)

@@ -2,17 +2,16 @@
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from miracle_hub.calibrate.arrays import LABELS, rows_of_arrays, rows_of_batches
+from miracle_hub.calibrate.arrays import as_numpy, rows_of_arrays, rows_of_batches
 from miracle_hub.calibrate.modality import Modality, main_input, modality_of, takes_texts
-from miracle_hub.calibrate.rows import Found, Row, order_of, rows_of_batch, tokens_of
+from miracle_hub.calibrate.rows import Found, order_of, rows_of_batch, tokens_of
 from miracle_hub.calibrate.sounds import Sound, read_sound, sound_paths, sound_rows
 from miracle_hub.calibrate.texts import Texts, text_rows
 from miracle_hub.calibrate.written import answered
@@ -28,12 +27,11 @@ from miracle_hub.evaluate.batches import (
 )
 from miracle_hub.evaluate.columns import Rows, sentence_columns, text_columns, texts_of
 from miracle_hub.evaluate.data import ENDINGS, read_sets
-from miracle_hub.evaluate.tables import READERS
 
 _LOGGER = logging.getLogger("miracle_hub")
 _ARRAYS = (".npz", ".npy")
 _ANSWER = 64  # tokens of an answer that a dense model writes, at most
-_IMAGES_AT_ONCE = 16
+_MOST_TEXTS = 1_000_000  # that are taken of an iterable, which may have no end
 
 
 def rows_of(
@@ -50,7 +48,7 @@ def rows_of(
     if isinstance(found, Path) and found.suffix.lower() in _ARRAYS:
         return _arrays(model, _named_arrays(model, found), str(found), wanted, seed)
     if isinstance(found, Mapping) and not _is_table(found):
-        return _arrays(model, {n: _numpy(x) for n, x in found.items()}, "arrays", wanted, seed)
+        return _arrays(model, {n: as_numpy(x) for n, x in found.items()}, "arrays", wanted, seed)
     if modality is Modality.ARRAY or _is_of_batches(found):
         if isinstance(found, Iterable) and not isinstance(found, str | Path):
             return rows_of_batches(model, found, wanted)
@@ -75,7 +73,16 @@ def _kind(data: Any) -> Any:
         return {"": data}
     if isinstance(data, Mapping) and data and all(_is_table(rows) for rows in data.values()):
         return data["train"] if "train" in data else next(iter(data.values()))
-    return data
+    if isinstance(data, list | tuple | Mapping) or _is_table(data):
+        return data
+    if not isinstance(data, Iterable):
+        raise DataError(
+            "data: expected a file, a folder, an id on the Hub, texts, a data set, or a model's inputs, "
+            f"found {type(data).__name__}; give one of these"
+        )
+    rest = iter(data)
+    first = list(islice(rest, 1))
+    return [*first, *islice(rest, _MOST_TEXTS)] if first and isinstance(first[0], str) else chain(first, rest)
 
 
 def _is_table(data: Any) -> bool:
@@ -85,7 +92,14 @@ def _is_table(data: Any) -> bool:
 def _is_of_batches(data: Any) -> bool:
     """Whether it gives what a model takes, and not texts or images to be made that of."""
     if isinstance(data, list | tuple):
-        return bool(data) and isinstance(data[0], Mapping | Tensor | tuple | list | np.ndarray)
+        first = data[0] if data else None
+        is_sound = (
+            isinstance(first, dict)
+            and "array" in first
+            or isinstance(first, tuple)
+            and isinstance(first[-1], int)
+        )
+        return not is_sound and isinstance(first, Mapping | Tensor | tuple | list | np.ndarray)
     return isinstance(data, Iterable) and not isinstance(data, str | Path | Mapping) and not _is_table(data)
 
 
@@ -102,13 +116,6 @@ def _named_arrays(model: nn.Module, path: Path) -> Mapping[str, np.ndarray]:
         raise DataError(
             f"{path}: expected an array of numbers, found {error}; save it with np.save"
         ) from error
-
-
-def _numpy(values: Any) -> np.ndarray:
-    if isinstance(values, Tensor):
-        values = values.detach().cpu()
-        return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
-    return np.asarray(values)
 
 
 def _arrays(model: nn.Module, arrays: Mapping[str, np.ndarray], where: str, wanted: int, seed: int) -> Found:
@@ -143,7 +150,9 @@ def _read_texts(data: Any, modality: Modality, model: str) -> Texts:
     where = str(data) if isinstance(data, str | Path) else "data set"
     rows = data if _is_table(data) else _train(read_sets(data), where)
     are_lines = isinstance(data, Path) and data.suffix.lower() == ".txt"
-    if "ForSequenceClassification" in model:
+    if are_lines:
+        columns = tuple(rows.column_names)
+    elif "ForSequenceClassification" in model:
         columns = text_columns(rows, where, None, "label", "text-classification")
     else:
         columns = sentence_columns(rows, where)
@@ -194,10 +203,12 @@ def _images(folder: Path, data: Any, wanted: int, seed: int) -> Found:
         raise _refusal(data, Modality.IMAGE, _what(data))
     sources: Any = image_paths(data) if is_path else _column_of(data, Modality.IMAGE)
     processor, rows, total = read_processor([folder]), [], 0
-    images = (read_image(sources[i]) if is_path else _rgb(sources[i]) for i in order_of(len(sources), seed))
-    while total < wanted and (some := [x for _, x in zip(range(_IMAGES_AT_ONCE), images, strict=False)]):
-        rows += rows_of_batch(prepared(some, processor))
-        total = sum(map(tokens_of, rows))
+    for i in order_of(len(sources), seed):
+        image = read_image(sources[i]) if is_path else _rgb(sources[i])
+        rows += rows_of_batch(prepared([image], processor))
+        total += tokens_of(rows[-1])
+        if total >= wanted:
+            break
     return Found(rows, _short(data), f"{len(rows):,} of {len(sources):,} images")
 
 
@@ -268,6 +279,3 @@ def _short(data: Any) -> str:
     if isinstance(data, Path):
         return data.name
     return data if isinstance(data, str) else "data"
-
-
-__all__ = ["LABELS", "READERS", "Row", "rows_of"]

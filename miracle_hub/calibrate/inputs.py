@@ -4,18 +4,19 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from miracle_hub.calibrate.given import rows_of
-from miracle_hub.calibrate.modality import modality_of, takes_sounds, takes_texts
+from miracle_hub.calibrate.modality import inputs_by_name, modality_of, takes_sounds, takes_texts
 from miracle_hub.calibrate.rows import Found, Row, tokens_of
 from miracle_hub.calibrate.self_made import self_made
 from miracle_hub.errors import CalibrationError, DataError
 
 SELF = "self"
+Refusal: TypeAlias = type[DataError] | type[CalibrationError]  # of what was given, or of what was made
 _HELD_OUT = 8  # one row of so many is kept aside: a choice
 _LEAST_ROWS = 8  # so that one is
 
@@ -74,31 +75,37 @@ def inputs_of(
     is_self = isinstance(data, str) and data == SELF
     wanted = n_tokens + -(-n_tokens // (_HELD_OUT - 1))
     make = self_made if is_self else rows_of
-    found = make(model, folder, data, wanted=wanted, max_length=max_length, seed=seed)
+    kind = CalibrationError if is_self else DataError
+    try:
+        found = make(model, folder, data, wanted=wanted, max_length=max_length, seed=seed)
+    except ImportError as error:
+        raise kind(
+            f"{data}: expected the packages that reading it needs, found one missing ({error}); install it"
+        ) from error
     where = SELF if is_self else found.where
-    kept, held_out, twice = _split(found, seed, where)
+    kept, held_out, twice = _split(found, seed, where, kind)
     batches, aside = tuple(_batches(kept, batch_rows)), tuple(_batches(held_out, batch_rows))
-    _require_run(model, batches[0], where, is_self)
+    _require_run(model, batches[0], where, kind)
     return Inputs(
         batches, aside, _said(model, found, kept, held_out, twice), sum(map(tokens_of, kept)),
         _digest([*batches, *aside]),
     )  # fmt: skip
 
 
-def _split(found: Found, seed: int, where: str) -> tuple[list[Row], list[Row], int]:
+def _split(found: Found, seed: int, where: str, kind: Refusal) -> tuple[list[Row], list[Row], int]:
     """Rows to calibrate on, rows held out, and how many were there before.
 
     Raises:
-        DataError: there are too few, or all are equal.
+        kind: there are too few, or all are equal.
     """
     rows = list({_row_digest(row): row for row in found.rows}.values())
     if len(rows) == 1 < len(found.rows):
-        raise DataError(
+        raise kind(
             f"{where}: expected rows that differ, found {len(found.rows)} equal ones, which say nothing of "
             "what the model is used for; give others"
         )
     if len(rows) < _LEAST_ROWS:
-        raise DataError(
+        raise kind(
             f"{where}: expected at least {_LEAST_ROWS} rows that differ, of which one is held out, found "
             f"{len(rows)}; give more or longer ones"
         )
@@ -120,12 +127,11 @@ def _batches(rows: Sequence[Row], batch_rows: int) -> Iterator[dict[str, Tensor]
 
 
 @torch.no_grad()
-def _require_run(model: Any, batch: dict[str, Tensor], where: str, is_self: bool) -> None:
+def _require_run(model: Any, batch: dict[str, Tensor], where: str, kind: Refusal) -> None:
     """Run one row.
 
     Raises:
-        CalibrationError: the model does not run on what was made for it.
-        DataError: it does not run on what was given.
+        kind: the model does not run on it.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
@@ -134,8 +140,7 @@ def _require_run(model: Any, batch: dict[str, Tensor], where: str, is_self: bool
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
         shapes = ", ".join(f"{name} {x.dtype} {list(x.shape)}" for name, x in batch.items())
-        kind = CalibrationError if is_self else DataError
-        todo = "give data (--calibrate DATA)" if is_self else "give what its forward expects"
+        todo = "give what its forward expects" if kind is DataError else "give data (--calibrate DATA)"
         raise kind(
             f"{where}: expected inputs that {type(model).__name__} takes, found {shapes} "
             f"({str(error).partition(chr(10))[0]}); {todo}"
@@ -146,8 +151,11 @@ def _said(model: nn.Module, found: Found, kept: list[Row], aside: list[Row], twi
     modality, n_tokens = modality_of(model), sum(map(tokens_of, kept))
     units = "tokens" if takes_texts(modality) else "frames" if takes_sounds(modality) else ""
     amount = f"{n_tokens:,} {units} in {len(kept):,} rows" if units else f"{len(kept):,} rows"
+    known, others = inputs_by_name(model), {"input_ids", "pixel_values", "input_features", "input_values"}
+    never = sorted(others & set(known) - set(kept[0])) if len(others & set(known)) > 1 else []
+    unseen = f"; {' and '.join(never)} never given" if never else ""
     repeated = f", {twice:,} repeated ones left out" if twice else ""
-    return f"{found.where}: {found.said}; {amount} to calibrate on, {len(aside):,} held out{repeated}"
+    return f"{found.where}: {found.said}; {amount} to calibrate on, {len(aside):,} held out{repeated}{unseen}"
 
 
 def _row_digest(row: Row) -> bytes:

@@ -12,11 +12,14 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from miracle_hub.codec.naming import CONFIG
 from miracle_hub.errors import CalibrationError
 
+_POOLER = "pooler."  # which encoders have that were trained without one; nothing else depends on it
+
 
 def load_dense(folder: Path) -> nn.Module:
     """The model of a folder in float32 and evaluation mode, on the CPU.
 
-    Its class is the first of config.json's `architectures`, or, where it names none, that of `AutoModel`.
+    Its class is the first of config.json's `architectures`, or, where it names none, that of `AutoModel`. An
+    encoder without weights for a pooler has none.
 
     Raises:
         CalibrationError: there is no config.json, the class is unknown or code of the repository, a package
@@ -24,17 +27,27 @@ def load_dense(folder: Path) -> nn.Module:
     """
     config = _config(folder)
     cls = _class(folder, config)
+    model, found = _loaded(folder, cls, config)
+    if found["missing_keys"] and all(name.startswith(_POOLER) for name in found["missing_keys"]):
+        model, found = _loaded(folder, cls, config, add_pooling_layer=False)
+    _require_whole(folder, model, found)
+    return model.eval()
+
+
+def _loaded(folder: Path, cls: Any, config: Any, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """
+    Raises:
+        CalibrationError: it cannot be loaded.
+    """
     try:
-        model, found = cls.from_pretrained(
+        return cls.from_pretrained(
             folder, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=True,
-            trust_remote_code=False, use_safetensors=True,
+            trust_remote_code=False, use_safetensors=True, **options,
         )  # fmt: skip
     except torch.OutOfMemoryError:
         raise
-    except (ImportError, OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # a stranger's config may break a stranger's class in any way
         raise _refusal(folder, cls.__name__, error) from error
-    _require_whole(folder, model, found)
-    return model.eval()
 
 
 def _config(folder: Path) -> Any:

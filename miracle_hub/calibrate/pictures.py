@@ -1,6 +1,5 @@
 """Noise like images for a vision net: of its size, scaled as its processor scales."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +88,3 @@ def _size(model: Any, folder: Path, first: nn.Conv2d, name: str) -> tuple[int, i
         f"{type(model).__name__}: expected a net for images of one of the usual sizes {list(sizes)}, found "
         f"that it takes none ({said}); give data (--calibrate DATA), as an npz of its inputs"
     )
-
-
-__all__ = ["copy", "picture_rows"]

@@ -20,7 +20,7 @@ from miracle_hub.calibrate.texts import longest, prefix_of
 from miracle_hub.calibrate.vocabulary import Vocabulary
 from miracle_hub.calibrate.written import answered, continued, token_of
 from miracle_hub.errors import CalibrationError, SourceError
-from miracle_hub.evaluate.batches import read_tokenizer
+from miracle_hub.evaluate.batches import check_fits, read_tokenizer
 
 _SELF = "self"
 _LENGTH = 256  # tokens of a text that a model writes: longer ones wander off, and cost more
@@ -119,7 +119,7 @@ def _sequences(
     max_length: int | None,
     generator: torch.Generator,
 ) -> Found:
-    """Words of the tokenizer's vocabulary, all of them filled in anew by a model that predicts hidden ones."""
+    """Words of the tokenizer's vocabulary, filled in anew by a model that predicts hidden ones."""
     tokenizer = read_tokenizer(folder)
     vocabulary, most = Vocabulary.of(tokenizer), longest(model, max_length or _LENGTH)
     lengths = [length for length in _LENGTHS if length <= most] or [most]
@@ -134,6 +134,7 @@ def _sequences(
             ids = vocabulary.drawn(n, length, generator)
             if modality is Modality.MASKED:
                 ids = _filled(model, tokenizer, ids, generator)
+            check_fits(model, {"input_ids": ids.tolist()})
             rows += [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
     said = f"{n_rows:,} sequences of words of its tokenizer"
     if modality is Modality.MASKED:

@@ -32,13 +32,13 @@ def continued(
         CalibrationError: what it predicts is not finite.
     """
     name = "decoder_input_ids" if encoded else "input_ids"
-    has_cache = "past_key_values" in inputs_by_name(model)
+    kept = next((n for n in ("cache", "past_key_values") if n in inputs_by_name(model)), None)
     cache, step, ids = None, ids, ids.to(model.device)
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     while ids.shape[1] < length and not done.all():
-        options = {"past_key_values": cache, "use_cache": True} if has_cache else {}
+        options = {kept: cache, "use_cache": True} if kept else {}
         outputs = model(**{name: ids if cache is None else step}, **options, **encoded)
-        cache = getattr(outputs, "past_key_values", None)
+        cache = getattr(outputs, kept or "", None)
         step = _next(model, outputs.logits[:, -1].float(), generator)
         ids = torch.cat((ids, step), 1)
         done |= (step == end)[:, 0] if end is not None else done
