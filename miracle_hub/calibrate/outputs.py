@@ -1,4 +1,4 @@
-"""What a model answers, how far another's answers are from it, and gradients whose squares tell what an error costs."""
+"""What a model answers, how far another's answers are from it, and what an error of answers costs."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -205,7 +205,7 @@ class _Watch:
 
 
 def _unfolded(module: nn.Module, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """What every position of a convolution sees, `[n, in · taps]`, and its gradient, `[n, out]`; some of them."""
+    """What some positions of a convolution see, `[n, in · taps]`, and their gradients, `[n, out]`."""
     assert isinstance(module, _CONVOLUTIONS)
     one = len(module.kernel_size) == 1
     x, gradient = (x[..., None, :], gradient[..., None, :]) if one else (x, gradient)

@@ -1,10 +1,10 @@
-"""The encoder with feedback: every band of columns makes up for the errors of those before it, as the curvature tells.
+"""The encoder with feedback: every band of columns makes up for the errors of those before it.
 
 With U upper triangular and U·Uᵀ the moments of the columns, errors E cost ‖E·U‖². Column j of E·U is
-U_jj·(E_j + Σ_{i<j} E_i U_ij/U_jj): coding w_j plus that sum, instead of w_j, leaves U_jj·(error of the search).
+U_jj·(E_j + Σ_{i<j} E_i U_ij/U_jj): coding w_j plus that sum leaves U_jj·(error of the search).
 
-Source: Frantar et al. 2022 (GPTQ, arXiv:2210.17323); Chee et al. 2023 (LDLQ, arXiv:2307.13304), theorem 1, here by
-    bands, as QTIP (arXiv:2406.11235), section 3.3.
+Source: Frantar et al. 2022 (GPTQ, arXiv:2210.17323); Chee et al. 2023 (LDLQ, arXiv:2307.13304), theorem 1;
+    by bands as in QTIP (arXiv:2406.11235), section 3.3.
 """
 
 import math
@@ -20,8 +20,15 @@ from miracle_hub.coding.posterior import squared_error_cost
 from miracle_hub.coding.scales import prior_scale, rounded_scales
 from miracle_hub.format.payload import Segment
 
-# Bands of 8 and 4 columns lower the cost of SmolLM2's matrices by another 3 and 5 % at two and four times the time.
-BAND_COLUMNS = 16
+# Bands of 8 and 4 columns lower the cost of SmolLM2's matrices by another 3 and 5 %, at two and four times the
+# time; narrow matrices, which take no time, have the narrowest: refits need many bands.
+_BAND_COLUMNS, _NARROW_BAND_COLUMNS = 16, 4
+_NARROW = 256
+
+
+def band_columns(columns: int) -> int:
+    """Columns of a band of a matrix; whole steps of every code of `ladder`."""
+    return _BAND_COLUMNS if columns >= _NARROW else _NARROW_BAND_COLUMNS
 
 
 def encode_with_feedback(
@@ -38,9 +45,10 @@ def encode_with_feedback(
     safe = torch.where(scales > 0, scales, 1.0)[:, None]
     z, states = torch.empty_like(rows), []
     errors, entry = torch.zeros_like(rows), None
-    for start in range(0, rows.shape[1], BAND_COLUMNS):
-        band = slice(start, min(start + BAND_COLUMNS, rows.shape[1]))
-        wanted = rows[:, band] + errors[:, :start] @ _feedback(factor, band).to(rows)
+    width = band_columns(rows.shape[1])
+    for start in range(0, rows.shape[1], width):
+        band = slice(start, min(start + width, rows.shape[1]))
+        wanted = rows[:, band] + errors[:, :start] @ feedback(factor, band).to(rows)
         cost = squared_error_cost((wanted / safe).flatten())
         states.append(backend.encode_states(cost, segment.code, "best", None, entry))
         found = backend.candidates(states[-1], segment.code).flatten()[: wanted.numel()]
@@ -52,9 +60,12 @@ def encode_with_feedback(
     return CodedRows(segment.rows, segment.code, rounded_scales(fitted).bfloat16(), message)
 
 
-def _feedback(factor: Tensor, band: slice) -> Tensor:
-    """What errors of the columns before a band ask of it: U_{<b,b}·U_bb⁻¹, `[start, band]`."""
-    own, above = factor[band, band], factor[: band.start, band]
+def feedback(factor: Tensor, band: slice, first: int = 0) -> Tensor:
+    """What errors of the columns from the first to a band ask of it: U_{<b,b}·U_bb⁻¹, `[start - first, band]`.
+
+    Of all columns that are left it is what makes up for the errors best.
+    """
+    own, above = factor[band, band], factor[first : band.start, band]
     return torch.linalg.solve_triangular(own, above, upper=True, left=False)
 
 

@@ -68,7 +68,7 @@ class Trellis:
     def payload_bytes(self, spec: TensorSpec, choice: Choice) -> int:
         """The exact length of the payload that `encode` will write."""
         recipe: Recipe = choice.option.recipe
-        header = Header(spec.dtype, spec.shape, recipe.columns, recipe.rotation, _segments(choice))
+        header = Header(spec.dtype, spec.shape, recipe.columns, recipe.rotation, segments_of(choice))
         return header.payload_bytes
 
     def encode(
@@ -82,7 +82,7 @@ class Trellis:
     ) -> bytes:
         """The payload of the least error that the search finds, squared or as curvature weighs it."""
         given = {"where": where, "backend": backend, "earlier": earlier, "curvature": curvature}
-        return encode_tensor(weights, _segments(choice), choice.option.recipe.rotation, **given)
+        return encode_tensor(weights, segments_of(choice), choice.option.recipe.rotation, **given)
 
 
 TRELLIS = Trellis()
@@ -165,7 +165,8 @@ def refinement(spec: TensorSpec, rotation: int, code: Code) -> Choice:
     return Choice(spec.n_weights // columns, Option(recipe, 0, 0.0))
 
 
-def _segments(choice: Choice) -> tuple[Segment, ...]:
+def segments_of(choice: Choice) -> tuple[Segment, ...]:
+    """Of the payload that a choice becomes."""
     return tuple(Segment(rows, recipe.code, recipe.row_scales) for rows, recipe in choice.parts())
 
 
@@ -198,7 +199,8 @@ def encode_tensor(
     Raises:
         OptionError: the rotation or the segments do not fit the tensor.
     """
-    from miracle_hub.codec.feedback import BAND_COLUMNS, encode_with_feedback
+    from miracle_hub.codec.feedback import band_columns as bands_of
+    from miracle_hub.codec.feedback import encode_with_feedback
     from miracle_hub.codec.handed_out import decoded_in_range, left_by, relative_error
 
     backend = backend or choose(device=weights.device)
@@ -212,7 +214,7 @@ def encode_tensor(
         columns=columns,
         rotation=rotation,
         segments=tuple(segments),
-        band_columns=BAND_COLUMNS if factor is not None else band_columns,
+        band_columns=bands_of(columns) if factor is not None else band_columns,
         permuted=permuted,
     )
     weights = weights.to(backend.device)
