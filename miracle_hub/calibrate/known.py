@@ -49,7 +49,8 @@ class Known:
             for name, plan in plans.items()
             if isinstance(plan, Plain) and name in parameters and parameters[name].is_floating_point()
         }
-        refits = Refits(self.model, teacher, held_out, matrices, list(vectors.values()), self.options)
+        tuned = list(vectors.values())
+        refits = Refits(self.model, teacher, held_out, matrices, tuned, self.options)
         refits.run()
         payloads = {m.job.source.name: m.payload() for m in matrices}
         refits._report("as written")

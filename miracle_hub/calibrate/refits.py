@@ -1,4 +1,4 @@
-"""Refits: what is not coded yet is fitted to the dense model's answers, and at the end the scales and vectors are."""
+"""Refits: what is not coded yet is fitted to the dense model's answers; at the end scales and vectors are."""
 
 import logging
 import math
@@ -32,8 +32,13 @@ class RefitOptions:
     groups: int = 1
     steps: int = 0
     end_steps: int = 0
-    rate: float = 0.01
+    rate: float = 0.03
     end_rate: float = 1e-3
+
+    @property
+    def all_steps(self) -> int:
+        """Of the optimizers."""
+        return (self.groups - 1) * self.steps + self.end_steps
 
     def share(self, group: int) -> float:
         """Of the columns, that are coded after a group: the last groups are small."""

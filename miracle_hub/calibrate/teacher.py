@@ -1,4 +1,4 @@
-"""What the dense model answers to all inputs, kept in little memory, and how far another's answers are from it."""
+"""What the dense model answers to all inputs, in little memory, and how far another's answers are from it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What an error of a weight costs the model, as somebody measured it: rows by columns, a Kronecker product."""
+"""What an error of a weight costs the model, as somebody measured it: a Kronecker product."""
 
 import hashlib
 from dataclasses import dataclass

@@ -20,8 +20,8 @@ from miracle_hub.coding.posterior import squared_error_cost
 from miracle_hub.coding.scales import prior_scale, rounded_scales
 from miracle_hub.format.payload import Segment
 
-# Bands of 8 and 4 columns lower the cost of SmolLM2's matrices by another 3 and 5 %, at two and four times the
-# time; narrow matrices, which take no time, have the narrowest: refits need many bands.
+# Bands of 8 and 4 columns lower the cost of SmolLM2's matrices by another 3 and 5 %, at two and four times
+# the time; narrow matrices, which take no time, have the narrowest: refits need many bands.
 _BAND_COLUMNS, _NARROW_BAND_COLUMNS = 16, 4
 _NARROW = 256
 
@@ -61,7 +61,7 @@ def encode_with_feedback(
 
 
 def feedback(factor: Tensor, band: slice, first: int = 0) -> Tensor:
-    """What errors of the columns from the first to a band ask of it: U_{<b,b}·U_bb⁻¹, `[start - first, band]`.
+    """What errors of columns from the first to a band ask of it: U_{<b,b}·U_bb⁻¹, `[start - first, band]`.
 
     Of all columns that are left it is what makes up for the errors best.
     """
