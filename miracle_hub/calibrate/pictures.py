@@ -56,7 +56,7 @@ def _scaling(folder: Path, channels: int) -> tuple[Tensor, Tensor, str]:
     else:
         mean = getattr(processor, "image_mean", None) or (0.0,) * channels
         std, said = getattr(processor, "image_std", None) or (1.0,) * channels, "scaled as by its processor"
-    return *(torch.tensor(x)[:, None, None] for x in (mean, std)), said
+    return torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None], said
 
 
 def _size(model: Any, folder: Path, first: nn.Conv2d, name: str) -> tuple[int, int]:

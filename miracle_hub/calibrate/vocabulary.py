@@ -54,7 +54,8 @@ class Vocabulary:
                 "tokens; give data (--calibrate DATA)"
             )
         before, after = _around(tokenizer, kinds["word"][0])
-        return cls(*(torch.tensor(ids, dtype=torch.long) for ids in kinds.values()), before, after)
+        words, continuations, marks = (torch.tensor(ids, dtype=torch.long) for ids in kinds.values())
+        return cls(words, continuations, marks, before, after)
 
     def drawn(self, rows: int, length: int, generator: torch.Generator) -> Int64[Tensor, "rows length"]:
         """Rows of special tokens around words, pieces of words and marks."""
