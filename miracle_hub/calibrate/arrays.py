@@ -59,10 +59,11 @@ def _named(model: nn.Module, batch: Any, number: int) -> Mapping[str, np.ndarray
     Raises:
         DataError: it has another form.
     """
-    if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Tensor | np.ndarray):
+    first: Any = next(iter(batch), None) if isinstance(batch, tuple | list) else None
+    if isinstance(first, Tensor | np.ndarray):
         if len(batch) > 1:
             _LOGGER.info("data: of batches of %d, the first is the input; others are not used", len(batch))
-        batch = {main_input(model): batch[0]}
+        batch = {main_input(model): first}
     elif isinstance(batch, Tensor | np.ndarray):
         batch = {main_input(model): batch}
     if not isinstance(batch, Mapping):

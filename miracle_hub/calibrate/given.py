@@ -27,6 +27,7 @@ from miracle_hub.evaluate.batches import (
 )
 from miracle_hub.evaluate.columns import Rows, sentence_columns, text_columns, texts_of
 from miracle_hub.evaluate.data import ENDINGS, read_sets
+from miracle_hub.evaluate.tables import Table
 
 _LOGGER = logging.getLogger("miracle_hub")
 _ARRAYS = (".npz", ".npy")
@@ -143,46 +144,42 @@ def _read_texts(data: Any, modality: Modality, model: str) -> Texts:
         DataError: they are no texts.
     """
     if isinstance(data, list | tuple):
-        texts = texts_of({"text": list(data)}, "text", "data") if data else []  # pyright: ignore[reportArgumentType]
-        return Texts([_of_something(texts, "data")], "texts", f"{len(texts):,} texts", are_lines=False)
+        data = Table({"text": list(data)})
     if isinstance(data, Path) and not _may_be_texts(data):
         raise _refusal(data, modality, f"{_what(data)}; {model} takes texts")
-    where = str(data) if isinstance(data, str | Path) else "data set"
-    rows = data if _is_table(data) else _train(read_sets(data), where)
+    where = str(data) if isinstance(data, str | Path) else "data"
+    rows: Rows = _train(read_sets(data), where) if isinstance(data, str | Path) else data
     are_lines = isinstance(data, Path) and data.suffix.lower() == ".txt"
-    if are_lines:
-        columns = tuple(rows.column_names)
-    elif "ForSequenceClassification" in model:
-        columns = text_columns(rows, where, None, "label", "text-classification")
-    else:
-        columns = sentence_columns(rows, where)
-    found = [texts_of(rows, name, where) for name in columns]
+    names = _names(rows, where, is_of_pairs="ForSequenceClassification" in model, are_lines=are_lines)
+    columns = [texts_of(rows, name, where) for name in names]
     if "ForSequenceClassification" not in model:
-        found = [list(chain.from_iterable(found))]
-    kept = [row for row in zip(*found, strict=True) if are_lines or any(text.strip() for text in row)]
-    found = [list(column) for column in zip(*kept, strict=True)]
-    _of_something(found[0] if found else [], where)
-    others = [name for name in rows.column_names if name not in columns]
+        columns = [list(chain.from_iterable(columns))]
+    kept = [row for row in zip(*columns, strict=True) if are_lines or any(text.strip() for text in row)]
+    if not any(text.strip() for row in kept for text in row):
+        raise DataError(f"{where}: expected texts, found {len(rows)} rows without any; look at the data")
+    others = [name for name in rows.column_names if name not in names]
     aside = f" (not used: {', '.join(map(repr, others))})" if others else ""
-    if others:
-        _LOGGER.info("%s: texts are those of %s; %s are not used", where, columns, others)
-    return Texts(found, _short(data), f"{len(kept):,} {'lines' if are_lines else 'texts'}{aside}", are_lines)
+    said = f"{len(kept):,} {'lines' if are_lines else 'texts'}{aside}"
+    return Texts([list(column) for column in zip(*kept, strict=True)], _short(data), said, are_lines)
+
+
+def _names(rows: Rows, where: str, *, is_of_pairs: bool, are_lines: bool) -> tuple[str, ...]:
+    """Columns of texts.
+
+    Raises:
+        DataError: there is none, or it is not clear which.
+    """
+    if are_lines or len(rows.column_names) == 1:
+        return tuple(rows.column_names)
+    if is_of_pairs:
+        return text_columns(rows, where, None, "label", "text-classification")
+    return sentence_columns(rows, where)
 
 
 def _may_be_texts(path: Path) -> bool:
     if path.is_file():
         return path.suffix.lower() in ENDINGS
     return not any(p.suffix.lower() in (*IMAGE_ENDINGS, ".wav") for p in path.rglob("*"))
-
-
-def _of_something(texts: list[str], where: str) -> list[str]:
-    """
-    Raises:
-        DataError: there is nothing in them.
-    """
-    if not any(text.strip() for text in texts):
-        raise DataError(f"{where}: expected texts, found {len(texts)} without any; look at the data")
-    return texts
 
 
 def _train(sets: Mapping[str, Rows], where: str) -> Rows:

@@ -4,21 +4,51 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_SLOPE = 1.0  # of amplitudes by frequency: natural images have 1/f
+_SLOPE = 1.6  # of amplitudes by frequency: photographs have 1, small ones that were scaled down more
 _GRAY = 0.9  # of natural images' variance is common to all colors
 # Of pixels between 0 and 1, over images: what photographs have, nearly.
-_MEAN, _MEAN_SPREAD, _CONTRAST = 0.46, 0.12, 0.23
+_MEAN, _MEAN_SPREAD, _CONTRAST = 0.46, 0.15, 0.25
+# Disks that hide each other, of radii whose density falls as their cube, as of things in photographs.
+_DISKS, _SMALLEST, _LARGEST = 60, 1 / 20, 1 / 2  # of an image's height
+_NOISE = 0.3  # of an image that is noise with a natural spectrum, and no disks
 
 
 def images(
-    n: int, channels: int, height: int, width: int, generator: torch.Generator
+    n: int, channels: int, height: int, width: int, generator: torch.Generator, has_noise: bool = True
 ) -> Float[Tensor, "n channels height width"]:
-    """Noise with amplitudes that fall as 1/f, pixels between 0 and 1, colors that go together."""
-    gray = _spectral((n, 1, height, width), generator)
-    mixed = _GRAY**0.5 * gray + (1 - _GRAY) ** 0.5 * _spectral((n, channels, height, width), generator)
+    """Dead leaves, disks of all sizes in front of each other, and noise; pixels between 0 and 1.
+
+    Things have edges, and so have these (Lee, Mumford and Huang 2001; Baradad et al., arXiv:2106.05963).
+
+    Args:
+        has_noise: so that they have all frequencies; without, they have edges alone.
+    """
+    pixels = _colors(n, channels, generator).expand(n, channels, height, width)
     mean = _MEAN + _MEAN_SPREAD * torch.randn((n, 1, 1, 1), generator=generator)
-    contrast = _CONTRAST * torch.empty((n, 1, 1, 1)).log_normal_(0, 0.4, generator=generator)
-    return (mean + contrast * mixed).clamp(0, 1)
+    for _ in range(_DISKS):
+        inside = _disk(n, height, width, generator)
+        pixels = torch.where(inside, mean + _CONTRAST * _colors(n, channels, generator), pixels)
+    if has_noise:
+        spectral = _mixed(*(_spectral((n, c, height, width), generator) for c in (1, channels)))
+        pixels = (1 - _NOISE) * pixels + _NOISE * (mean + _CONTRAST * spectral)
+    return pixels.clamp(0, 1)
+
+
+def _colors(n: int, channels: int, generator: torch.Generator) -> Tensor:
+    return _mixed(*(torch.randn((n, c, 1, 1), generator=generator) for c in (1, channels)))
+
+
+def _mixed(gray: Tensor, colors: Tensor) -> Tensor:
+    return _GRAY**0.5 * gray + (1 - _GRAY) ** 0.5 * colors
+
+
+def _disk(n: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """Where an ellipse is, one in every image."""
+    u, y, x, turn, flat = torch.rand((5, n, 1, 1, 1), generator=generator)
+    radius = height * (_LARGEST**-2 + u * (_SMALLEST**-2 - _LARGEST**-2)) ** -0.5
+    dy, dx = torch.arange(height)[:, None] - y * height, torch.arange(width) - x * width
+    sin, cos = (torch.pi * turn).sin(), (torch.pi * turn).cos()
+    return ((dy * cos + dx * sin) / radius) ** 2 + ((dx * cos - dy * sin) / (radius * (0.5 + flat))) ** 2 < 1
 
 
 def _spectral(shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:

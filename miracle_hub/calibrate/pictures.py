@@ -8,12 +8,15 @@ from torch import Tensor, nn
 
 from miracle_hub.calibrate.modality import Modality, main_input, modality_of
 from miracle_hub.calibrate.noise import images
+from miracle_hub.calibrate.remembered import Filter, fit, remembers
 from miracle_hub.calibrate.rows import Found, rows_of_batch, tokens_of
 from miracle_hub.errors import CalibrationError, SourceError
 from miracle_hub.evaluate.batches import read_processor
 
 _LEAST_ROWS = 16
 _AT_ONCE = 64
+# Pixels of all images that a filter is fitted on, and how many images at least: choices that bound time.
+_FITTED, _LEAST_FITTED = 1 << 16, 8
 _SIZES = (32, 28, 64, 96, 224, 299, 384)  # of images, tried in this order where nothing says it
 _LARGE_KERNEL = 5  # of a first convolution with strides, as nets for photographs have
 # What images are scaled by where nothing says it: as torchvision's nets.
@@ -33,16 +36,37 @@ def picture_rows(model: Any, folder: Path, wanted: int, generator: torch.Generat
             f"{type(model).__name__}: expected a model of which it is known what it takes (texts, images or "
             "sounds), found another; give data (--calibrate DATA), as an npz of its inputs"
         )
-    channels, name = first.in_channels, main_input(model)
-    mean, std, said = _scaling(folder, channels)
-    height, width = _size(model, folder, first, name)
+    mean, std, said = _scaling(folder, first.in_channels)
+    size = _size(model, folder, first)
+    draw = _Images(mean, std, size, generator)
+    if remembers(model):
+        draw.fit(model)
+        said += ", filtered as batch norms remember"
     rows: list[dict[str, Tensor]] = []
     while sum(map(tokens_of, rows)) < wanted or len(rows) < _LEAST_ROWS:
-        pixels = images(_AT_ONCE, channels, height, width, generator)
-        rows += rows_of_batch({name: (pixels - mean) / std})
-    return Found(
-        rows, "self", f"{len(rows):,} images of noise with natural spectra, {height} × {width}, {said}"
-    )
+        rows += rows_of_batch({main_input(model): draw(_AT_ONCE)})
+    return Found(rows, "self", f"{len(rows):,} images of disks and noise, {size[0]} × {size[1]}, {said}")
+
+
+class _Images:
+    """Draws images as a model takes them."""
+
+    def __init__(self, mean: Tensor, std: Tensor, size: tuple[int, int], generator: torch.Generator) -> None:
+        self.mean, self.std, self.size, self.generator = mean, std, size, generator
+        self.filter: Filter | None = None
+
+    def __call__(self, n: int) -> Tensor:
+        pixels = images(n, len(self.mean), *self.size, self.generator, has_noise=self.filter is None)
+        scaled = (pixels - self.mean) / self.std
+        return scaled if self.filter is None else self.filter.cpu()(scaled)
+
+    def fit(self, model: nn.Module) -> None:
+        """To what the model's batch norms remember."""
+        device = next(model.parameters()).device
+        self.filter = Filter(-self.mean / self.std, (1 - self.mean) / self.std)
+        n = min(_AT_ONCE, max(_LEAST_FITTED, _FITTED // (self.size[0] * self.size[1])))
+        drawn = self(n).detach().to(device)
+        fit(self.filter.to(device), model, main_input(model), drawn)
 
 
 def _scaling(folder: Path, channels: int) -> tuple[Tensor, Tensor, str]:
@@ -56,10 +80,10 @@ def _scaling(folder: Path, channels: int) -> tuple[Tensor, Tensor, str]:
     else:
         mean = getattr(processor, "image_mean", None) or (0.0,) * channels
         std, said = getattr(processor, "image_std", None) or (1.0,) * channels, "scaled as by its processor"
-    return *(torch.tensor(x)[:, None, None] for x in (mean, std)), said
+    return torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None], said
 
 
-def _size(model: Any, folder: Path, first: nn.Conv2d, name: str) -> tuple[int, int]:
+def _size(model: Any, folder: Path, first: nn.Conv2d) -> tuple[int, int]:
     """Height and width: what the config says, or the first usual size that the model runs on.
 
     Raises:
@@ -79,7 +103,7 @@ def _size(model: Any, folder: Path, first: nn.Conv2d, name: str) -> tuple[int, i
     for size in sizes:
         try:
             with torch.no_grad():
-                model(**{name: torch.zeros(1, first.in_channels, size, size)})
+                model(**{main_input(model): torch.zeros(1, first.in_channels, size, size)})
         except (RuntimeError, ValueError) as error:
             said = str(error).partition("\n")[0]
             continue

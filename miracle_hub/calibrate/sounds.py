@@ -12,7 +12,9 @@ import numpy as np
 import torch
 import transformers
 from transformers import AutoFeatureExtractor
-from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING_NAMES
+from transformers.models.auto.feature_extraction_auto import (
+    FEATURE_EXTRACTOR_MAPPING_NAMES,  # pyright: ignore[reportPrivateImportUsage] (elsewhere in other versions)
+)
 
 from miracle_hub.calibrate.modality import inputs_by_name
 from miracle_hub.calibrate.rows import Row, rows_of_batch, tokens_of

@@ -12,7 +12,7 @@ from torch import Tensor
 from miracle_hub.errors import CalibrationError
 
 # What follows what, and how often a word of a rank comes; measured in benchmarks/self_inputs.py.
-_CONTINUED = 0.12  # of words have one more piece
+_CONTINUED = 0.05  # of words have one more piece
 _MARKED = 0.12  # of words are followed by a mark
 _SHIFT = 2.7  # of the law of Zipf and Mandelbrot: 1 / (rank + shift)
 _STARTS = "Ġ▁"  # with which tokenizers mark a word's start
@@ -54,7 +54,8 @@ class Vocabulary:
                 "tokens; give data (--calibrate DATA)"
             )
         before, after = _around(tokenizer, kinds["word"][0])
-        return cls(*(torch.tensor(ids, dtype=torch.long) for ids in kinds.values()), before, after)
+        words, continuations, marks = (torch.tensor(ids, dtype=torch.long) for ids in kinds.values())
+        return cls(words, continuations, marks, before, after)
 
     def drawn(self, rows: int, length: int, generator: torch.Generator) -> Int64[Tensor, "rows length"]:
         """Rows of special tokens around words, pieces of words and marks."""

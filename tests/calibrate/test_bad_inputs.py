@@ -58,9 +58,9 @@ OF_TEXTS = {
     "photos": "takes texts, found a folder of images or sounds; BertModel takes texts",
     "sounds": "takes texts, found a folder of images or sounds; BertModel takes texts",
     "short.txt": "expected at least 8 rows that differ, of which one is held out, found 1",
-    "blank.txt": "expected texts, found 2 without any",
+    "blank.txt": "expected texts, found 2 rows without any",
     "empty.txt": "with rows, found an empty one",
-    "numbers.csv": "expected columns of texts, found 0 that may be in ['a', 'b']",
+    "numbers.csv": "expected columns of texts, found 0 that may be",
     "high.npz": "input_ids: expected tokens from 0 to 24, of which the model has embeddings, found 99 to 99",
     "low.npz": "input_ids: expected tokens from 0 to 24, of which the model has embeddings, found -1 to -1",
     "other.npz": "expected inputs of the model (attention_mask, ",
@@ -108,7 +108,7 @@ OF_SOUNDS = {
 @pytest.mark.parametrize("name", OF_SOUNDS)
 def test_a_speech_model_refuses(name: str, speech: Any, files: Path) -> None:
     with pytest.raises(DataError) as caught:
-        inputs_of(*speech, files / name, n_tokens=1000)
+        inputs_of(speech[0], speech[1], files / name, n_tokens=1000)
     assert OF_SOUNDS[name] in str(caught.value) and ";" in str(caught.value)
 
 

@@ -92,7 +92,7 @@ def test_words_of_a_vocabulary_stand_between_special_tokens_and_pieces_after_wor
 def test_a_masked_model_fills_sequences_with_what_it_predicts(saved: Saved) -> None:
     model, folder = saved(BertForMaskedLM)
     with torch.no_grad():
-        model.get_output_embeddings().bias[[10, 11]] += 30
+        model.get_parameter("cls.predictions.bias")[[10, 11]] += 30
     found = inputs_of(model, folder, "self", n_tokens=600, max_length=16)
     ids = torch.cat([batch["input_ids"][:, 1:-1].flatten() for batch in found.batches])
     assert torch.isin(ids, torch.tensor([10, 11])).float().mean() > 0.99
