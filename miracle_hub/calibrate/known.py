@@ -22,19 +22,23 @@ class Known:
     def __init__(
         self,
         sensitivity: Sensitivity,
-        model: nn.Module | None = None,
-        inputs: Inputs | None = None,
-        options: RefitOptions | None = None,
+        model: nn.Module,
+        inputs: Inputs,
+        options: RefitOptions,
+        *,
+        seed: int = 0,
+        progress: bool = False,
     ) -> None:
         self.sensitivity, self.model, self.inputs, self.options = sensitivity, model, inputs, options
+        self.seed, self.progress = seed, progress
         self.tuned: dict[str, Tensor] = {}
-        self.losses = []
+        self.losses: list[tuple[str, float]] = []
 
     def curvature(self, source: SourceTensor) -> Curvature | None:
         return self.sensitivity.curvature(source.name, source.shape)
 
     def encode(self, plans: Mapping[str, Plan], jobs: Sequence[Job], backend: Backend) -> Mapping[str, bytes]:
-        if self.options is None:
+        if not self.options.all_steps:
             return {}
         self.model.requires_grad_(False)
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
@@ -50,7 +54,9 @@ class Known:
             if isinstance(plan, Plain) and name in parameters and parameters[name].is_floating_point()
         }
         tuned = list(vectors.values())
-        refits = Refits(self.model, teacher, held_out, matrices, tuned, self.options)
+        refits = Refits(
+            self.model, teacher, held_out, matrices, tuned, self.options, self.progress, self.seed
+        )
         refits.run()
         payloads = {m.job.source.name: m.payload() for m in matrices}
         refits._report("as written")
