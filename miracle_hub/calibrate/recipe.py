@@ -1,4 +1,4 @@
-"""How long a calibration takes: effort → tokens, groups and steps; and what it makes of a model and its inputs."""
+"""How long a calibration takes: effort → tokens, groups and steps; and what is known of a model by then."""
 
 from dataclasses import dataclass
 from pathlib import Path
