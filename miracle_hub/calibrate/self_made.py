@@ -18,7 +18,7 @@ from miracle_hub.calibrate.rows import Found, Row, tokens_of
 from miracle_hub.calibrate.sounds import read_extractor, sound_rows, waveform
 from miracle_hub.calibrate.texts import longest, prefix_of
 from miracle_hub.calibrate.vocabulary import Vocabulary
-from miracle_hub.calibrate.written import answered, continued, token_of
+from miracle_hub.calibrate.written import answered, continued
 from miracle_hub.errors import CalibrationError, SourceError
 from miracle_hub.evaluate.batches import check_fits, read_tokenizer
 
@@ -59,46 +59,37 @@ def self_made(
 def _texts(
     model: Any, folder: Path, wanted: int, max_length: int | None, generator: torch.Generator
 ) -> Found:
-    """Texts that a causal language model writes: one half from its start, the other from single tokens."""
-    length = longest(model, max_length or _LENGTH)
-    starts, said = _starts(model, folder)
-    n_rows, rows = max(_LEAST_ROWS, -(-wanted // length)), []
-    while len(rows) < n_rows:
-        some = starts(min(_at_once(model, length), n_rows - len(rows)), generator)
-        ids = continued(model, some, length, generator).cpu()
-        rows += [{"input_ids": row} for row in ids]
-    return Found(rows, _SELF, f"{n_rows:,} texts of {length} tokens sampled from the model{said}")
+    """Texts that a causal language model writes from single tokens, any of its vocabulary.
 
-
-def _starts(model: Any, folder: Path) -> tuple[Any, str]:
-    """What draws first tokens, and words for what it draws.
-
-    Raises:
-        CalibrationError: the model names no token of its vocabulary.
+    Where the tokenizer begins texts with a token, so do these, half of them with it alone. Where it begins
+    them with none, the model's own start token is left out too: texts from it are farther from others'.
     """
+    length, prefix = longest(model, max_length or _LENGTH), _prefix(folder)
     n_tokens = getattr(model.get_input_embeddings(), "num_embeddings", 0)
-    begin = token_of(model, "bos_token_id", "eos_token_id")
     if not n_tokens:
         raise CalibrationError(
             f"{type(model).__name__}: expected embeddings of tokens to write texts by, found none; give data "
             "(--calibrate DATA)"
         )
+    n_rows, rows = max(_LEAST_ROWS, -(-wanted // length)), []
+    while len(rows) < n_rows:
+        n = min(_at_once(model, length), n_rows - len(rows))
+        single = torch.randint(n_tokens, (n, 1), generator=generator)
+        n_alone = n // 2 if prefix else 0
+        begun = torch.tensor(prefix, dtype=torch.long).expand(n, len(prefix))
+        starts = (begun[:n_alone], torch.cat((begun, single), 1)[n_alone:])
+        for start in (some for some in starts if len(some)):
+            rows += [{"input_ids": row} for row in continued(model, start, length, generator).cpu()]
+    said = f"{n_rows:,} texts of {length} tokens sampled from the model, each from a token drawn at random"
+    return Found(rows, _SELF, said + (", half of them from the start" if prefix else ""))
+
+
+def _prefix(folder: Path) -> list[int]:
+    """The token that texts begin with; none where there is no tokenizer to say so."""
     try:
-        prefix = prefix_of(read_tokenizer(folder))
-    except SourceError:  # the model's own numbers do
-        prefix = []
-
-    def draw(n: int, generator: torch.Generator) -> torch.Tensor:
-        first = torch.randint(n_tokens, (n, 1), generator=generator)
-        if begin is None:
-            return first
-        if prefix:
-            first = torch.cat((torch.full((n, 1), prefix[0]), first), 1)
-            return first
-        first[::2] = begin
-        return first
-
-    return draw, ", from its start and from single tokens"
+        return prefix_of(read_tokenizer(folder))
+    except SourceError:
+        return []
 
 
 def _at_once(model: Any, length: int) -> int:
