@@ -1,8 +1,18 @@
 """Inputs without data: what a model writes by itself, words of its vocabulary, noise like images and sounds.
 
+How near they come is the mean cosine, over layers, between second moments of inputs, E[x xᵀ], of self-made
+and of real ones (benchmarks/self_inputs.py; 1 for equal ones):
+
+    stories260K    .981 to its stories, of which 88 % of the tokens are the same; C4's texts have .809
+    SmolLM2-135M   .84 to WikiText in windows of 64; C4 has .76. Texts from the start token have .82, those
+                   of temperature .7 too
+    MiniLM-L6      .762 to Wikipedia; C4 has .809, TinyStories .680, uniform words .579
+    ResNet-44      .947 to CIFAR-10; white noise has .659, noise with a 1/f spectrum alone .745
+
 What must not be trusted: a text of a model's own has what it knows, and none of what it is used for; words of
-a vocabulary have frequencies, and no sense; noise has spectra, and no things in it. Whatever is decided by
-them is decided for inputs like them.
+a vocabulary have frequencies, and no sense, so that they say little of which heads look where; disks have
+edges, and are no things, so that the last layers of a vision net see classes of nothing; sounds like speech
+have no words, so that a transcript is made up. What is decided by them is decided for inputs like them.
 """
 
 from pathlib import Path
