@@ -103,13 +103,13 @@ def _prefix(folder: Path) -> list[int]:
 
 
 def _at_once(model: Any, length: int) -> int:
-    config = model.config
+    config = model.config.get_text_config()
     layers, heads = (
         getattr(config, name, None) or 1 for name in ("num_hidden_layers", "num_attention_heads")
     )
     width = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 1) // heads
     cached = 2 * layers * width * (getattr(config, "num_key_value_heads", None) or heads) * length
-    return max(1, min(_AT_ONCE, _CACHED // cached))
+    return max(1, min(_AT_ONCE, _CACHED // max(1, cached)))
 
 
 def _sequences(
