@@ -129,6 +129,6 @@ def _require_names(model: nn.Module, tensors: Sequence[SourceTensor]) -> None:
             what = "none of that name" if found is None else f"shape {list(found.shape)}"
             raise CalibrationError(
                 f"{tensor.path}: expected {tensor.name} {list(tensor.shape)} among the tensors of "
-                f"{type(model).__name__}, found {what}; save the model again as it is now, or compress without "
-                "calibration (--calibrate none)"
+                f"{type(model).__name__}, found {what}; save the model again as it is now, or compress "
+                "without calibration (--calibrate none)"
             )
