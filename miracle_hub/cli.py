@@ -132,8 +132,8 @@ class _Echo(logging.Handler):
 
 @contextmanager
 def _told_meanwhile() -> Iterator[None]:
-    """What is logged while a verb runs: how long it will take, and how it goes."""
-    logger, echo = logging.getLogger("miracle_hub"), _Echo(logging.INFO)
+    """What calibration logs while it runs: how long it will take, and how it goes."""
+    logger, echo = logging.getLogger("miracle_hub.calibrate"), _Echo(logging.INFO)
     before = logger.level
     logger.addHandler(echo)
     logger.setLevel(logging.INFO)

@@ -3,7 +3,8 @@
 import copy
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,11 +20,11 @@ from miracle_hub.codec.jobs import Job
 from miracle_hub.codec.plan import Plan
 from miracle_hub.codec.source import SourceTensor, list_tensors, weight_files
 from miracle_hub.coding.backend import Backend
-from miracle_hub.errors import CalibrationError
+from miracle_hub.errors import CalibrationError, MiracleError
 from miracle_hub.options import CompressOptions
 from miracle_hub.plugin.roles import roles_of
 
-_LOGGER = logging.getLogger("miracle_hub")
+_LOGGER = logging.getLogger("miracle_hub.calibrate")
 
 
 class Asking:
@@ -31,7 +32,8 @@ class Asking:
 
     Attributes:
         known: None before anybody asked, and where nothing can be known.
-        why: nothing can be known.
+        why: nothing can be known; empty if something is.
+        undone: why nothing was refitted, though that was asked for.
         unseen: names of tensors to be coded that no answer depends on.
     """
 
@@ -39,8 +41,13 @@ class Asking:
         self.folder, self.options, self.model = folder, options, model
         self.known: Known | None = None
         self.judge: Judge | None = None
-        self.why, self.unseen = "", list[str]()
+        self.why, self.undone, self.unseen = "", "", list[str]()
         self._is_asked = False
+
+    @property
+    def is_optional(self) -> bool:
+        """Whether nobody gave anything to calibrate on: then a failure is no error."""
+        return is_self(self.options.calibrate) and self.model is None
 
     def curvature(self, source: SourceTensor) -> Curvature | None:
         """Of the model's answers; gathers all that can be known first.
@@ -59,8 +66,22 @@ class Asking:
         return found
 
     def encode(self, plans: Mapping[str, Plan], jobs: Sequence[Job], backend: Backend) -> Mapping[str, bytes]:
-        """What refits made of the jobs."""
-        return {} if self.known is None else self.known.encode(plans, jobs, backend)
+        """What refits made of the jobs.
+
+        Raises:
+            CalibrationError: they failed, on what was given.
+        """
+        if self.known is None:
+            return {}
+        try:
+            with _named_failures(self.folder):
+                return self.known.encode(plans, jobs, backend)
+        except CalibrationError as error:
+            if not self.is_optional:
+                raise
+            self.undone = str(error)
+            warnings.warn(f"compressed without refits: {error}", stacklevel=2)
+            return {}
 
     def plain(self, source: SourceTensor) -> Tensor | None:
         """What tuning made of it."""
@@ -71,17 +92,17 @@ class Asking:
         Raises:
             CalibrationError, DataError: see `curvature`.
         """
-        is_optional = is_self(self.options.calibrate) and self.model is None
         try:
             tensors = list_tensors(weight_files(self.folder))
             estimate = estimated(tensors, self.options.effort)
             _LOGGER.info("%s: calibration with effort %d: %s", self.folder, self.options.effort, estimate)
-            if is_optional:
+            if self.is_optional:
                 require_memory(estimate)
-            self.known = self._gathered(tensors)
-            self.judge = Judge(self.known.model, self.known.inputs.held_out)
+            with _named_failures(self.folder):
+                self.known = self._gathered(tensors)
+                self.judge = Judge(self.known.model, self.known.inputs.held_out)
         except CalibrationError as error:
-            if not is_optional:
+            if not self.is_optional:
                 raise
             self.known, self.why = None, str(error)
             warnings.warn(f"compressed without calibration: {error}", stacklevel=2)
@@ -100,6 +121,25 @@ class Asking:
             theirs = roles_of(self.folder).parameters
             _require_names(known.model, [tensor for tensor in tensors if tensor.name in theirs])
         return known
+
+
+@contextmanager
+def _named_failures(folder: Path) -> Iterator[None]:
+    """Models of all kinds are run, by code that nobody here has seen.
+
+    Raises:
+        CalibrationError: it failed.
+    """
+    try:
+        yield
+    except MiracleError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:200]
+        raise CalibrationError(
+            f"{folder}: expected a model that runs there and back, found {type(error).__name__}: {said}; "
+            "report it, and compress without calibration (--calibrate none)"
+        ) from error
 
 
 @torch.no_grad()

@@ -88,7 +88,7 @@ class _Judged:
             found = replace(found, data_free=self._without(asking))
             if found.data_free is not None and found.data_free < found.divergence:
                 raise _TakenBack(replace(found, divergence=found.data_free, is_taken_back=True))
-        return replace(report, calibration=found, notes=(*report.notes, *_unseen(asking.unseen)))
+        return replace(report, calibration=found, notes=(*report.notes, *_notes(asking)))
 
     def _without(self, asking: Asking) -> float:
         """The divergence of a file of the same options without calibration."""
@@ -100,10 +100,11 @@ class _Judged:
             return asking.judge.divergence(folder)
 
 
-def _unseen(names: list[str]) -> tuple[str, ...]:
-    """What to know of tensors that cost nothing."""
-    if not names:
-        return ()
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    said = f"{', '.join(sorted(names)[:_NAMED])}{more}"
-    return (f"no answer of the model depends on these, which have the fewest bits therefore: {said}",)
+def _notes(asking: Asking) -> tuple[str, ...]:
+    """What to know of refits that failed, and of tensors that cost nothing."""
+    found = [f"not refitted: {asking.undone}"] if asking.undone else []
+    if names := sorted(asking.unseen):
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        said = f"{', '.join(names[:_NAMED])}{more}"
+        found.append(f"no answer of the model depends on these, which have the fewest bits therefore: {said}")
+    return tuple(found)

@@ -22,6 +22,7 @@ from miracle_hub.hub.facts import CardFacts
 from tests.calibrate.conftest import TEXTS
 
 Saved = Callable[..., tuple[Any, Path]]
+WIDER = {"hidden_size": 64, "intermediate_size": 128}  # so that matrices are coded
 QUICK: dict[str, Any] = {"bits_per_weight": 8.0, "window_bits": 8, "progress": False}
 
 
@@ -32,7 +33,7 @@ class Net(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(3, 64, 3)
         self.norm = nn.BatchNorm2d(64)
-        self.head = nn.Linear(64, 10)
+        self.head = nn.Linear(64, 64)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         return self.head(self.norm(self.conv(image)).relu().mean((2, 3)))
@@ -40,7 +41,7 @@ class Net(nn.Module):
 
 @pytest.fixture
 def llama(saved: Saved) -> Path:
-    return saved(LlamaForCausalLM, tie_word_embeddings=True, hidden_size=32, intermediate_size=64)[1]
+    return saved(LlamaForCausalLM, tie_word_embeddings=True, head_dim=32, **WIDER)[1]
 
 
 @pytest.fixture
@@ -107,7 +108,7 @@ def asking_of(folder: Path) -> Judge:
 
 
 def test_an_encoder_is_calibrated_on_a_file_of_texts(saved: Saved, text_file: Path, tmp_path: Path) -> None:
-    _, folder = saved(BertModel, hidden_size=32)
+    _, folder = saved(BertModel, **WIDER)
     report = miracle_hub.compress(folder, tmp_path / "out", calibrate=text_file, effort=0, **QUICK)
     assert str(text_file) in found_in(report).said and "cosine" in found_in(report).unit
     assert_loads(tmp_path / "out", AutoModel)
@@ -172,6 +173,27 @@ def compressed_by_itself(folder: Path, out: Path, **options: Any) -> Report:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("miracle_hub.api.is_asked", lambda calibrate: True)
         return miracle_hub.compress(folder, out, **QUICK, **options)
+
+
+def test_whatever_happens_in_a_model_that_runs_by_itself_is_said_and_no_error(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise IndexError("out of range")
+
+    monkeypatch.setattr("miracle_hub.calibrate.known.Refits.run", fail)
+    with pytest.warns(UserWarning, match="^compressed without refits: .*found IndexError: out of range"):
+        report = compressed_by_itself(llama, tmp_path / "without refits")
+    assert found_in(report).data_free is not None and not found_in(report).steps
+    assert any(note.startswith("not refitted: ") for note in report.notes)
+    with pytest.raises(CalibrationError, match="found IndexError: out of range"):
+        miracle_hub.compress(llama, tmp_path / "out", calibrate=TEXTS, **QUICK)
+    monkeypatch.setattr("miracle_hub.calibrate.recipe.measure", fail)
+    with pytest.warns(UserWarning, match="^compressed without calibration: .*found IndexError: out of range"):
+        assert compressed_by_itself(llama, tmp_path / "without").calibration is None
+    with pytest.raises(CalibrationError, match="found IndexError: out of range"):
+        miracle_hub.compress(llama, tmp_path / "out", calibrate=TEXTS, **QUICK)
+    assert not (tmp_path / "out").exists()
 
 
 def test_too_little_memory_is_said_before_the_model_is_loaded(
