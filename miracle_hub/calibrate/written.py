@@ -117,8 +117,3 @@ def _token(model: Any, name: str) -> int | None:
         if isinstance(found, list) and found:
             return int(found[0])
     return None
-
-
-def token_of(model: Any, *names: str) -> int | None:
-    """The first of some special tokens that a model's config has."""
-    return next((found for name in names if (found := _token(model, name)) is not None), None)

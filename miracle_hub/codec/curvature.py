@@ -11,9 +11,6 @@ from miracle_hub.coding.backend import Backend, rotated_matrix
 from miracle_hub.coding.matrix import matrix_columns
 from miracle_hub.coding.rotation import widest_rotation
 
-# Of the mean of the diagonal, added to it: directions that few inputs have are not free.
-_DAMPING = 0.01
-
 
 @dataclass(frozen=True)
 class Curvature:
@@ -23,6 +20,7 @@ class Curvature:
         columns: second moments of the inputs, weighted by the gradients of the outputs, float32
             `[columns, columns]`; None where they are not known, which means the unit matrix.
         rows: squared gradients of the outputs, float32 `[rows]` or `[1]`.
+        damping: of the mean of the moments' diagonal, added to it: how little the moments are trusted.
 
     Source: Martens and Grosse 2015 (arXiv:1503.05671); Tseng et al. 2025 (YAQA, arXiv:2505.22988), section 3;
         here one pass, with inputs weighted by the gradients of their own token.
@@ -30,11 +28,12 @@ class Curvature:
 
     rows: Float[Tensor, " rows"]
     columns: Float[Tensor, "columns columns"] | None = None
+    damping: float = 0.1
 
     @property
     def digest(self) -> str:
         """SHA-256 of both, in hexadecimal: of jobs whose results depend on them."""
-        found = hashlib.sha256()
+        found = hashlib.sha256(str(self.damping).encode())
         for part in (self.rows, self.columns):
             found.update(b"-" if part is None else part.contiguous().numpy().tobytes())
         return found.hexdigest()
@@ -46,7 +45,7 @@ class Curvature:
         moments = rotated_matrix(self.columns, len(self.columns), rotation, backend)
         moments = rotated_matrix(moments.T.contiguous(), len(self.columns), rotation, backend).double()
         mean = moments.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-        moments.diagonal().add_(_DAMPING * mean)
+        moments.diagonal().add_(self.damping * mean)
         return torch.linalg.cholesky(moments.flip(0, 1)).flip(0, 1)
 
     def cost(self, weights: Tensor, rotation: int, backend: Backend) -> Float[Tensor, " rows"]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertForMaskedLM, BertModel, LlamaForCausalLM, ResNetForImageClassification
+from transformers import BertForMaskedLM, BertModel, LlamaForCausalLM, ViTForImageClassification
 
 from miracle_hub.calibrate.models import load_dense
 from miracle_hub.errors import CalibrationError
@@ -23,7 +23,7 @@ def changed(folder: Path, **values: Any) -> None:
     path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
 
 
-@pytest.mark.parametrize("cls", [BertModel, BertForMaskedLM, LlamaForCausalLM, ResNetForImageClassification])
+@pytest.mark.parametrize("cls", [BertModel, BertForMaskedLM, LlamaForCausalLM, ViTForImageClassification])
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_model_is_loaded_by_its_class_in_float32_and_evaluation_mode(
     cls: Any, tied: bool, saved: Saved
