@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, BertModel, LlamaForCausalLM
 
 import miracle_hub
-from miracle_hub import CompressOptions
+from miracle_hub import CompressOptions, cli
 from miracle_hub.calibrate import compression, estimate, recipe
 from miracle_hub.calibrate.judge import Judge
 from miracle_hub.codec.report import Calibration, Report
@@ -141,7 +141,7 @@ def test_the_command_line_says_how_long_it_takes_and_what_came_of_it(
     command = ["miracle", "compress", str(llama), str(out), "--calibrate", str(text_file), *options]
     monkeypatch.setattr("sys.argv", command)
     with pytest.raises(SystemExit) as ended:
-        miracle_hub.cli.main()
+        cli.main()
     shown = capsys.readouterr()
     assert ended.value.code == 0
     assert "calibration with effort 0: about a minute of two cores and 0.0 GB of memory" in shown.err
