@@ -2,9 +2,10 @@
 
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -16,12 +17,8 @@ from miracle_hub.options import CompressOptions
 _NAMED = 5
 
 
-class Compress(Protocol):
-    """What `codec.compress.compress_folder` does, all but these arguments given."""
-
-    def __call__(self, out: Path, options: CompressOptions, **also: Any) -> Report:
-        """Write `out`."""
-        ...
+# What `codec.compress.compress_folder` does with an output and options, and whatever else it takes by name.
+Compress: TypeAlias = Callable[..., Report]
 
 
 class _TakenBack(Exception):
@@ -43,6 +40,7 @@ def compress_calibrated(
     """Compress a folder with what its model's answers say of its weights.
 
     Args:
+        compress: compresses the folder, without calibration unless it is given what is known.
         source: the folder.
         model: the folder's, where transformers cannot tell.
         also: others of `compress_folder`, for the output.

@@ -10,7 +10,7 @@ _NAMED = 20  # files of one reason: a clone has hundreds of hidden ones
 class Calibration:
     """What a compression knew of its model, and how far the file's answers are from the dense model's.
 
-    Divergences are means over held-out rows: nothing was fitted to them, but what is accepted is decided by them.
+    Divergences are means over held-out rows: nothing was fitted to them, but they decide what is accepted.
 
     Attributes:
         said: what the model was run on, and how much of it.
