@@ -1,9 +1,9 @@
 """Which damping of the feedback suits each kind of matrix: tried on a few of them, judged on held-out rows.
 
-Feedback keeps errors out of the directions in which a matrix's inputs are large, and raises those in all others.
-Where the quadratic model of the loss is wrong, as of the last matrix of post-norm blocks, that is a loss: MiniLM's
-at 2 bits diverge by 0.77 without feedback, and by 1.67, 1.11, 0.62 and 0.38 with dampings of 0.01, 0.1, 0.5 and 2;
-its queries by 0.21, and 0.041, 0.041, 0.050 and 0.057.
+Feedback keeps errors out of the directions in which a matrix's inputs are large, and raises those in others.
+Where squares do not tell the loss, as of the last matrix of post-norm blocks, that is worse: MiniLM's at 2 bits
+diverge by 0.77 without feedback, and by 1.67, 1.11, 0.62 and 0.38 with dampings of 0.01, 0.1, 0.5 and 2; its
+queries by 0.21, and by 0.041, 0.041, 0.050 and 0.057.
 """
 
 import re

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from miracle_hub.codec.keeping import kept_bytes, said_of_kept
 from miracle_hub.codec.plan import Plan, lay_out
-from miracle_hub.codec.rates import Choice, Curve, allocate, extreme_choices
+from miracle_hub.codec.rates import Chosen, Curve, allocate, extreme_choices
 from miracle_hub.codec.repository import total_bytes
 from miracle_hub.errors import BudgetError
 from miracle_hub.options import amount, asked_for
@@ -35,14 +35,14 @@ class Budget:
     bits_per_weight: float | None = None
 
 
-def meet_budget(plans: Mapping[str, Plan], curves: Sequence[Curve], budget: Budget) -> dict[str, Choice]:
+def meet_budget(plans: Mapping[str, Plan], curves: Sequence[Curve], budget: Budget) -> dict[str, Chosen]:
     """Choices whose files together fill the budget as nearly as rows allow, and never exceed it.
 
     Raises:
         BudgetError: it is below the least or above the most that the options allow.
     """
 
-    def size(choices: dict[str, Choice]) -> int:
+    def size(choices: dict[str, Chosen]) -> int:
         return total_bytes(lay_out(plans, choices, budget.max_shard_bytes, budget.stem)) + budget.other_bytes
 
     _check_range(budget, plans, *(size(extreme_choices(curves, most)) for most in (False, True)))

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from miracle_hub.codec.budget import Budget, meet_budget
 from miracle_hub.codec.companions import of_source
 from miracle_hub.codec.config import read_config, read_quantization, write_config
@@ -185,7 +187,7 @@ def _decide(
     request = Request(options.window_bits, options.rotation, options.seed, len(left), backend)
     curves, contents = survey(plans, request)
     costs = {} if knowledge is None else _curvatures(knowledge, plans, curves)
-    curves = [_weighed(curve, plans[curve.name].source, costs, request) for curve in curves]
+    curves = [part for curve in curves for part in _weighed(curve, plans[curve.name].source, costs, request)]
     refined = [refined_files(plans, request, stage, shard_bytes) for stage in range(2, options.stages + 1)]
     target = budget_bytes(options.bits_per_weight, options.size, n_weights)
     other_bytes = copied_bytes + sum(map(total_bytes, refined))
@@ -209,12 +211,14 @@ def _curvatures(
     return {name: curvature for name, curvature in found.items() if curvature is not None}
 
 
-def _weighed(curve: Curve, source: SourceTensor, costs: Mapping[str, Curvature], request: Request) -> Curve:
-    """A curve in nats, if errors of any tensor are; what nothing is known of then costs nothing."""
+def _weighed(
+    curve: Curve, source: SourceTensor, costs: Mapping[str, Curvature], request: Request
+) -> list[Curve]:
+    """Curves in nats, if errors of any tensor are; what nothing is known of then costs nothing."""
     if not costs:
-        return curve
+        return [curve]
     known = costs.get(curve.name)
-    cost = 0.0 if known is None else float(known.cost(source.load(), request.rotation, request.backend).sum())
+    cost = torch.zeros(1) if known is None else known.cost(source.load(), request.rotation, request.backend)
     return weighed(curve, cost, source.n_weights)
 
 

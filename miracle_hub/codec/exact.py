@@ -17,7 +17,7 @@ from miracle_hub.code import MAX_DIMENSIONS
 from miracle_hub.codec.curvature import Curvature
 from miracle_hub.codec.dtypes import EXACT_DTYPES, raw_bytes
 from miracle_hub.codec.payloads import Packed, PayloadFacts, Request
-from miracle_hub.codec.rates import Choice, Option
+from miracle_hub.codec.rates import Chosen, Option
 from miracle_hub.coding.backend import Backend
 from miracle_hub.coding.digest import digest
 from miracle_hub.errors import ChecksumError, FormatError, OptionError, SourceError
@@ -59,7 +59,7 @@ class Exact:
         """Nothing."""
         return [[] for _ in surveys]
 
-    def payload_bytes(self, spec: TensorSpec, choice: Choice) -> int:
+    def payload_bytes(self, spec: TensorSpec, choice: Chosen) -> int:
         """
         Raises:
             OptionError: always: how many bytes a tensor takes depends on its values.
@@ -69,7 +69,7 @@ class Exact:
     def encode(
         self,
         weights: Tensor,
-        choice: Choice,
+        choice: Chosen,
         where: str,
         backend: Backend,
         earlier: Sequence[Tensor] = (),

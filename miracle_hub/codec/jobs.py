@@ -15,7 +15,7 @@ from torch import Tensor
 from miracle_hub.codec.curvature import Curvature
 from miracle_hub.codec.naming import stage_name
 from miracle_hub.codec.payloads import codec_named
-from miracle_hub.codec.rates import Choice
+from miracle_hub.codec.rates import Chosen
 from miracle_hub.codec.source import SourceTensor
 from miracle_hub.codec.stored import payload_at
 from miracle_hub.coding.backend import Backend
@@ -36,7 +36,7 @@ class Job:
 
     source: SourceTensor
     content: str
-    choice: Choice
+    choice: Chosen
     stage: int = 1
     earlier: tuple[str, ...] = ()
     curvature: Curvature | None = None
@@ -74,7 +74,7 @@ class Job:
 
 
 def refining(
-    jobs: Mapping[str, Job], choice: Callable[[SourceTensor], Choice], backend: Backend
+    jobs: Mapping[str, Job], choice: Callable[[SourceTensor], Chosen], backend: Backend
 ) -> list[Job]:
     """The jobs of the next stage, by tensor in order of name.
 

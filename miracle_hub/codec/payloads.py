@@ -18,7 +18,7 @@ from miracle_hub.code import Code
 from miracle_hub.codec.curvature import Curvature
 from miracle_hub.codec.dtypes import is_bytes
 from miracle_hub.codec.naming import STREAM
-from miracle_hub.codec.rates import Choice, Option
+from miracle_hub.codec.rates import Chosen, Option
 from miracle_hub.coding.backend import Backend
 from miracle_hub.errors import FormatError
 from miracle_hub.format import network
@@ -167,14 +167,14 @@ class Codec(Protocol):
         """What each of the surveyed tensors may become. Errors are in the unit of `ladder`."""
         ...
 
-    def payload_bytes(self, spec: TensorSpec, choice: Choice) -> int:
+    def payload_bytes(self, spec: TensorSpec, choice: Chosen) -> int:
         """The exact length of the payload that `encode` will write."""
         ...
 
     def encode(
         self,
         weights: Tensor,
-        choice: Choice,
+        choice: Chosen,
         where: str,
         backend: Backend,
         earlier: Sequence[Tensor] = (),

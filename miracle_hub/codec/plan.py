@@ -9,7 +9,7 @@ from torch import Tensor
 
 from miracle_hub.code import MAX_DIMENSIONS
 from miracle_hub.codec.payloads import codec_named, is_payload, is_stray_stream
-from miracle_hub.codec.rates import Choice
+from miracle_hub.codec.rates import Chosen
 from miracle_hub.codec.repository import OutputFile, sharded
 from miracle_hub.codec.source import SourceTensor, list_tensors, narrowing_metadata
 from miracle_hub.coding.narrowing import half_holds, is_narrowable
@@ -193,7 +193,7 @@ def narrowed(plan: Plain, half: Set[str] | None = None) -> Plain:
     return replace(plan, is_narrowed=half_holds(source.load()))
 
 
-def entry_of(plan: Plan, choices: Mapping[str, Choice]) -> TensorSpec:
+def entry_of(plan: Plan, choices: Mapping[str, Chosen]) -> TensorSpec:
     """The tensor as the output file will hold it."""
     source = plan.source
     match plan:
@@ -207,7 +207,7 @@ def entry_of(plan: Plan, choices: Mapping[str, Choice]) -> TensorSpec:
 
 
 def lay_out(
-    plans: Mapping[str, Plan], choices: Mapping[str, Choice], max_shard_bytes: int, stem: str = "model"
+    plans: Mapping[str, Plan], choices: Mapping[str, Chosen], max_shard_bytes: int, stem: str = "model"
 ) -> list[OutputFile]:
     """The output files. Plain tensors come first, widest dtype first, so that they stay aligned."""
     entries = [entry_of(plan, choices) for plan in plans.values()]

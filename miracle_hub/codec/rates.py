@@ -30,7 +30,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Curve:
-    """What one tensor may become."""
+    """What one tensor may become, or, where several have its name, its next rows."""
 
     name: str
     rows: int
@@ -58,6 +58,43 @@ class Choice:
         return self.option.n_bytes + math.ceil(extra * self.upgraded_rows / self.rows)
 
 
+@dataclass(frozen=True)
+class Ranges:
+    """What a tensor gets of which several ranges of rows have curves of their own, from the top."""
+
+    choices: tuple[Choice, ...]
+
+    @property
+    def option(self) -> Option:
+        """One of them: all are of one codec, of one matrix view."""
+        return self.choices[0].option
+
+    @property
+    def n_bytes(self) -> int:
+        """See `Choice.n_bytes`."""
+        return sum(choice.n_bytes for choice in self.choices)
+
+    def parts(self) -> list[tuple[int, Any]]:
+        """Rows and their recipe, from the top; neighbors of one recipe are one part."""
+        found: list[tuple[int, Any]] = []
+        for rows, recipe in (part for choice in self.choices for part in choice.parts()):
+            if found and found[-1][1] == recipe:
+                rows += found.pop()[0]
+            found.append((rows, recipe))
+        return found
+
+
+Chosen = Choice | Ranges
+
+
+def _joined(curves: Sequence[Curve], choices: Sequence[Choice]) -> dict[str, Chosen]:
+    """Choices by name of the tensor."""
+    found: dict[str, list[Choice]] = {}
+    for curve, choice in zip(curves, choices, strict=True):
+        found.setdefault(curve.name, []).append(choice)
+    return {name: own[0] if len(own) == 1 else Ranges(tuple(own)) for name, own in found.items()}
+
+
 def lower_hull(options: Sequence[Option]) -> list[Option]:
     """The options that no mixture of two others beats, by rising bytes and falling error."""
     hull: list[Option] = []
@@ -76,30 +113,30 @@ def _slope(cheap: Option, dear: Option) -> float:
     return (cheap.error - dear.error) / extra if extra else math.inf
 
 
-def allocate(curves: Sequence[Curve], payload_bytes: int) -> dict[str, Choice]:
+def allocate(curves: Sequence[Curve], payload_bytes: int) -> dict[str, Chosen]:
     """The choice per tensor that minimizes the total error within `payload_bytes`.
 
-    Walks down the lower hulls of all tensors together, steepest step first; a step that does not fit is taken
+    Walks down the lower hulls of all curves together, steepest step first; a step that does not fit is taken
     for as many rows as fit.
     """
-    hulls = {curve.name: lower_hull(curve.options) for curve in curves}
-    choices = {curve.name: Choice(curve.rows, hulls[curve.name][0]) for curve in curves}
-    left = payload_bytes - sum(choice.n_bytes for choice in choices.values())
+    hulls = [lower_hull(curve.options) for curve in curves]
+    choices = [Choice(curve.rows, hull[0]) for curve, hull in zip(curves, hulls, strict=True)]
+    left = payload_bytes - sum(choice.n_bytes for choice in choices)
     steps = [
-        (-_slope(cheap, dear), i, name, dear)
-        for name, hull in hulls.items()
+        (-_slope(cheap, dear), i, curves[at].name, at, dear)
+        for at, hull in enumerate(hulls)
         for i, (cheap, dear) in enumerate(zip(hull, hull[1:], strict=False))
     ]
     closed = set()
-    for _, _, name, dear in sorted(steps, key=lambda step: step[:3]):
-        if name in closed:
+    for *_, at, dear in sorted(steps, key=lambda step: step[:4]):
+        if at in closed:
             continue
-        raised, is_whole = _raised(choices[name], dear, left)
-        left -= raised.n_bytes - choices[name].n_bytes
-        choices[name] = raised
+        raised, is_whole = _raised(choices[at], dear, left)
+        left -= raised.n_bytes - choices[at].n_bytes
+        choices[at] = raised
         if not is_whole:
-            closed.add(name)
-    return choices
+            closed.add(at)
+    return _joined(curves, choices)
 
 
 def _raised(choice: Choice, dear: Option, left: int) -> tuple[Choice, bool]:
@@ -113,7 +150,8 @@ def _raised(choice: Choice, dear: Option, left: int) -> tuple[Choice, bool]:
     return replace(choice, upgrade=dear, upgraded_rows=rows), False
 
 
-def extreme_choices(curves: Sequence[Curve], most: bool) -> dict[str, Choice]:
+def extreme_choices(curves: Sequence[Curve], most: bool) -> dict[str, Chosen]:
     """The largest or the smallest files that the options allow."""
     pick = max if most else min
-    return {c.name: Choice(c.rows, pick(lower_hull(c.options), key=lambda o: o.n_bytes)) for c in curves}
+    chosen = [Choice(c.rows, pick(lower_hull(c.options), key=lambda o: o.n_bytes)) for c in curves]
+    return _joined(curves, chosen)

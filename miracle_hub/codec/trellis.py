@@ -14,7 +14,7 @@ from miracle_hub.codec.body import body_of, check_payload, coded_rows
 from miracle_hub.codec.curvature import Curvature
 from miracle_hub.codec.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from miracle_hub.codec.payloads import Packed, PayloadFacts, Request
-from miracle_hub.codec.rates import Choice, Option
+from miracle_hub.codec.rates import Choice, Chosen, Option
 from miracle_hub.coding.backend import Backend, choose, rotated_matrix
 from miracle_hub.coding.matrix import ROW_SCALE_COLUMNS, CodedRows, MatrixLayout, matrix_columns
 from miracle_hub.coding.posterior import squared_error_cost
@@ -65,7 +65,7 @@ class Trellis:
 
         return measure_options(surveys, request)
 
-    def payload_bytes(self, spec: TensorSpec, choice: Choice) -> int:
+    def payload_bytes(self, spec: TensorSpec, choice: Chosen) -> int:
         """The exact length of the payload that `encode` will write."""
         recipe: Recipe = choice.option.recipe
         header = Header(spec.dtype, spec.shape, recipe.columns, recipe.rotation, segments_of(choice))
@@ -74,7 +74,7 @@ class Trellis:
     def encode(
         self,
         weights: Tensor,
-        choice: Choice,
+        choice: Chosen,
         where: str,
         backend: Backend,
         earlier: Sequence[Tensor] = (),
@@ -165,7 +165,7 @@ def refinement(spec: TensorSpec, rotation: int, code: Code) -> Choice:
     return Choice(spec.n_weights // columns, Option(recipe, 0, 0.0))
 
 
-def segments_of(choice: Choice) -> tuple[Segment, ...]:
+def segments_of(choice: Chosen) -> tuple[Segment, ...]:
     """Of the payload that a choice becomes."""
     return tuple(Segment(rows, recipe.code, recipe.row_scales) for rows, recipe in choice.parts())
 
