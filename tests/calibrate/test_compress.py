@@ -119,6 +119,7 @@ def test_an_encoder_is_calibrated_on_a_file_of_texts(saved: Saved, text_file: Pa
     _, folder = saved(BertModel, **WIDER)
     report = miracle_hub.compress(folder, tmp_path / "out", calibrate=text_file, effort=0, **QUICK)
     assert found_in(report).said.startswith("texts.txt: 200 lines") and "cosine" in found_in(report).unit
+    assert [note.rpartition(": ")[2] for note in report.notes] == ["pooler.dense.weight"]  # it moves no state
     assert_loads(tmp_path / "out", AutoModel)
 
 
