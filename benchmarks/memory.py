@@ -20,7 +20,8 @@ from record import record
 _SHARDS, _PER_SHARD, _ROWS, _COLUMNS = 5, 25, 2048, 1024
 _COMPRESS = """
 import sys, miracle_hub
-miracle_hub.compress(sys.argv[1], sys.argv[2], bits_per_weight=2.0, window_bits=8, progress=False)
+options = dict(bits_per_weight=2.0, window_bits=8, calibrate=None, progress=False)
+miracle_hub.compress(sys.argv[1], sys.argv[2], **options)
 """
 _DECOMPRESS = """
 import sys, miracle_hub

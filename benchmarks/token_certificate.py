@@ -45,7 +45,9 @@ def main() -> None:
     """Measure and record."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        report = miracle_hub.compress(_MODEL, folder / "out", bits_per_weight=4, progress=False)
+        report = miracle_hub.compress(
+            _MODEL, folder / "out", bits_per_weight=4, calibrate=None, progress=False
+        )
         rows = [row(folder, texts) for texts in _TEXTS]
     guessing = round(math.log(_VOCABULARY), 4)
     record(

@@ -4,10 +4,13 @@ What only writes, or draws, is imported by the verbs that do: whoever loads a fi
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from miracle_hub.calibrate.asked import is_asked
 from miracle_hub.code import DEFAULT_WIDTH
 from miracle_hub.codec.decompress import decompress_folder
 from miracle_hub.codec.decompress import load_state_dict as load_folder
@@ -15,6 +18,7 @@ from miracle_hub.codec.detector import TO_COMPRESS, TO_DECODE, TO_INSPECT
 from miracle_hub.codec.inspection import Inspection, inspect_folder
 from miracle_hub.codec.report import Report
 from miracle_hub.codec.verification import Verification
+from miracle_hub.errors import OptionError
 from miracle_hub.hub.resolve import local_folder, not_downloaded
 from miracle_hub.options import (
     DEFAULT_SHARD_SIZE,
@@ -38,10 +42,13 @@ def compress(
     modules_to_not_convert: list[str] | str | None = None,
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     stages: int = 1,
+    calibrate: str | Any | None = "self",
+    effort: int = 1,
     backend: str = "auto",
     revision: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
+    model: nn.Module | None = None,
     options: CompressOptions | None = None,
 ) -> Report:
     """Write `out`, a repository that `from_pretrained` loads, of exactly the size asked for.
@@ -61,14 +68,24 @@ def compress(
         max_shard_size: of one output file.
         stages: files of their own, 1 to 9, that can be loaded one after the other; each but the first halves
             the squared error for 4/7 bits per weight. The size is that of all together.
+        calibrate: what the model is run on, without labels: "self" (inputs of its own making), "none" (it is
+            not run), a file or folder, a Hub id; or, in Python, texts, a data set or arrays.
+        effort: of calibration, 0 to 5: each takes 4 times as long as the one before, or more.
         backend: "auto" (a GPU where there is one), "cpu" (numba) or "triton" (a GPU).
         revision: branch, tag or commit of a Hub id.
         overwrite: replace the output if it exists.
         progress: show a progress bar.
-        options: all of these from `bits_per_weight` on, instead of the keywords.
+        model: the source's, where transformers has no class for it: a module whose parameters have the names
+            of the source's tensors. It stays as it is.
+        options: all of these from `bits_per_weight` on, `model` apart, instead of the keywords.
+
+    By default the model is run, if it can be; if not, a warning says so, and the file is as with
+    `calibrate=None`. Where data or a model are given, what they do not fit is an error.
 
     Raises:
         SourceError: and its subclasses: the source cannot be read, is no dense model or holds NaN.
+        CalibrationError: the model does not run on what was given.
+        DataError: the data cannot be read, are none that the model takes, or too few.
         BudgetError: the size cannot be met; the message says the least or most possible.
         OptionError: an option is out of range; or there is not exactly one of bits_per_weight and size.
         BackendError: the backend cannot run here.
@@ -82,14 +99,29 @@ def compress(
     options.require_budget()  # before a Hub source is downloaded
     folder = local_folder(source, options.revision, taken=TO_COMPRESS)
     base_model = None if Path(source).exists() else str(source)
-    return compress_folder(
-        folder,
-        Path(out),
-        options,
-        card=lambda target, report: write_card(target, report, folder, base_model),
-        not_downloaded=not_downloaded(source, options.revision, folder),
-        roles=roles_of,
-    )
+    plainly = partial(compress_folder, folder, roles=roles_of)
+    about_output: dict[str, Any] = {
+        "card": lambda target, report: write_card(target, report, folder, base_model),
+        "not_downloaded": not_downloaded(source, options.revision, folder),
+    }
+    if not is_asked(options.calibrate):
+        _refuse_idle(model)
+        return plainly(Path(out), options, **about_output)
+    from miracle_hub.calibrate.compression import compress_calibrated
+
+    return compress_calibrated(plainly, folder, Path(out), options, model=model, **about_output)
+
+
+def _refuse_idle(model: nn.Module | None) -> None:
+    """
+    Raises:
+        OptionError: a model is given that would not be run.
+    """
+    if model is not None:
+        raise OptionError(
+            "model: expected none, since without calibration no model is run, found one; give calibrate, or "
+            "leave it out"
+        )
 
 
 def decompress(

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Collection
 
-from miracle_hub.errors import OptionError
+from miracle_hub.errors import BudgetError, OptionError
 
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
@@ -37,3 +37,31 @@ def check_positive(name: str, value: object) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise OptionError(f"{name}: expected a positive number, found {value!r}; choose another value")
+
+
+def check_data(name: str, value: object) -> None:
+    """Refuse what can be no data: a number, or no text at all. Whoever reads the data says the rest.
+
+    Raises:
+        OptionError: it is that.
+    """
+    if isinstance(value, int | float | complex) or (isinstance(value, str) and not value.strip()):
+        raise OptionError(
+            f'{name}: expected "self", "none", a path, a Hub id or data, found {value!r}; leave it out for '
+            '"self"'
+        )
+
+
+def check_one_budget(where: str, **budgets: object) -> None:
+    """Refuse anything but exactly one budget.
+
+    Raises:
+        BudgetError: there is none, or more than one.
+    """
+    given = [name for name, value in budgets.items() if value is not None]
+    if len(given) != 1:
+        *others, last = budgets
+        raise BudgetError(
+            f"{where}: expected exactly one of {', '.join(others)} and {last}, found "
+            f"{' and '.join(given) or 'none'}; give one of them"
+        )

@@ -1,8 +1,10 @@
 """The command line: the verbs of the package, with the same names and defaults."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -83,7 +85,8 @@ def _parameters(kind: type[Options]) -> Iterator[Parameter]:
 @_command(CompressOptions)
 def compress(source: Source, out: Out, options: CompressOptions) -> None:
     """Write OUT, a repository of exactly the size asked for that from_pretrained loads."""
-    report = miracle_hub.compress(source, out, options=options)
+    with _told_meanwhile():
+        report = miracle_hub.compress(source, out, options=options)
     typer.echo(
         f"{out}: {report.dense_bytes:,} → {report.compressed_bytes:,} bytes "
         f"({report.dense_bytes / report.compressed_bytes:.2f} times smaller), "
@@ -92,6 +95,8 @@ def compress(source: Source, out: Out, options: CompressOptions) -> None:
         f"{len(report.plain) + len(report.exact)} tensors stay as they are: {report.kept_bytes:,} bytes, "
         f"{report.kept_share:.1%} (weights and others told apart by {report.judged_by})"
     )
+    for line in () if report.calibration is None else report.calibration_lines:
+        typer.echo(_printable(line))
     _tell_files(report)
     typer.echo(f"digest {report.digest}")
 
@@ -115,6 +120,28 @@ def fit(source: Source, out: Out, data: Data, options: FitOptions) -> None:
     typer.echo(f"{out}: {size}\nbefore coding {_figures(found.fitted)}; as written {_figures(found.coded)}")
     _tell_files(found.report)
     typer.echo(f"digest {found.report.digest}")
+
+
+class _Echo(logging.Handler):
+    """Says what the package logs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """On standard error."""
+        typer.echo(_printable(record.getMessage()), err=True)
+
+
+@contextmanager
+def _told_meanwhile() -> Iterator[None]:
+    """What calibration logs while it runs: how long it will take, and how it goes."""
+    logger, echo = logging.getLogger("miracle_hub.calibrate"), _Echo(logging.INFO)
+    before = logger.level
+    logger.addHandler(echo)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+        logger.removeHandler(echo)
 
 
 def _tell_files(report: Report) -> None:

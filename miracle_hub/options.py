@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Protocol, TypeVar, get_type_hints
 
-from miracle_hub.checks import check_choice, check_integer, check_positive
+from miracle_hub.checks import check_choice, check_data, check_integer, check_one_budget, check_positive
 from miracle_hub.code import BACKENDS, DEFAULT_WIDTH, MAX_STAGES, MAX_WIDTH_LOG2, MAX_WINDOW_BITS
 from miracle_hub.errors import BudgetError, OptionError
 from miracle_hub.names import check_names
@@ -39,6 +39,12 @@ Stages = Annotated[int | None, "Read so many stages only; by default all."]
 Revision = Annotated[str | None, "Branch, tag or commit of a Hub id."]
 Overwrite = Annotated[bool, "Replace the output if it exists."]
 Progress = Annotated[bool, "Show a progress bar."]
+Calibrate = Annotated[
+    str | Any | None,
+    'What the model is run on, without labels: "self" (inputs of its own making), "none" (it is not run), a '
+    "file or folder, a Hub id; or, in Python, texts, a data set or arrays.",
+]
+Effort = Annotated[int, "Of calibration, 0 to 5: each takes 4 times as long as the one before, or more."]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +79,8 @@ class CompressOptions:
         "Files of their own, 1 to 9, that can be loaded one after the other; each but the first halves the "
         "squared error for 4/7 bits per weight. The size is that of all together.",
     ] = 1
+    calibrate: Calibrate = "self"
+    effort: Effort = 1
     backend: Backend = "auto"
     revision: Revision = None
     overwrite: Overwrite = False
@@ -90,6 +98,8 @@ class CompressOptions:
             )
         check_integer("seed", self.seed, 0, 2**64 - 1)
         check_integer("stages", self.stages, 1, MAX_STAGES, hint=_STAGES_HINT)
+        check_data("calibrate", self.calibrate)
+        check_integer("effort", self.effort, 0, 5)
         check_names(self.modules_to_not_convert, "modules_to_not_convert")
         parse_size(self.max_shard_size, "max_shard_size")
         check_choice("backend", self.backend, BACKENDS)
@@ -244,7 +254,8 @@ def chosen(kind: type[OptionsT], options: OptionsT | None, given: Mapping[str, A
     if options is None:
         return kind(**{field.name: given[field.name] for field in fields(kind)})
     for field in fields(kind):
-        if given[field.name] != field.default:
+        value = given[field.name]  # which may be an array, that compares to an array
+        if type(value) is not type(field.default) or value != field.default:
             raise OptionError(
                 f"options: expected either options or keywords, found options and {field.name}; give all of "
                 f"them in {kind.__name__}, or none"
@@ -306,21 +317,6 @@ def check_rate(rate: object) -> None:
         raise BudgetError(
             f"rate: expected more than 0 and at most {MAX_WINDOW_BITS} bits per coded value, found {rate!r}; "
             "choose another value (0.1 to 4 are usual)"
-        )
-
-
-def check_one_budget(where: str, **budgets: object) -> None:
-    """Refuse anything but exactly one budget.
-
-    Raises:
-        BudgetError: there is none, or more than one.
-    """
-    given = [name for name, value in budgets.items() if value is not None]
-    if len(given) != 1:
-        *others, last = budgets
-        raise BudgetError(
-            f"{where}: expected exactly one of {', '.join(others)} and {last}, found "
-            f"{' and '.join(given) or 'none'}; give one of them"
         )
 
 

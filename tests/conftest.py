@@ -1,14 +1,18 @@
 """Without a GPU, Triton's interpreter runs the kernels; it must be chosen before triton is imported.
 
+Where calibration is not what a test is about, "self" means none: it takes seconds, and changes the file.
+
 Where tests run in several processes, each has one thread: threads of many would wait for one another.
 """
 
 import importlib.util
 import os
+from collections.abc import Iterator
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest  # noqa: E402
 import torch  # noqa: E402 (reads OMP_NUM_THREADS)
 from hypothesis import HealthCheck, settings  # noqa: E402
 
@@ -22,3 +26,24 @@ if not torch.cuda.is_available():
         from tests.interpreter import make_faster
 
         make_faster()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def data_free() -> Iterator[None]:
+    """Models of tests do not calibrate themselves, in this process, but in tests marked `calibrated`."""
+    from miracle_hub import api  # not before the hook that checks types is there
+    from miracle_hub.calibrate.asked import is_asked, is_self
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api, "is_asked", lambda calibrate: is_asked(calibrate) and not is_self(calibrate))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def as_users_have_it(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo it for tests marked `calibrated`."""
+    if request.node.get_closest_marker("calibrated") is not None:
+        from miracle_hub import api
+        from miracle_hub.calibrate.asked import is_asked
+
+        monkeypatch.setattr(api, "is_asked", is_asked)

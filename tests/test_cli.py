@@ -17,6 +17,7 @@ import miracle_hub
 from miracle_hub import cli
 from tests.limits import HANG_SECONDS
 
+IN_PYTHON = ("options", "model")  # what only functions can be given
 VERBS = ("compress", "decompress", "fit", "inspect", "verify", "push", "compare", "certify")
 Run = Callable[..., tuple[int, str, str]]
 
@@ -54,7 +55,7 @@ def test_the_verbs_are_those_of_the_package() -> None:
 def test_options_have_the_names_order_and_defaults_of_the_function(verb: str) -> None:
     def defaults(function: Callable[..., object]) -> list[tuple[str, object]]:
         found = inspect.signature(function).parameters.values()
-        return [(p.name, p.default) for p in found if p.name != "options"]
+        return [(p.name, p.default) for p in found if p.name not in IN_PYTHON]
 
     assert defaults(getattr(cli, verb)) == defaults(getattr(miracle_hub, verb))
 
@@ -64,7 +65,7 @@ def test_help_shows_every_option(verb: str) -> None:
     shown = CliRunner().invoke(cli.app, [verb, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
     assert shown.exit_code == 0
     for parameter in inspect.signature(getattr(miracle_hub, verb)).parameters.values():
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and parameter.name != "options":
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and parameter.name not in IN_PYTHON:
             assert "--" + parameter.name.replace("_", "-") in shown.output
 
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from miracle_hub.calibrate.finite import require_finite
 from miracle_hub.calibrate.outputs import answers, sampled_gradient
 from miracle_hub.codec.curvature import Curvature
 from miracle_hub.coding.matrix import matrix_columns
-from miracle_hub.errors import CalibrationError
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 # Positions of a convolution's output that are looked at, per batch: a choice.
@@ -116,19 +116,11 @@ def measure(
         for batch in tqdm(list(batches), desc="sensitivity", disable=not progress):
             with torch.enable_grad():
                 kind, answer = answers(model, batch)
-            _require_finite(model, answer)
+            require_finite(model, batch, answer)
             found.n_tokens += answer[..., 0].numel()
             answer.backward(sampled_gradient(kind, answer.detach(), generator))
             _add_loose(found, loose)
     return found
-
-
-def _require_finite(model: nn.Module, answer: Tensor) -> None:
-    if not bool(torch.isfinite(answer).all()):
-        raise CalibrationError(
-            f"{type(model).__name__}: expected finite answers, found NaN or infinity; look at the data, or "
-            "compress without calibration (--calibrate none)"
-        )
 
 
 def _add_loose(found: Sensitivity, loose: Mapping[str, nn.Parameter]) -> None:

@@ -44,6 +44,7 @@ def compress_folder(
     not_downloaded: Mapping[str, str] | None = None,
     roles: Callable[[Path], Roles] = lambda source: Roles(),
     knowledge: Knowledge | None = None,
+    judged: Callable[[Path, Report], Report] = lambda folder, report: report,
 ) -> Report:
     """Compress a folder written by `save_pretrained`; see `miracle_hub.compress`.
 
@@ -54,6 +55,7 @@ def compress_folder(
         not_downloaded: files of the source that are not even in the folder, and why.
         roles: finds what the model's class says of its tensors; without it their values decide.
         knowledge: what is known of the model beside its weights.
+        judged: completes the report by what is written, before the folder has its name; an error leaves none.
     """
     started = time.monotonic()
     if not coded:
@@ -83,6 +85,7 @@ def compress_folder(
         facts, tensors = _facts(report, options, plans), [plan.source for plan in plans.values()]
         facts |= {NON_FINITE: non_finite} if non_finite else {}
         write_config(source, temporary, facts, tensors, written.digests, written.guards, bool(report.exact))
+        report = replace(judged(temporary, report), seconds=time.monotonic() - started)
         _write_card(card, temporary, report)
     warn_of_kept(plans, n_bytes)
     return report

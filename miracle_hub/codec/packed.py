@@ -3,8 +3,9 @@
 A product allocates its result and, whatever the size of the matrix, at most four bytes for each of the
 backend's `band_weights`, as much again for each cast of the band, and its compressed bytes. On a GPU small
 batches are multiplied straight from the message, without any band. A single row that is longer than a band
-is decoded whole. Payloads with a banded or permuted order, which the compressor does
-not write by default, have their rows spread over the message: they are decoded whole for each product.
+is decoded whole. A row of a payload in bands of columns, as calibration writes them, is decoded from its
+pieces, one in every band. Payloads with a permuted order, which the compressor does not write, have their
+weights spread over the message: they are decoded whole for each product.
 """
 
 from collections.abc import Iterator
@@ -177,8 +178,8 @@ class PackedMatrix:
 
 
 def is_reordered(header: Header) -> bool:
-    """Whether a row's weights are spread over the message."""
-    return header.permuted or 0 < header.band_columns < header.columns
+    """Whether a row's weights are spread over the message, in no order of their own."""
+    return header.permuted
 
 
 def packed_linear(x: Tensor, packed: Packed) -> Tensor:

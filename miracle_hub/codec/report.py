@@ -7,6 +7,45 @@ _NAMED = 20  # files of one reason: a clone has hundreds of hidden ones
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """What a compression knew of its model, and how far the file's answers are from the dense model's.
+
+    Divergences are means over held-out rows: nothing was fitted to them, but they decide what is accepted.
+
+    Attributes:
+        said: what the model was run on, and how much of it.
+        n_tokens: that it was calibrated on.
+        steps: what was done, and the divergence after it, in order.
+        unit: of all divergences.
+        divergence: of the file as it is written: the loss to expect.
+        data_free: of a file of the same size without calibration; None where that was not made.
+        is_taken_back: the file is that one, because calibration made none that is closer.
+    """
+
+    said: str
+    n_tokens: int
+    effort: int
+    steps: tuple[tuple[str, float], ...]
+    unit: str
+    divergence: float
+    data_free: float | None = None
+    is_taken_back: bool = False
+
+    def lines(self) -> list[str]:
+        """For people."""
+        without = "not measured" if self.data_free is None else f"{self.data_free:.4f}"
+        found = [
+            f"calibrated with effort {self.effort} on {self.said}",
+            f"expected loss ({self.unit}): {self.divergence:.4f}; without calibration: {without}",
+        ]
+        if self.steps:
+            found.append("after each step: " + ", ".join(f"{what} {value:.4f}" for what, value in self.steps))
+        if self.is_taken_back:
+            found.append("taken back: no calibrated file was closer, so that this one is without calibration")
+        return found
+
+
+@dataclass(frozen=True)
 class Report:
     """What a compression did.
 
@@ -23,6 +62,8 @@ class Report:
         exact: tensors that are no weights and keep every bit in fewer bytes, and why.
         kept_bytes: of plain and exact tensors together.
         judged_by: what says which tensors are weights: the model's class, or values alone and why.
+        calibration: what the model was run on and what came of it; None if it was not run.
+        uncalibrated: why it was not, though that was asked for.
     """
 
     dense_bytes: int = 0
@@ -40,11 +81,20 @@ class Report:
     exact: Mapping[str, str] = field(default_factory=dict)
     kept_bytes: int = 0
     judged_by: str = ""
+    calibration: Calibration | None = None
+    uncalibrated: str = ""
 
     @property
     def kept_share(self) -> float:
         """Of the compressed bytes: those of plain and exact tensors."""
         return self.kept_bytes / self.compressed_bytes
+
+    @property
+    def calibration_lines(self) -> tuple[str, ...]:
+        """What calibration found, or why there was none, for people; empty if none was asked for."""
+        if self.calibration is not None:
+            return tuple(self.calibration.lines())
+        return (f"not calibrated: {self.uncalibrated}",) if self.uncalibrated else ()
 
 
 def told_by_reason(reasons: Mapping[str, str]) -> list[str]:

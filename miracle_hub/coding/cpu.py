@@ -176,6 +176,37 @@ def _decode_philox(message, quantile_table, code, stream_id, key0, key1, first, 
 
 
 @_jit
+def _bands_scalar(message, table, bits, n_rows, first_row, width, out):
+    """Rows first_row, … of n_rows that are read band by band; bits = (window_bits, step_bits)."""
+    for start in range(0, out.shape[1], width):
+        stop = min(start + width, out.shape[1])
+        for row in range(out.shape[0]):
+            first = n_rows * start + (first_row + row) * (stop - start)
+            _decode_scalar(message, table, bits[0], bits[1], first, out[row, start:stop])
+
+
+@_jit
+def _bands_table(message, table, bits, n_rows, first_row, width, out):
+    """The same for several weights per step."""
+    for start in range(0, out.shape[1], width):
+        stop = min(start + width, out.shape[1])
+        for row in range(out.shape[0]):
+            first = n_rows * start + (first_row + row) * (stop - start)
+            _decode_table(message, table, bits[0], bits[1], first, out[row, start:stop])
+
+
+@_jit
+def _bands_philox(message, quantile_table, code, stream_id, key0, key1, n_rows, first_row, width, out):
+    """The same without a table."""
+    for start in range(0, out.shape[1], width):
+        stop = min(start + width, out.shape[1])
+        for row in range(out.shape[0]):
+            first = n_rows * start + (first_row + row) * (stop - start)
+            target = out[row, start:stop]
+            _decode_philox(message, quantile_table, code, stream_id, key0, key1, first, target)
+
+
+@_jit
 def _butterflies_of_8(x, base):
     """Stages 1, 2 and 4 of eight neighbors in registers: short strides do not vectorize."""
     a0, a1, a2, a3 = x[base], x[base + 1], x[base + 2], x[base + 3]
@@ -224,9 +255,7 @@ def digest_words(words, first):
 def decode_range(padded: np.ndarray, code: Code, first: int, out: np.ndarray) -> None:
     """Fill `out` (float32) with stream elements first, first + 1, …; see `pad_message`."""
     bits = (code.window_bits, code.step_bits)
-    n_steps = 8 * padded.size // code.step_bits
-    few_steps = _STATES_PER_STEP * n_steps < 1 << code.window_bits
-    if few_steps or code.step_weights << code.window_bits > _TABLE_LIMIT:
+    if not _has_table(padded, code):
         keys = (code.stream_id, code.seed & 0xFFFFFFFF, code.seed >> 32)
         shape = (*bits, code.step_weights)
         _decode_philox(padded, quantiles_float32(), shape, *keys, first, out)
@@ -234,6 +263,35 @@ def decode_range(padded: np.ndarray, code: Code, first: int, out: np.ndarray) ->
         _decode_scalar(padded, candidate_table(code), *bits, first, out)
     else:
         _decode_table(padded, candidate_table(code), *bits, first, out)
+
+
+def decode_banded(
+    padded: np.ndarray, code: Code, n_rows: int, first_row: int, width: int, out: np.ndarray
+) -> None:
+    """Fill `out` (float32 `[rows, columns]`) with rows of a stream that was read in bands of columns.
+
+    Every band holds its rows one behind the other, so that no index of elements is needed.
+
+    Args:
+        padded: see `pad_message`.
+        n_rows: of the stream.
+        first_row: of `out` in the stream.
+        width: of a band; the last one may be narrower.
+    """
+    bits, place = (code.window_bits, code.step_bits), (n_rows, first_row, width)
+    if not _has_table(padded, code):
+        keys = (code.stream_id, code.seed & 0xFFFFFFFF, code.seed >> 32)
+        _bands_philox(padded, quantiles_float32(), (*bits, code.step_weights), *keys, *place, out)
+    elif code.step_weights == 1:
+        _bands_scalar(padded, candidate_table(code), bits, *place, out)
+    else:
+        _bands_table(padded, candidate_table(code), bits, *place, out)
+
+
+def _has_table(padded: np.ndarray, code: Code) -> bool:
+    """Whether candidates are looked up."""
+    few_steps = _STATES_PER_STEP * (8 * padded.size // code.step_bits) < 1 << code.window_bits
+    return not few_steps and code.step_weights << code.window_bits <= _TABLE_LIMIT
 
 
 def pad_message(message: np.ndarray) -> np.ndarray:

@@ -44,6 +44,11 @@ class MatrixLayout:
     band_columns: int = 0
     permuted: bool = False
 
+    @property
+    def is_banded(self) -> bool:
+        """Whether rows lie in pieces, a piece in every band of columns, and are in order inside the bands."""
+        return not self.permuted and 0 < self.band_columns < self.columns
+
     def order(self, rows: int, code: Code) -> Tensor | None:
         """Row-major position of every stream element, or None where that is the identity."""
         return stream_order(rows, self.columns, self.band_columns, self.permuted, code)

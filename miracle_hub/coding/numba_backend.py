@@ -78,7 +78,7 @@ class NumbaBackend:
         digests: list[int] = []
 
         def decode(*task: Any) -> None:
-            digests.append(_decode_band(layout.rotation, *task))
+            digests.append(_decode_band(*task))
 
         cpu.in_threads(decode, tasks)
         return torch.from_numpy(out).to(dtype), sum(digests) % 2**64
@@ -87,8 +87,9 @@ class NumbaBackend:
         """See `backend.Backend`."""
         target = out.numpy()
         step = len(target) if target.size < _FEWEST_WEIGHTS else -(-len(target) // _n_tasks())
+        padded = cpu.pad_message(part.message.numpy()) if layout.is_banded else None
         tasks = [
-            (part, first_row + row, target[row : row + step], layout.rotation)
+            (part, layout, padded, first_row + row, target[row : row + step])
             for row in range(0, len(target), step)
         ]
         cpu.in_threads(_decode_rows, tasks)
@@ -102,38 +103,46 @@ def _n_tasks() -> int:
     return min(cpu.n_threads(), _MOST_TASKS)
 
 
-def _decode_rows(part: CodedRows, row: int, out: np.ndarray, rotation: int) -> None:
-    """Rows `row`, `row` + 1, … from their part of the message."""
+def _decode_rows(
+    part: CodedRows, layout: MatrixLayout, padded: np.ndarray | None, row: int, out: np.ndarray
+) -> None:
+    """Rows `row`, `row` + 1, … from their part of the message, or from bands of the whole, padded one."""
+    if padded is None:
+        _decode_whole_rows(part, row, out)
+    else:
+        cpu.decode_banded(padded, part.code, part.rows, row, layout.band_columns, out)
+    scales = part.scales if part.scales.numel() == 1 else part.scales[row : row + len(out)]
+    out *= scales.float().numpy()[:, None]
+    if layout.rotation > 1:
+        cpu.hadamard_rows(out.reshape(-1), layout.rotation)
+
+
+def _decode_whole_rows(part: CodedRows, row: int, out: np.ndarray) -> None:
     code, first, flat = part.code, row * out.shape[1], out.reshape(-1)
     # Eight steps are a whole number of bytes: what is copied and padded starts at one.
     step = first // code.step_weights // 8 * 8
     low, high = step * code.step_bits // 8, code.message_bytes(first + flat.size)
     padded = cpu.pad_message(part.message[low:high].numpy())
     cpu.decode_range(padded, code, first - step * code.step_weights, flat)
-    scales = part.scales if part.scales.numel() == 1 else part.scales[row : row + len(out)]
-    out *= scales.float().numpy()[:, None]
-    if rotation > 1:
-        cpu.hadamard_rows(flat, rotation)
 
 
 def _tasks(part: CodedRows, layout: MatrixLayout, out: np.ndarray, top: int) -> list[tuple]:
     """Arguments of `_decode_band`: a part, what to decode it from, and some of its rows."""
-    padded, order = cpu.pad_message(part.message.numpy()), layout.order(part.rows, part.code)
-    z = None
-    if order is not None:
+    padded, z = cpu.pad_message(part.message.numpy()), None
+    if layout.permuted and (order := layout.order(part.rows, part.code)) is not None:
         n_weights = part.rows * layout.columns
         z = np.empty(n_weights, np.float32)
         z[order.numpy()] = cpu.decode_stream(part.message, part.code, n_weights)
     scales, step = part.scales.float().numpy(), max(1, _TASK_WEIGHTS // layout.columns)
     return [
-        (part.code, padded, z, scales, row, out[top + row : top + min(row + step, part.rows)], top)
+        (layout, part, padded, z, scales, row, out[top + row : top + min(row + step, part.rows)], top)
         for row in range(0, part.rows, step)
     ]
 
 
 def _decode_band(
-    rotation: int,
-    code: Code,
+    layout: MatrixLayout,
+    part: CodedRows,
     padded: np.ndarray,
     z: np.ndarray | None,
     scales: np.ndarray,
@@ -143,11 +152,13 @@ def _decode_band(
 ) -> int:
     """Fill `rows`, those of a part from `row` on, and return their digest; `top` is the part's first row."""
     flat, first = rows.reshape(-1), row * rows.shape[1]
-    if z is None:
-        cpu.decode_range(padded, code, first, flat)
-    else:
+    if z is not None:
         flat[:] = z[first : first + flat.size]
+    elif layout.is_banded:
+        cpu.decode_banded(padded, part.code, part.rows, row, layout.band_columns, rows)
+    else:
+        cpu.decode_range(padded, part.code, first, flat)
     rows *= scales[row : row + len(rows), None] if scales.size > 1 else scales[0]
-    if rotation > 1:
-        cpu.hadamard_rows(flat, rotation)
+    if layout.rotation > 1:
+        cpu.hadamard_rows(flat, layout.rotation)
     return int(cpu.digest_words(flat.view(np.uint32), top * rows.shape[1] + first))

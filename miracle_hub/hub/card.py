@@ -50,7 +50,10 @@ def write_card(folder: Path, report: Report, source: Path, base_model: str | Non
     reading = read_all(folder)
     found = facts_of_folder(folder, inspected(repository_of(reading)), reading.weights_sha256)
     left_out = tuple(told_by_reason(report.left_out))
-    facts = replace(found, dense_bytes=report.dense_bytes, versions=versions(), left_out=left_out)
+    facts = replace(
+        found, dense_bytes=report.dense_bytes, versions=versions(), left_out=left_out,
+        calibration=report.calibration_lines,
+    )  # fmt: skip
     metadata = read_metadata(source / CARD)
     kept_tags = set(_tags(metadata)) - _FORMAT_TAGS
     kept = {key: metadata[key] for key in _KEPT if key in metadata} | {"tags": sorted(kept_tags)}
@@ -114,9 +117,9 @@ def rendered(
     card = ModelCard.from_template(
         data, template_path=str(TEMPLATE), title=title, base=base, usage=usage, transformers=is_plugin,
         compressed=f"{facts.n_bytes:,}", dense=f"{facts.dense_bytes:,}" if facts.dense_bytes else "",
-        rate=rate, rows=_rows(facts), evaluations=facts.evaluations, certificate=facts.certificate,
-        limits=facts.limits, copied=facts.copied, left_out=facts.left_out, plots=facts.plots,
-        verify=repo_id,
+        rate=rate, rows=_rows(facts), evaluations=facts.evaluations, calibration=facts.calibration,
+        certificate=facts.certificate, limits=facts.limits, copied=facts.copied, left_out=facts.left_out,
+        plots=facts.plots, verify=repo_id,
     )  # fmt: skip
     return re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
 

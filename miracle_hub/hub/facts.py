@@ -58,6 +58,7 @@ class CardFacts:
         dense_bytes: of the files that were compressed, or else of the same tensors stored plainly.
         versions: of the packages that compressed.
         hardware: that compressed and evaluated.
+        calibration: what the model was run on while it was compressed, and what came of it.
         copied: files that hold, or may hold, weights and are as the source had them; and how large.
         left_out: files of the source that are not here, and why.
         plots: paths of PNGs, relative to the card.
@@ -75,6 +76,7 @@ class CardFacts:
     hardware: str = ""
     evaluations: tuple[Evaluation, ...] = ()
     certificate: str = ""
+    calibration: tuple[str, ...] = ()
     limits: tuple[str, ...] = ()
     copied: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
@@ -109,7 +111,10 @@ class CardFacts:
         return replace(self, **found)
 
 
-_CARRIED = ("dense_bytes", "versions", "hardware", "evaluations", "certificate", "limits", "left_out")
+_CARRIED = (
+    *("dense_bytes", "versions", "hardware", "evaluations", "calibration", "certificate", "limits"),
+    "left_out",
+)
 # What only the module of a network's stream knows.
 _OF_MODULE = ("n_weights", "digest", "code")
 
@@ -118,7 +123,7 @@ def _checked(given: object, where: str) -> dict[str, Any]:
     """Carried facts, typed; a stranger may have written them."""
     texts: dict[str, type] = dict.fromkeys(("sha256", "hardware", "certificate", "digest", "code"), str)
     texts |= {"dense_bytes": int, "n_weights": int}
-    lists = {"evaluations": _evaluation, "limits": _text, "left_out": _text}
+    lists = {"evaluations": _evaluation, "calibration": _text, "limits": _text, "left_out": _text}
     if not isinstance(given, dict):
         raise _unfit(where, "a JSON object of measured facts", given)
     found: dict[str, Any] = {}

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
 
-from miracle_hub.checks import check_choice, check_integer, check_positive
+from miracle_hub.checks import check_choice, check_integer, check_one_budget, check_positive
 from miracle_hub.code import MAX_STEP_WEIGHTS, MAX_WINDOW_BITS, Code
 from miracle_hub.coding.sharing import KINDS
 from miracle_hub.errors import BudgetError, OptionError
 from miracle_hub.names import check_names
-from miracle_hub.options import check_budget, check_one_budget, check_rate
+from miracle_hub.options import check_budget, check_rate
 from miracle_hub.training.blocks import MAX_BLOCK_WEIGHTS
 
 PARAMETRIZATIONS = ("mean-kl", "mean-var", "test-channel")

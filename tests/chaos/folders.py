@@ -118,7 +118,9 @@ def _compressed(source: Path, out: Path, options: dict[str, Any], outcome: Outco
     """The report; None where nothing can be coded, or what stays as it is leaves no room for the rest."""
     for bits in (5, 8, 12, 16):
         try:
-            return miracle_hub.compress(source, out, bits_per_weight=bits, progress=False, **options)
+            return miracle_hub.compress(
+                source, out, bits_per_weight=bits, calibrate=None, progress=False, **options
+            )
         except BudgetError:
             outcome.what = "no budget for it"
         except SourceError as error:

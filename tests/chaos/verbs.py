@@ -23,7 +23,7 @@ from .environment import HUB, WORK
 Tree = dict[str, bytes]
 REPO_ID = "user/model"
 _WORDS = ["good", "bad", "film", "a", "the", "very", "movie", "is", "awful", "nice"]
-_QUIET: dict[str, Any] = {"window_bits": 8, "progress": False}
+_QUIET: dict[str, Any] = {"window_bits": 8, "calibrate": None, "progress": False}
 
 
 @dataclass(frozen=True)

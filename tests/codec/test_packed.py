@@ -43,6 +43,12 @@ CASES: dict[str, tuple[tuple[int, int], list[Segment], dict[str, Any]]] = {
     "without a table": ((64, 32), [Segment(64, Code(14, 14, 200), False)], {}),
     "cut rows": ((4, 2048), [Segment(31, Code(8, 2, 1), True), Segment(33, Code(8, 3, 1), True)], {}),
     "banded": ((96, 64), [Segment(96, Code(8, 2, 1), True)], {"band_columns": 16}),
+    "ragged bands": (
+        (96, 64),
+        [Segment(50, Code(8, 3, 2), True), Segment(46, Code(8, 5, 3), False)],
+        {"band_columns": 20, "rotation": 16},
+    ),
+    "bands without a table": ((64, 32), [Segment(64, Code(14, 14, 200), False)], {"band_columns": 5}),
     "permuted": (
         (96, 64),
         [Segment(50, Code(8, 2, 1), True), Segment(46, Code(8, 2, 1), True)],
@@ -232,13 +238,13 @@ def test_several_float32_rows_keep_all_their_digits_on_the_kernels(backend: str)
         assert_equal_to_rounding(packed.linear(x), x @ weights.T)
 
 
-def test_reordered_payloads_are_decoded_whole_and_others_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_permuted_payloads_are_decoded_whole_and_others_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = []
     monkeypatch.setattr(module, "decode_payload", lambda *a, **k: whole.append(1) or decode_payload(*a, **k))
     for case in CASES:
         packed = PackedMatrix(make(case), "w")
         packed.linear(torch.randn(1, packed.columns))
-        assert is_reordered(packed.header) == bool(whole) == (case in ("banded", "permuted"))
+        assert is_reordered(packed.header) == bool(whole) == (case == "permuted")
         whole.clear()
 
 

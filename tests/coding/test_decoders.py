@@ -9,7 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miracle_hub.code import Code
-from miracle_hub.coding import cpu, reference
+from miracle_hub.coding import cpu, numba_backend, reference
+from miracle_hub.coding.digest import digest
+from miracle_hub.coding.matrix import CodedRows, MatrixLayout
+from miracle_hub.coding.order import banded_order
+from miracle_hub.coding.rotation import hadamard
 from tests.limits import HANG_SECONDS
 
 SETTINGS = settings(max_examples=120, deadline=None, derandomize=True, database=None)
@@ -61,6 +65,50 @@ def test_decode_range_from_any_start_equals_the_slice(
     cpu.decode_range(cpu.pad_message(message.numpy()), code, first, out)
     whole = reference.decode_stream(message, code, n)
     assert_same_bits(torch.from_numpy(out), whole[first : first + out.size])
+
+
+@SETTINGS
+@given(streams(), st.data())
+def test_rows_of_bands_equal_those_of_the_definition(
+    stream: tuple[torch.Tensor, Code, int], data: st.DataObject
+) -> None:
+    message, code, n = stream
+    columns = data.draw(st.integers(1, max(1, n)))
+    rows, width = n // columns, data.draw(st.integers(1, columns))
+    whole = torch.empty(rows * columns)
+    whole[banded_order(rows, columns, width)] = reference.decode_stream(message, code, rows * columns)
+    first = data.draw(st.integers(0, rows))
+    out = np.full((data.draw(st.integers(0, rows - first)), columns), np.nan, np.float32)
+    cpu.decode_banded(cpu.pad_message(message.numpy()), code, rows, first, width, out)
+    assert_same_bits(torch.from_numpy(out), whole.view(rows, columns)[first : first + len(out)])
+
+
+@pytest.mark.parametrize("rotation", [1, 4])
+@pytest.mark.parametrize("width", [1, 4, 5, 11, 12, 13])
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_matrix_of_several_parts_in_bands_equals_the_definition(
+    name: str, width: int, rotation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bands of every kind: single columns, whole, ragged, one, and wider than the matrix."""
+    code, layout = LOOPS[name], MatrixLayout(12, rotation, width)
+    parts = [
+        CodedRows(rows, code, torch.rand(n_scales).bfloat16(), random_message(code, rows * 12))
+        for rows, n_scales in ((7, 7), (1, 1), (19, 1))
+    ]
+    expected = []
+    for part in parts:
+        z = torch.empty(part.rows * 12)
+        z[banded_order(part.rows, 12, width)] = reference.decode_stream(part.message, code, z.numel())
+        expected.append(hadamard(z.view(-1, 12) * part.scales.float()[:, None], rotation))
+    monkeypatch.setattr(numba_backend, "_TASK_WEIGHTS", 37)
+    found, number = numba_backend.NumbaBackend().decode_matrix(parts, layout, torch.float32)
+    assert_same_bits(found, torch.cat(expected))
+    assert number == digest(torch.cat(expected).flatten())
+    for part, rows in zip(parts, expected, strict=True):
+        for first in (0, part.rows // 2):
+            out = torch.empty(part.rows - first, 12)
+            numba_backend.NumbaBackend().decode_rows(out, part, layout, first)
+            assert_same_bits(out, rows[first:])
 
 
 @pytest.mark.parametrize("name", LOOPS)

@@ -41,7 +41,7 @@ OTHER_COPIES = (
     "consolidated.safetensors",
     "checkpoint-5/trainer_state.json",
 )
-OPTIONS: dict[str, Any] = {"bits_per_weight": 3.0, "window_bits": 8}
+OPTIONS: dict[str, Any] = {"bits_per_weight": 3.0, "window_bits": 8, "calibrate": None}  # also in processes
 SHARD_SIZE = "12KB"
 
 
@@ -179,6 +179,7 @@ def from_hub(client: Client, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A branch of a dense repository, compressed by the command line."""
     out = tmp_path_factory.mktemp("from_hub") / "out"
     options = ["--bits-per-weight", "3", "--window-bits", "8", "--revision", "retrained"]
+    options += ["--calibrate", "none"]  # in a process of its own
     done = client.miracle("compress", "user/dense", out, *options)
     assert done.returncode == 0, done.stderr
     return out

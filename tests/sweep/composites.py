@@ -81,7 +81,12 @@ def _compress(folder: Path) -> None:
     """At the first rate that its matrices allow: what is not coded has 16 bits or more."""
     for rate in _RATES:
         try:
-            options: dict[str, Any] = {"window_bits": 8, "progress": False, "overwrite": True}
+            options: dict[str, Any] = {
+                "window_bits": 8,
+                "calibrate": None,
+                "progress": False,
+                "overwrite": True,
+            }
             miracle_hub.compress(folder / "source", folder / "out", bits_per_weight=rate, **options)
             return
         except BudgetError:

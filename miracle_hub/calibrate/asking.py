@@ -1,0 +1,174 @@
+"""Knowledge that is gathered when a compression first asks for it: by then the source has been checked."""
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from miracle_hub.calibrate.asked import is_self
+from miracle_hub.calibrate.estimate import estimated, require_memory
+from miracle_hub.calibrate.judge import Judge, tensors_of
+from miracle_hub.calibrate.known import Known
+from miracle_hub.calibrate.recipe import knowledge_of
+from miracle_hub.codec.curvature import Curvature
+from miracle_hub.codec.jobs import Job
+from miracle_hub.codec.plan import Plan
+from miracle_hub.codec.source import SourceTensor, list_tensors, weight_files
+from miracle_hub.coding.backend import Backend
+from miracle_hub.errors import CalibrationError, MiracleError
+from miracle_hub.options import CompressOptions
+from miracle_hub.plugin.roles import roles_of
+
+_LOGGER = logging.getLogger("miracle_hub.calibrate")
+
+
+class Asking:
+    """See `codec.knowledge.Knowledge`; where nothing can be known it knows nothing, and says why.
+
+    Attributes:
+        known: None before anybody asked, and where nothing can be known.
+        why: nothing can be known; empty if something is.
+        undone: why nothing was refitted, though that was asked for.
+        unseen: names of tensors to be coded that no answer depends on.
+    """
+
+    def __init__(self, folder: Path, options: CompressOptions, model: nn.Module | None = None) -> None:
+        self.folder, self.options, self.model = folder, options, model
+        self.known: Known | None = None
+        self.judge: Judge | None = None
+        self.why, self.undone, self.unseen = "", "", list[str]()
+        self._is_asked = False
+
+    @property
+    def is_optional(self) -> bool:
+        """Whether nobody gave anything to calibrate on: then a failure is no error."""
+        return is_self(self.options.calibrate) and self.model is None
+
+    def curvature(self, source: SourceTensor) -> Curvature | None:
+        """Of the model's answers; gathers all that can be known first.
+
+        Raises:
+            CalibrationError, DataError: data were given, or a model, and it does not run on them.
+        """
+        if not self._is_asked:
+            self._is_asked = True
+            self._ask()
+        if self.known is None:
+            return None
+        found = self.known.curvature(source)
+        if found is None:
+            self.unseen.append(source.name)
+        return found
+
+    def encode(self, plans: Mapping[str, Plan], jobs: Sequence[Job], backend: Backend) -> Mapping[str, bytes]:
+        """What refits made of the jobs.
+
+        Raises:
+            CalibrationError: they failed, on what was given.
+        """
+        if self.known is None:
+            return {}
+        try:
+            with _named_failures(self.folder):
+                return self.known.encode(plans, jobs, backend)
+        except CalibrationError as error:
+            if not self.is_optional:
+                raise
+            self.undone = str(error)
+            warnings.warn(f"compressed without refits: {error}", stacklevel=2)
+            return {}
+
+    def plain(self, source: SourceTensor) -> Tensor | None:
+        """What tuning made of it."""
+        return None if self.known is None else self.known.plain(source)
+
+    def _ask(self) -> None:
+        """
+        Raises:
+            CalibrationError, DataError: see `curvature`.
+        """
+        try:
+            tensors = list_tensors(weight_files(self.folder))
+            estimate = estimated(tensors, self.options.effort)
+            _LOGGER.info("%s: calibration with effort %d: %s", self.folder, self.options.effort, estimate)
+            if self.is_optional:
+                require_memory(estimate)
+            with _named_failures(self.folder):
+                self.known = self._gathered(tensors)
+                self.judge = Judge(self.known.model, self.known.inputs.held_out)
+        except CalibrationError as error:
+            if not self.is_optional:
+                raise
+            self.known, self.why = None, str(error)
+            warnings.warn(f"compressed without calibration: {error}", stacklevel=2)
+
+    def _gathered(self, tensors: Sequence[SourceTensor]) -> Known:
+        """
+        Raises:
+            CalibrationError, DataError: see `curvature`.
+        """
+        options, model = self.options, None if self.model is None else _copied(self.model, tensors)
+        known = knowledge_of(
+            self.folder, options.calibrate, effort=options.effort, seed=options.seed % 2**32, model=model,
+            progress=options.progress,
+        )  # fmt: skip
+        if model is None:  # transformers may give tensors other names than files have
+            theirs = roles_of(self.folder).parameters
+            _require_names(known.model, [tensor for tensor in tensors if tensor.name in theirs])
+        return known
+
+
+@contextmanager
+def _named_failures(folder: Path) -> Iterator[None]:
+    """Models of all kinds are run, by code that nobody here has seen.
+
+    Raises:
+        CalibrationError: it failed.
+    """
+    try:
+        yield
+    except MiracleError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:200]
+        raise CalibrationError(
+            f"{folder}: expected a model that runs there and back, found {type(error).__name__}: {said}; "
+            "report it, and compress without calibration (--calibrate none)"
+        ) from error
+
+
+@torch.no_grad()
+def _copied(model: nn.Module, tensors: Sequence[SourceTensor]) -> nn.Module:
+    """A user's model with the weights of the files: theirs stays as it is.
+
+    Raises:
+        CalibrationError: it has other tensors.
+    """
+    own = copy.deepcopy(model).cpu().float().eval()
+    _require_names(own, tensors)
+    found = tensors_of(own)
+    for tensor in tensors:
+        found[tensor.name].data.copy_(tensor.load())
+    return own
+
+
+def _require_names(model: nn.Module, tensors: Sequence[SourceTensor]) -> None:
+    """
+    Raises:
+        CalibrationError: a tensor of the files is none of the model's.
+    """
+    own = tensors_of(model)
+    for tensor in tensors:
+        found = own.get(tensor.name)
+        if found is None or tuple(found.shape) != tensor.shape:
+            what = "none of that name" if found is None else f"shape {list(found.shape)}"
+            raise CalibrationError(
+                f"{tensor.path}: expected {tensor.name} {list(tensor.shape)} among the tensors of "
+                f"{type(model).__name__}, found {what}; save the model again as it is now, or compress "
+                "without calibration (--calibrate none)"
+            )

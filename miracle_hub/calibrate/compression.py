@@ -1,0 +1,108 @@
+"""Compression that knows the model, and is never worse for it on rows that were held out."""
+
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from miracle_hub.calibrate.asking import Asking
+from miracle_hub.calibrate.estimate import MOST_COMPARED
+from miracle_hub.codec.report import Calibration, Report
+from miracle_hub.options import CompressOptions
+
+_NAMED = 5
+
+
+# What `codec.compress.compress_folder` does with an output and options, and whatever else it takes by name.
+Compress: TypeAlias = Callable[..., Report]
+
+
+class _TakenBack(Exception):
+    """The file without calibration is closer to the dense model than the one with it."""
+
+    def __init__(self, found: Calibration) -> None:
+        self.found = found
+
+
+def compress_calibrated(
+    compress: Compress,
+    source: Path,
+    out: Path,
+    options: CompressOptions,
+    *,
+    model: nn.Module | None = None,
+    **also: Any,
+) -> Report:
+    """Compress a folder with what its model's answers say of its weights.
+
+    Args:
+        compress: compresses the folder, without calibration unless it is given what is known.
+        source: the folder.
+        model: the folder's, where transformers cannot tell.
+        also: others of `compress_folder`, for the output.
+
+    Raises:
+        CalibrationError: the model cannot be run on the data that were given.
+        DataError: the data cannot be read, are none that the model takes, or too few.
+    """
+    asking = Asking(source, options, model)
+    judged = _Judged(asking, compress)
+    try:
+        return compress(out, options, knowledge=asking, judged=judged, **also)
+    except _TakenBack as taken:
+        found = taken.found
+    return compress(out, options, judged=lambda folder, report: replace(report, calibration=found), **also)
+
+
+@dataclass
+class _Judged:
+    """Measures what is written, beside what would be without calibration."""
+
+    asking: Asking
+    compress: Compress
+
+    def __call__(self, folder: Path, report: Report) -> Report:
+        """
+        Raises:
+            _TakenBack: the file without calibration is closer to the dense model.
+        """
+        asking = self.asking
+        if asking.why:
+            note = f"not calibrated: {asking.why}"
+            return replace(report, uncalibrated=asking.why, notes=(*report.notes, note))
+        if asking.known is None or asking.judge is None:
+            why = "there is nothing to code"
+            return replace(report, uncalibrated=why, notes=(*report.notes, f"not calibrated: {why}"))
+        known, judge = asking.known, asking.judge
+        found = Calibration(
+            known.inputs.said, known.inputs.n_tokens, asking.options.effort, tuple(known.losses), judge.unit,
+            judge.divergence(folder),
+        )  # fmt: skip
+        if known.options.all_steps and report.n_weights <= MOST_COMPARED:
+            found = replace(found, data_free=self._without(asking))
+            if found.data_free is not None and found.data_free < found.divergence:
+                raise _TakenBack(replace(found, divergence=found.data_free, is_taken_back=True))
+        return replace(report, calibration=found, notes=(*report.notes, *_notes(asking)))
+
+    def _without(self, asking: Asking) -> float:
+        """The divergence of a file of the same options without calibration."""
+        assert asking.judge is not None
+        with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come with the file that is kept
+            folder = Path(scratch) / "without"
+            self.compress(folder, asking.options)
+            return asking.judge.divergence(folder)
+
+
+def _notes(asking: Asking) -> tuple[str, ...]:
+    """What to know of refits that failed, and of tensors that cost nothing."""
+    found = [f"not refitted: {asking.undone}"] if asking.undone else []
+    if names := sorted(asking.unseen):
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        said = f"{', '.join(names[:_NAMED])}{more}"
+        found.append(f"no answer of the model depends on these, which have the fewest bits therefore: {said}")
+    return tuple(found)
