@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from miracle_hub.calibrate.rows import tokens_of
-from miracle_hub.calibrate.teacher import Batch, Teacher
+from miracle_hub.calibrate.teacher import Batch, Teacher, spread
 from miracle_hub.codec.repository import open_repository
 
 # Whoever gives more rows has no better figure for it: of SmolLM2's tokens so many took half a minute.
@@ -27,7 +26,7 @@ class Judge:
     """
 
     def __init__(self, model: nn.Module, held_out: Sequence[Batch]) -> None:
-        self.model, self.teacher = model, Teacher(model, _some(held_out))
+        self.model, self.teacher = model, Teacher(model, spread(held_out, _MOST_TOKENS))
 
     @property
     def unit(self) -> str:
@@ -52,14 +51,3 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by all of their names."""
     found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     return found | dict(model.named_buffers(remove_duplicate=False))
-
-
-def _some(batches: Sequence[Batch]) -> Sequence[Batch]:
-    """Batches from everywhere among them that have so many tokens."""
-    tokens = sum(sum(tokens_of(row) for row in _rows(batch)) for batch in batches)
-    return batches[:: max(1, round(tokens / _MOST_TOKENS))]
-
-
-def _rows(batch: Batch) -> list[dict[str, Tensor]]:
-    n_rows = len(next(iter(batch.values())))
-    return [{name: values[i] for name, values in batch.items()} for i in range(n_rows)]

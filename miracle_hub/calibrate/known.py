@@ -8,17 +8,25 @@ from miracle_hub.calibrate.inputs import Inputs
 from miracle_hub.calibrate.matrix import MatrixInMaking
 from miracle_hub.calibrate.refits import RefitOptions, Refits
 from miracle_hub.calibrate.sensitivity import Sensitivity
-from miracle_hub.calibrate.teacher import Teacher
-from miracle_hub.calibrate.trials import kind_of, with_damping
+from miracle_hub.calibrate.teacher import Teacher, spread
+from miracle_hub.calibrate.trials import with_damping
 from miracle_hub.codec.curvature import Curvature
+from miracle_hub.codec.dtypes import TORCH_DTYPES
 from miracle_hub.codec.jobs import Job
 from miracle_hub.codec.plan import Plain, Plan
 from miracle_hub.codec.source import SourceTensor
 from miracle_hub.coding.backend import Backend
 
+# Held-out tokens by which refits and trials are judged; every judgment is beside another on the same tokens.
+_JUDGED_TOKENS, _TRIED_TOKENS = 8192, 2048
+
 
 class Known:
-    """See `codec.knowledge.Knowledge`."""
+    """See `codec.knowledge.Knowledge`.
+
+    Attributes:
+        losses: what was done, and the divergence on held-out rows after it.
+    """
 
     def __init__(
         self,
@@ -36,41 +44,37 @@ class Known:
         self.losses: list[tuple[str, float]] = []
 
     def curvature(self, source: SourceTensor) -> Curvature | None:
+        """As the sensitivity of the model's answers has it."""
         return self.sensitivity.curvature(source.name, source.shape)
 
     def encode(self, plans: Mapping[str, Plan], jobs: Sequence[Job], backend: Backend) -> Mapping[str, bytes]:
-        if not self.options.all_steps and not getattr(self, "force", False):
+        """Payloads of the model's matrices, refitted; none at an effort without refits."""
+        if not self.options.all_steps:
             return {}
         self.model.requires_grad_(False)
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        teacher, held_out = (
-            Teacher(self.model, self.inputs.batches),
-            Teacher(self.model, self.inputs.held_out),
-        )
+        teacher = Teacher(self.model, self.inputs.batches[: self.options.all_steps], self.progress)
+        held_out = Teacher(self.model, spread(self.inputs.held_out, _JUDGED_TOKENS))
+        tried = Teacher(self.model, spread(self.inputs.held_out, _TRIED_TOKENS))
         known = [job for job in jobs if job.source.name in parameters]
-        known = with_damping(known, self.model, parameters, held_out, backend, self.progress)
-        self.dampings = {
-            kind_of(j.source.name): j.curvature and j.curvature.columns is not None and j.curvature.damping
-            for j in known
-        }
+        known = with_damping(known, self.model, parameters, tried, backend, self.progress)
         matrices = [MatrixInMaking(job, parameters[job.source.name], backend) for job in known]
-        vectors = {
-            name: parameters[name]
-            for name, plan in plans.items()
-            if isinstance(plan, Plain) and name in parameters and parameters[name].is_floating_point()
-        }
-        tuned = list(vectors.values())
-        refits = Refits(
-            self.model, teacher, held_out, matrices, tuned, self.options, self.progress, self.seed
-        )
+        vectors = _vectors(plans, parameters)
+        given = (self.options, self.progress, self.seed)
+        refits = Refits(self.model, teacher, held_out, matrices, list(vectors.values()), *given)
         refits.run()
-        payloads = {m.job.source.name: m.payload() for m in matrices}
-        refits._report("as written")
+        payloads = {matrix.job.source.name: matrix.payload() for matrix in matrices}
+        for name, vector in vectors.items():
+            self.tuned[name] = vector.detach().to(TORCH_DTYPES[plans[name].source.dtype], copy=True)
         self.losses = refits.losses
-        for name, parameter in vectors.items():
-            plan = plans[name]
-            self.tuned[name] = parameter.detach().to(plan.source.load().dtype)
         return payloads
 
     def plain(self, source: SourceTensor) -> Tensor | None:
+        """What refits made of it, if it is one of the model's vectors."""
         return self.tuned.get(source.name)
+
+
+def _vectors(plans: Mapping[str, Plan], parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """What stays plain and can be tuned."""
+    plain = [name for name, plan in plans.items() if isinstance(plan, Plain) and name in parameters]
+    return {name: parameters[name] for name in plain if plans[name].source.dtype in TORCH_DTYPES}

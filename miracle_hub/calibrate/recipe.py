@@ -105,13 +105,9 @@ def _first(inputs: Inputs, n_tokens: int) -> tuple[dict, ...]:
 
 def _multiplied(model: nn.Module) -> int:
     """Weights of all layers but embeddings, which a tied head counts as its own."""
-    uses = [m.weight.numel() for m in model.modules() if not isinstance(m, nn.Embedding) and _has_matrix(m)]
-    return sum(uses)
-
-
-def _has_matrix(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, nn.Parameter) and weight.dim() > 1
+    layers = [module for module in model.modules() if not isinstance(module, nn.Embedding)]
+    weights = [getattr(module, "weight", None) for module in layers]
+    return sum(w.numel() for w in weights if isinstance(w, nn.Parameter) and w.dim() > 1)
 
 
 def _rows(model: nn.Module) -> int:

@@ -198,7 +198,7 @@ class _Watch:
 
 def _unfolded(module: nn.Module, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """What some positions of a convolution see, `[n, in · taps]`, and their gradients, `[n, out]`."""
-    assert isinstance(module, _CONVOLUTIONS)
+    assert isinstance(module, _CONVOLUTIONS) and not isinstance(module.padding, str)
     one = len(module.kernel_size) == 1
     x, gradient = (x[..., None, :], gradient[..., None, :]) if one else (x, gradient)
     pairs = ((1, *each) if one else each for each in (module.kernel_size, module.dilation, module.stride))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from miracle_hub.calibrate.outputs import answers, divergence
+from miracle_hub.calibrate.rows import rows_of_batch, tokens_of
 
 Batch = Mapping[str, Tensor]
 # Logits that are kept of a token; all others count as one. A choice: they have 0.97 of SmolLM2's probability.
@@ -70,3 +71,9 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def _rest(log_p: Tensor) -> Tensor:
     return (1 - log_p.exp().sum(-1)).clamp(min=1e-6)
+
+
+def spread(batches: Sequence[Batch], n_tokens: int) -> Sequence[Batch]:
+    """Batches from everywhere among them that have about so many tokens; one at least."""
+    tokens = sum(sum(map(tokens_of, rows_of_batch(dict(batch)))) for batch in batches)
+    return batches[:: max(1, round(tokens / n_tokens))]
