@@ -10,7 +10,6 @@ Folders of models are made once under MIRACLE_ZOO (else ../zoo beside the projec
 a stranger would load it, a state dict, or a module. Test splits are for reporting, dev splits for choosing.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -19,13 +18,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import zoo_encoder
 import zoo_language
 import zoo_speech
 import zoo_vision
 from record import DATA, ROOT
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -33,8 +32,10 @@ from transformers import (
     LlamaForCausalLM,
     WhisperForConditionalGeneration,
 )
+from zoo_rounding import tensors_of
 
 import miracle_hub
+from miracle_hub.errors import SourceKindError
 
 ZOO = Path(os.environ.get("MIRACLE_ZOO", ROOT.parent / "zoo"))
 SPLITS = ("dev", "test")
@@ -197,12 +198,11 @@ def _empty(name: str) -> nn.Module:
 
 
 def _state_of(folder: Path) -> dict[str, Tensor]:
-    """A plain folder's tensors, or those that miracle-hub decodes."""
-    if (folder / "config.json").exists() and "quantization_config" in json.loads(
-        (folder / "config.json").read_text()
-    ):
+    """What miracle-hub decodes, or a plain folder's tensors."""
+    try:
         return miracle_hub.load_state_dict(folder)
-    return load_file(folder / "model.safetensors")
+    except SourceKindError:
+        return tensors_of(folder)
 
 
 def _with_state(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
@@ -218,9 +218,34 @@ def _with_state(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     return module.eval()
 
 
+@cache
 def n_weights(name: str) -> int:
-    """Weights of the dense model, tied ones once."""
-    return sum(parameter.numel() for parameter in load(name)[1].parameters())
+    """Floating-point values of the dense files: what bits per weight are counted over."""
+    return sum(t.numel() for t in tensors_of(dense_folder(name)).values() if t.is_floating_point())
+
+
+def calibration(name: str) -> Path:
+    """Data without labels that no evaluation has: texts, speech as WAV files, or images as an array."""
+    if name == "stories260k":
+        return _written(ZOO / "calibrate" / "stories.txt", _write_stories)
+    if MODELS[name].kind == "speech":
+        zoo_speech.speech(ZOO / "calibrate" / "speech", "calibrate")
+        return ZOO / "calibrate" / "speech"
+    if MODELS[name].kind == "vision":
+        images = zoo_vision.mnist_to_calibrate if name == "lenet5" else zoo_vision.cifar_to_calibrate
+        return _written(ZOO / "calibrate" / f"{name}.npy", lambda path: np.save(path, images().numpy()))
+    return DATA / "text" / "calib"
+
+
+def _write_stories(path: Path) -> None:
+    path.write_text(zoo_language.stories_to_calibrate(dense_folder("stories260k")), encoding="utf-8")
+
+
+def _written(path: Path, write: Callable[[Path], object]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        write(path)
+    return path
 
 
 def evaluate(name: str, candidate: Candidate, split: str = "dev", quick: bool = False) -> Measured:

@@ -167,3 +167,13 @@ def measure_mnist(
     images, labels = _digits(split, _QUICK_IMAGES if quick else 10_000)
     found = _compared(logits(model, images), _dense_logits(dense, "mnist", split, len(images)))
     return found | {"accuracy": _accuracy(model, images, labels)}
+
+
+def cifar_to_calibrate() -> Tensor:
+    """2,000 normalized JPEG training images, none of them of dev."""
+    return jpeg_images("train", _DEV_IMAGES, _DEV_IMAGES)
+
+
+def mnist_to_calibrate() -> Tensor:
+    """2,000 training images, none of them of dev."""
+    return mnist("train")[0][:_DEV_IMAGES].float() / 256
