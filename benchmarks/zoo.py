@@ -26,7 +26,7 @@ from zoo_rows import OURS, Row, keep, key, known
 SETTINGS = {
     **{method: ("4", "3", "2") for method in (*OURS, "round-to-nearest", "hqq", "gptqmodel")},
     "llama.cpp": ("Q4_K_M", "Q3_K_M", "Q2_K", "IQ2_XS", "IQ1_S"),
-    "nncodec": ("-24", "-20", "-16", "-12"),
+    "nncodec": ("-32", "-28", "-24", "-20", "-16"),
 }
 _IN_BITS = (*OURS, "round-to-nearest", "hqq", "gptqmodel")
 
@@ -96,7 +96,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--method", nargs="+", choices=["dense", *SETTINGS], default=["dense", *SETTINGS])
     parser.add_argument("--bits", nargs="+", type=float, help="for ours, round-to-nearest, hqq and gptqmodel")
-    parser.add_argument("--setting", nargs="+", help="for llama.cpp (types) and nncodec (qp, such as ' -24')")
+    parser.add_argument("--setting", nargs="+", help="for llama.cpp (types) and nncodec (qp, such as -24)")
     parser.add_argument("--equal-to", nargs="+", choices=SETTINGS, help="ours at the bytes of rows of these")
     parser.add_argument("--split", choices=SPLITS, default="test")
     parser.add_argument("--quick", action="store_true", help="a fraction of the data; records nothing")

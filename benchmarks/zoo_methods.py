@@ -87,7 +87,7 @@ def peer(name: str, method: str, setting: str, out: Path) -> Made:
         return Made(None, 0, 0, f"{python} is not there")
     copy_companions(dense_folder(name), out)
     script, facts = Path(__file__).with_name("zoo_peers.py"), out / "peer.json"
-    command = [python, script, method, setting, dense_folder(name), out, ZOO / "calibrate"]
+    command = [python, script, method, setting, dense_folder(name), out, ZOO / "peers"]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if done.returncode or not facts.exists():
         last = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()[

@@ -27,7 +27,7 @@ def round_folder(source: Path, bits: int, out: Path) -> int:
             packed |= {name: pack(levels, bits), f"{name}.low": low, f"{name}.step": step}
             state[name] = restored(levels, low, step, tensor.shape)
     write_folder(source, state, out)
-    return _bytes_of(packed, out)
+    return bytes_of(packed, out)
 
 
 def rounded(tensor: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,7 +52,8 @@ def pack(levels: Tensor, bits: int) -> Tensor:
     return torch.from_numpy(np.packbits(each.numpy().flatten(), bitorder="little"))
 
 
-def _bytes_of(packed: dict[str, Tensor], out: Path) -> int:
+def bytes_of(packed: dict[str, Tensor], out: Path) -> int:
+    """Of a safetensors file of these tensors; `out` names a place beside which it may lie for a moment."""
     file = out.with_name(f"{out.name}-packed.safetensors")
     save_file(packed, file)
     n_bytes = file.stat().st_size
