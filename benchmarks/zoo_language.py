@@ -45,7 +45,7 @@ def _losses_of(model: nn.Module, dense: nn.Module, ids: Tensor) -> tuple[float, 
     return -float(here[at].sum()), -float(there[at].sum()), kl, same
 
 
-# Of all windows that one candidate is measured on: 2 GB for SmolLM2, and half the time of every further candidate.
+# Of all windows of one candidate: 2 GB for SmolLM2, and half the time of every further candidate.
 @lru_cache(maxsize=WINDOWS + FEW_WINDOWS)
 def _dense_log_probabilities(dense: nn.Module, ids: tuple[int, ...]) -> Tensor:
     return _log_probabilities(dense, torch.tensor(ids))
