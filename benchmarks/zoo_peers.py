@@ -86,7 +86,7 @@ def gptqmodel(bits: int, dense: Path, out: Path, zoo: Path) -> Coded:
     model.quantize(calibration_ids(dense), batch_size=1, backend=BACKEND.TORCH)
     model.save(str(packed))
     n_bytes = sum(path.stat().st_size for path in packed.glob("*.safetensors"))
-    loaded = GPTQModel.load(str(packed), device="cpu", backend=BACKEND.TORCH, dtype=torch.float32).model
+    loaded = GPTQModel.load(str(packed), device="cpu", backend=BACKEND.TORCH, dtype=torch.float16).model
     state = {name: t.float() for name, t in loaded.state_dict().items() if name in tensors_of(dense)}
     for name, module in loaded.named_modules():
         if hasattr(module, "dequantize_weight"):
