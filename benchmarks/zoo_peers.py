@@ -31,8 +31,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from zoo_rounding import GROUP, bytes_of, tensors_of
 
-# Tokens of calibration: 128 sequences of 512 (GPTQModel's own examples take 128 to 1,024 sequences).
-_SEQUENCES, _LENGTH = 128, 512
+# Of calibration: 64 sequences of 512 tokens, which a matrix of importances takes minutes for on two cores.
+_SEQUENCES, _LENGTH = 64, 512
 
 Coded = tuple[dict[str, Tensor], int, str]
 
@@ -77,7 +77,8 @@ def nncodec(qp: int, dense: Path, out: Path, zoo: Path) -> Coded:
 
 def gptqmodel(bits: int, dense: Path, out: Path, zoo: Path) -> Coded:
     """GPTQ in groups of 64 with calibration; embeddings stay as they are."""
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it refuses two cores otherwise
+    # It refuses two cores otherwise; and compiling what decodes a matrix takes minutes and is used once.
+    os.environ |= {"GPTQMODEL_CPU_WORKERS": "2", "TORCHDYNAMO_DISABLE": "1"}
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig  # pyright: ignore[reportMissingImports]
 
     packed = out / "gptq"
@@ -130,7 +131,9 @@ def llama_cpp(kind: str, dense: Path, out: Path, zoo: Path) -> Coded:
         state |= _renamed(tensor.name, decoded, dense)
     n_bytes = file.stat().st_size - tokenizer
     file.unlink()
-    return state, n_bytes, f"llama.cpp of llama-cpp-python 0.3.36, {kind}, importance matrix"
+    chunks = int(gguf.GGUFReader(matrix).fields["imatrix.chunk_count"].contents())
+    by = f"llama.cpp of llama-cpp-python 0.3.36, importance matrix of {chunks} × {_LENGTH} tokens"
+    return state, n_bytes, by
 
 
 def _gguf_of(dense: Path, zoo: Path) -> tuple[Path, Path]:
@@ -142,8 +145,9 @@ def _gguf_of(dense: Path, zoo: Path) -> tuple[Path, Path]:
     if not matrix.exists():
         text = zoo / "calibration.txt"
         text.write_text(calibration_text(), encoding="utf-8")
-        chunks = ("--chunks", str(_SEQUENCES), "-c", str(_LENGTH))
-        _tool("llama-imatrix", "-m", half, "-f", text, "-o", matrix, *chunks, "--no-ppl")
+        chunks, part = ("--chunks", str(_SEQUENCES), "-c", str(_LENGTH)), matrix.with_suffix(".part.gguf")
+        _tool("llama-imatrix", "-m", half, "-f", text, "-o", part, *chunks, "--no-ppl")
+        part.rename(matrix)
     return half, matrix
 
 
