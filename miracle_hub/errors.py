@@ -7,6 +7,7 @@
     │   ├── PickleRefusedError           weights exist only as pickle
     │   └── NonFiniteWeightError         NaN or infinity in a tensor
     ├── DataError (ValueError)           training data without what the task needs
+    ├── CalibrationError (ValueError)    a model that cannot be run here, or not on what there is
     ├── BudgetError (ValueError)         a size or rate that cannot be met
     ├── OptionError (ValueError)         a code, order or rotation that cannot exist
     ├── BackendError (RuntimeError)      a backend that cannot run here, or not this
@@ -52,6 +53,10 @@ class NonFiniteWeightError(SourceError):
 
 class DataError(MiracleError, ValueError):
     """Training data cannot be read, or lack what the task needs."""
+
+
+class CalibrationError(MiracleError, ValueError):
+    """A model cannot be run here, or nothing is known that it could be run on."""
 
 
 class BudgetError(MiracleError, ValueError):

@@ -32,7 +32,22 @@ ALLOWED = {
         *("codec", "coding", "format", "files", "options", "names", "code", "errors"),
     },
     "evaluate": {"evaluate", "hub", "codec", "coding", "format", "files", "names", "code", "errors"},
-    "api": {"finetune", "evaluate", "hub", "plugin", "codec", "files", "options", "code", "errors"},
+    "calibrate": {
+        *("calibrate", "evaluate", "hub", "plugin"),
+        *("codec", "coding", "format", "files", "options", "names", "code", "errors"),
+    },
+    "api": {
+        "calibrate",
+        "finetune",
+        "evaluate",
+        "hub",
+        "plugin",
+        "codec",
+        "files",
+        "options",
+        "code",
+        "errors",
+    },
     "cli": {"", "api", "hub", "codec", "options", "code", "errors"},
     "_autoload": {"plugin"},
     "__init__": {
@@ -50,7 +65,7 @@ ALLOWED = {
 }
 # Who alone may import a third party.
 HOMES = {
-    "transformers": {"plugin", "finetune", "evaluate"},
+    "transformers": {"plugin", "finetune", "evaluate", "calibrate"},
     "huggingface_hub": {"hub", "finetune"},
     "typer": {"cli"},
     "rich": {"cli"},

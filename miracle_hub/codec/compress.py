@@ -1,7 +1,7 @@
 """A model folder → a repository of payloads, one tensor in memory at a time."""
 
 import time
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,16 +9,19 @@ from typing import Any
 from miracle_hub.codec.budget import Budget, meet_budget
 from miracle_hub.codec.companions import of_source
 from miracle_hub.codec.config import read_config, read_quantization, write_config
+from miracle_hub.codec.curvature import Curvature
 from miracle_hub.codec.detector import TO_COMPRESS, require
 from miracle_hub.codec.finite import NON_FINITE
 from miracle_hub.codec.jobs import Job, refining
 from miracle_hub.codec.keeping import Roles, keep_exact, kept_bytes, warn_of_kept
+from miracle_hub.codec.knowledge import Knowledge, weighed
 from miracle_hub.codec.naming import CARD, CONFIG, stem_of
 from miracle_hub.codec.payloads import Request
 from miracle_hub.codec.plan import Coded, Exact, Plain, Plan, Ready, Why, lay_out, narrowed, plan_all
+from miracle_hub.codec.rates import Curve
 from miracle_hub.codec.report import Report
 from miracle_hub.codec.repository import OutputFile, total_bytes
-from miracle_hub.codec.source import list_tensors, weight_files
+from miracle_hub.codec.source import SourceTensor, list_tensors, weight_files
 from miracle_hub.codec.stages import refined_files, refinement
 from miracle_hub.codec.survey import survey
 from miracle_hub.codec.writer import Writer
@@ -38,6 +41,7 @@ def compress_folder(
     half: Set[str] | None = None,
     not_downloaded: Mapping[str, str] | None = None,
     roles: Callable[[Path], Roles] = lambda source: Roles(),
+    knowledge: Knowledge | None = None,
 ) -> Report:
     """Compress a folder written by `save_pretrained`; see `miracle_hub.compress`.
 
@@ -47,6 +51,7 @@ def compress_folder(
         half: names of the vectors to store in 16 bits; None means that their values decide.
         not_downloaded: files of the source that are not even in the folder, and why.
         roles: finds what the model's class says of its tensors; without it their values decide.
+        knowledge: what is known of the model beside its weights.
     """
     started = time.monotonic()
     if not coded:
@@ -57,7 +62,9 @@ def compress_folder(
         plans = plan_all(weights, options.modules_to_not_convert or [], coded or {}, half)
         non_finite = keep_exact(plans, known := roles(source))
         n_weights = sum(plan.source.n_weights for plan in plans.values()) + copied.n_weights
-        stages, jobs = _decide(plans, options, copied.n_bytes, n_weights, backend, half)
+        stages, jobs = _decide(plans, options, copied.n_bytes, n_weights, backend, half, knowledge)
+        if knowledge is not None:
+            _take(knowledge, plans, jobs, backend)
         written = Writer(temporary, plans, backend).write(stages, jobs, options.progress)
         n_bytes = sum(map(total_bytes, stages)) + copied.n_bytes
         report = replace(
@@ -161,6 +168,7 @@ def _decide(
     n_weights: int,
     backend: Backend,
     half: Set[str] | None,
+    knowledge: Knowledge | None,
 ) -> tuple[list[list[OutputFile]], list[list[Job]]]:
     """Files and jobs of every stage; tensors that cannot be coded, or have no budget, become plain."""
     shard_bytes, stem = parse_size(options.max_shard_size, "max_shard_size"), stem_of(1, options.stages)
@@ -173,17 +181,48 @@ def _decide(
         return [files], [[]]
     request = Request(options.window_bits, options.rotation, options.seed, len(left), backend)
     curves, contents = survey(plans, request)
+    costs = {} if knowledge is None else _curvatures(knowledge, plans, curves)
+    curves = [_weighed(curve, plans[curve.name].source, costs, request) for curve in curves]
     refined = [refined_files(plans, request, stage, shard_bytes) for stage in range(2, options.stages + 1)]
     target = budget_bytes(options.bits_per_weight, options.size, n_weights)
     other_bytes = copied_bytes + sum(map(total_bytes, refined))
     budget = Budget(target, other_bytes, n_weights, shard_bytes, stem, options.bits_per_weight)
     choices = meet_budget(plans, curves, budget)
-    first = [Job(plans[name].source, contents[name], choices[name]) for name in sorted(choices)]
+    first = [
+        Job(plans[name].source, contents[name], choices[name], curvature=costs.get(name))
+        for name in sorted(choices)
+    ]
     jobs = [first]
     for _ in refined:
         last = {job.source.name: job for job in jobs[-1]}
         jobs.append(refining(last, lambda source: refinement(source, request), backend))
     return [lay_out(plans, choices, shard_bytes, stem), *refined], jobs
+
+
+def _curvatures(
+    knowledge: Knowledge, plans: Mapping[str, Plan], curves: Sequence[Curve]
+) -> dict[str, Curvature]:
+    found = {curve.name: knowledge.curvature(plans[curve.name].source) for curve in curves}
+    return {name: curvature for name, curvature in found.items() if curvature is not None}
+
+
+def _weighed(curve: Curve, source: SourceTensor, costs: Mapping[str, Curvature], request: Request) -> Curve:
+    """A curve in nats, if errors of any tensor are; what nothing is known of then costs nothing."""
+    if not costs:
+        return curve
+    known = costs.get(curve.name)
+    cost = 0.0 if known is None else float(known.cost(source.load(), request.rotation, request.backend).sum())
+    return weighed(curve, cost, source.n_weights)
+
+
+def _take(knowledge: Knowledge, plans: dict[str, Plan], jobs: list[list[Job]], backend: Backend) -> None:
+    """Payloads and plain tensors that somebody else makes take the places of those planned."""
+    payloads = knowledge.encode(plans, jobs[0], backend)
+    plans |= {name: Ready(plans[name].source, payload) for name, payload in payloads.items()}
+    jobs[0] = [job for job in jobs[0] if job.source.name not in payloads]
+    for name, plan in plans.items():
+        if isinstance(plan, Plain) and (tuned := knowledge.plain(plan.source)) is not None:
+            plans[name] = replace(plan, tuned=tuned)
 
 
 def _asked(options: CompressOptions, n_weights: int) -> int | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from miracle_hub.code import MAX_DIMENSIONS
+from miracle_hub.codec.curvature import Curvature
 from miracle_hub.codec.dtypes import EXACT_DTYPES, raw_bytes
 from miracle_hub.codec.payloads import Packed, PayloadFacts, Request
 from miracle_hub.codec.rates import Choice, Option
@@ -72,6 +73,7 @@ class Exact:
         where: str,
         backend: Backend,
         earlier: Sequence[Tensor] = (),
+        curvature: Curvature | None = None,
     ) -> bytes:
         """The shortest payload, of any tensor that the format has.
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from miracle_hub.codec.curvature import Curvature
 from miracle_hub.codec.naming import stage_name
 from miracle_hub.codec.payloads import codec_named
 from miracle_hub.codec.rates import Choice
@@ -30,6 +31,7 @@ class Job:
     Attributes:
         content: SHA-256 of the source tensor's bytes.
         earlier: digests of the jobs whose payloads come before in the tensor's sum.
+        curvature: what errors cost, where somebody measured it.
     """
 
     source: SourceTensor
@@ -37,6 +39,7 @@ class Job:
     choice: Choice
     stage: int = 1
     earlier: tuple[str, ...] = ()
+    curvature: Curvature | None = None
 
     @property
     def name(self) -> str:
@@ -50,7 +53,8 @@ class Job:
         """
         source = (self.source.dtype, list(self.source.shape), self.content)
         parts = [(rows, repr(recipe)) for rows, recipe in self.choice.parts()]
-        inputs = (ENCODER, backend.name, source, self.choice.option.codec, parts, self.stage, self.earlier)
+        inputs = [ENCODER, backend.name, source, self.choice.option.codec, parts, self.stage, self.earlier]
+        inputs += [] if self.curvature is None else [self.curvature.digest]
         return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
     def run(self, earlier: Sequence[Tensor], backend: Backend) -> bytes:
@@ -64,7 +68,7 @@ class Job:
         """
         weights, codec = self.source.load(), codec_named(self.choice.option.codec)
         if not earlier:
-            return codec.encode(weights, self.choice, self.source.name, backend)
+            return codec.encode(weights, self.choice, self.source.name, backend, curvature=self.curvature)
         decoded = [payload_at(entry, self.source.name).decode(backend) for entry in earlier]
         return codec.encode(weights, self.choice, self.source.name, backend, decoded)
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from miracle_hub.code import Code
 from miracle_hub.codec.payloads import Request
 from miracle_hub.codec.rates import Option
-from miracle_hub.codec.trellis import Recipe, rotated_matrix
-from miracle_hub.coding.backend import Backend
+from miracle_hub.codec.trellis import Recipe
+from miracle_hub.coding.backend import Backend, rotated_matrix
 from miracle_hub.coding.matrix import ROW_SCALE_COLUMNS
 from miracle_hub.coding.posterior import squared_error_cost
 from miracle_hub.coding.scales import prior_scale

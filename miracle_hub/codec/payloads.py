@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from miracle_hub.code import Code
+from miracle_hub.codec.curvature import Curvature
 from miracle_hub.codec.dtypes import is_bytes
 from miracle_hub.codec.naming import STREAM
 from miracle_hub.codec.rates import Choice, Option
@@ -177,12 +178,14 @@ class Codec(Protocol):
         where: str,
         backend: Backend,
         earlier: Sequence[Tensor] = (),
+        curvature: Curvature | None = None,
     ) -> bytes:
         """The payload of a tensor, a pure function of its arguments.
 
         Args:
             earlier: float32 weights of payloads that come before in the tensor's sum; what they leave is
                 coded. Only a codec that `stages` chooses gets any.
+            curvature: what errors cost; None means their squares.
         """
         ...
 

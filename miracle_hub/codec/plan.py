@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
+from torch import Tensor
+
 from miracle_hub.code import MAX_DIMENSIONS
 from miracle_hub.codec.payloads import codec_named, is_payload, is_stray_stream
 from miracle_hub.codec.rates import Choice
@@ -46,11 +48,20 @@ class Why(Enum):
 
 @dataclass(frozen=True)
 class Plain:
-    """A tensor that is stored as it is, or in half the bits if `is_narrowed`."""
+    """A tensor that is stored as it is, or in half the bits if `is_narrowed`.
+
+    Attributes:
+        tuned: what it became to suit what was coded, in its dtype and shape.
+    """
 
     source: SourceTensor
     why: Why
     is_narrowed: bool = False
+    tuned: Tensor | None = None
+
+    def load(self) -> Tensor:
+        """The tensor to store, but for the dtype."""
+        return self.source.load() if self.tuned is None else self.tuned
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from miracle_hub.code import Code, StreamCode
+from miracle_hub.code import Code
 from miracle_hub.codec.body import body_of, check_payload, coded_rows
+from miracle_hub.codec.curvature import Curvature
 from miracle_hub.codec.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from miracle_hub.codec.payloads import Packed, PayloadFacts, Request
 from miracle_hub.codec.rates import Choice, Option
-from miracle_hub.coding.backend import Backend, choose
+from miracle_hub.coding.backend import Backend, choose, rotated_matrix
 from miracle_hub.coding.matrix import ROW_SCALE_COLUMNS, CodedRows, MatrixLayout, matrix_columns
 from miracle_hub.coding.posterior import squared_error_cost
 from miracle_hub.coding.rotation import check_width, widest_rotation
@@ -67,7 +68,7 @@ class Trellis:
     def payload_bytes(self, spec: TensorSpec, choice: Choice) -> int:
         """The exact length of the payload that `encode` will write."""
         recipe: Recipe = choice.option.recipe
-        header = Header(spec.dtype, spec.shape, recipe.columns, recipe.rotation, _segments(choice))
+        header = Header(spec.dtype, spec.shape, recipe.columns, recipe.rotation, segments_of(choice))
         return header.payload_bytes
 
     def encode(
@@ -77,12 +78,11 @@ class Trellis:
         where: str,
         backend: Backend,
         earlier: Sequence[Tensor] = (),
+        curvature: Curvature | None = None,
     ) -> bytes:
-        """The payload of the least squared error that the search finds."""
-        rotation = choice.option.recipe.rotation
-        return encode_tensor(
-            weights, _segments(choice), rotation, where=where, backend=backend, earlier=earlier
-        )
+        """The payload of the least error that the search finds, squared or as curvature weighs it."""
+        given = {"where": where, "backend": backend, "earlier": earlier, "curvature": curvature}
+        return encode_tensor(weights, segments_of(choice), choice.option.recipe.rotation, **given)
 
 
 TRELLIS = Trellis()
@@ -165,14 +165,9 @@ def refinement(spec: TensorSpec, rotation: int, code: Code) -> Choice:
     return Choice(spec.n_weights // columns, Option(recipe, 0, 0.0))
 
 
-def _segments(choice: Choice) -> tuple[Segment, ...]:
+def segments_of(choice: Choice) -> tuple[Segment, ...]:
+    """Of the payload that a choice becomes."""
     return tuple(Segment(rows, recipe.code, recipe.row_scales) for rows, recipe in choice.parts())
-
-
-def rotated_matrix(weights: Tensor, columns: int, width: int, backend: Backend) -> Tensor:
-    """float32 [rows, columns] after an orthonormal Hadamard rotation of each group of `width`."""
-    matrix = weights.to(backend.device).float().reshape(-1, columns)
-    return backend.hadamard(matrix, width) / math.sqrt(width) if width > 1 else matrix
 
 
 def encode_tensor(
@@ -187,6 +182,7 @@ def encode_tensor(
     generator: torch.Generator | None = None,
     backend: Backend | None = None,
     earlier: Sequence[Tensor] = (),
+    curvature: Curvature | None = None,
 ) -> bytes:
     """The payload of a tensor; `decode_payload` gives its weights back.
 
@@ -197,81 +193,41 @@ def encode_tensor(
         where: the tensor's name, for messages.
         backend: None means the one for the device of `weights`.
         earlier: float32 weights of payloads that come before in the tensor's sum: what they leave is coded.
+        curvature: with moments of the columns, every band of them makes up for the errors of those before;
+            bands are then those of `feedback`.
 
     Raises:
         OptionError: the rotation or the segments do not fit the tensor.
     """
+    from miracle_hub.codec.feedback import band_columns as bands_of
+    from miracle_hub.codec.feedback import encode_with_feedback
     from miracle_hub.codec.handed_out import decoded_in_range, left_by, relative_error
 
     backend = backend or choose(device=weights.device)
     columns = matrix_columns(tuple(weights.shape))
     check_width(rotation, columns, where)
     _check_rows(segments, weights.numel() // columns, where)
+    factor = None if curvature is None else curvature.factor(rotation, backend)
     header = Header(
         dtype="F32" if earlier else DTYPE_NAMES[weights.dtype],
         shape=tuple(weights.shape),
         columns=columns,
         rotation=rotation,
         segments=tuple(segments),
-        band_columns=band_columns,
+        band_columns=bands_of(columns) if factor is not None else band_columns,
         permuted=permuted,
     )
     weights = weights.to(backend.device)
     matrix = rotated_matrix(left_by(earlier, weights), columns, rotation, backend)
     parts = [
         _encode_segment(rows, segment, header, selection, generator, backend)
+        if factor is None
+        else encode_with_feedback(rows, segment, rotation, factor, backend)
         for segment, rows in zip(header.segments, _split_rows(matrix, header), strict=True)
     ]
     handed_out, digest = decoded_in_range(parts, layout_of(header), earlier, weights.dtype, backend)
     error = relative_error(handed_out, earlier, weights)
     return encode_payload(replace(header, digest=digest, relative_error=error), body_of(parts))
-
-
-def header_of_stream(shape: tuple[int, ...], dtype: str, code: StreamCode, has_row_scales: bool) -> Header:
-    """The header of a tensor whose weights, in their own order, are a stream.
-
-    Args:
-        dtype: as the format spells it.
-        has_row_scales: whether every row of the matrix view has a scale; else every code has one.
-    """
-    columns = matrix_columns(shape)
-    sizes = code.segments(math.prod(shape))
-    if not has_row_scales:  # rows are of no account: codes may share one
-        columns = math.gcd(columns, *(n for n, _ in sizes))
-    segments = tuple(Segment(n // columns, own, has_row_scales) for n, own in sizes)
-    return Header(dtype, shape, columns, 1, segments)
-
-
-def payload_of_stream(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    code: StreamCode,
-    scales: Tensor,
-    message: Tensor,
-    where: str,
-) -> bytes:
-    """The payload of a tensor whose weights, in their own order, are a message times its rows' scales.
-
-    Args:
-        scales: `[1]`, or one for every row of the matrix view, as the format allows them.
-        message: of two codes, both, one after the other.
-        where: the tensor's name, for messages.
-
-    Raises:
-        NonFiniteWeightError: its dtype cannot hold such weights.
-    """
-    from miracle_hub.codec.handed_out import require_finite
-
-    header = header_of_stream(shape, DTYPE_NAMES[dtype], code, scales.numel() > 1)
-    words, parts = scales.bfloat16().cpu(), []
-    by_row = words if scales.numel() > 1 else words.repeat(len(header.segments))
-    messages = message.split(list(header.message_bytes))
-    by_segment = by_row.split([segment.n_scales for segment in header.segments])
-    for segment, own, bits in zip(header.segments, by_segment, messages, strict=True):
-        parts.append(CodedRows(segment.rows, segment.code, own, bits))
-    weights, digest = choose("cpu").decode_matrix(parts, layout_of(header), dtype)
-    require_finite(weights, where)
-    return encode_payload(replace(header, digest=digest), body_of(parts))
 
 
 def layout_of(header: Header) -> MatrixLayout:

@@ -67,7 +67,7 @@ class Writer:
         def data(entry: TensorSpec) -> bytes:
             plan = self.plans.get(entry.name)
             if isinstance(plan, Plain):
-                weights = plan.source.load()
+                weights = plan.load()
                 return raw_bytes(weights.half() if plan.is_narrowed else weights)
             if isinstance(plan, Ready | Exact):
                 raw = plan.payload

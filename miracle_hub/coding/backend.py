@@ -1,6 +1,7 @@
 """Who codes and decodes: numba on the CPU, or Triton on a GPU. Both give the same weights, bit for bit."""
 
 import logging
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Protocol
@@ -156,3 +157,9 @@ def _triton_on(device: torch.device) -> Backend:
     from miracle_hub.coding.triton_backend import TritonBackend
 
     return TritonBackend(device)
+
+
+def rotated_matrix(weights: Tensor, columns: int, width: int, backend: Backend) -> Tensor:
+    """float32 [rows, columns] after an orthonormal Hadamard rotation of each group of `width`."""
+    matrix = weights.to(backend.device).float().reshape(-1, columns)
+    return backend.hadamard(matrix, width) / math.sqrt(width) if width > 1 else matrix

@@ -18,7 +18,7 @@ from miracle_hub.names import offer
 # Without any of them transformers makes some tokenizers up, which know no word.
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 _PROCESSOR = "preprocessor_config.json"
-_IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 _POSITIONS = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
 _MASKED_STRIDE = 7  # about as many tokens as BERT's training masks
 
@@ -100,15 +100,15 @@ def check_fits(model: Any, inputs: Mapping[str, list[list[int]]]) -> None:
             f"tokenizer: expected tokens below {known}, of which the model has embeddings, found {largest}; "
             "save the model's own tokenizer beside it"
         )
-    if longest > (most := _most_positions(model)):
+    if longest > (most := most_positions(model)):
         raise DataError(
             f"data: expected texts of at most {most} tokens, as the model has positions, found one of "
             f"{longest}; cut them with --max-length {most}"
         )
 
 
-def _most_positions(model: nn.Module) -> float:
-    """Of embeddings by position, of which some begin later; others, as rotary ones, have no end."""
+def most_positions(model: nn.Module) -> float:
+    """How many tokens have embeddings by position, of which some begin later; rotary ones have no end."""
     found = [math.inf]
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in _POSITIONS and isinstance(module, nn.Embedding):
@@ -171,29 +171,48 @@ def array_batches(path: Path, known: set[str], step: int) -> tuple[int, Batches]
     Raises:
         DataError: it is no npz of such arrays with as many rows each.
     """
+    arrays = checked_arrays(read_npz(path), known, str(path))
+    n_rows = len(next(iter(arrays.values())))
+    return n_rows, (({n: x[i : i + step] for n, x in arrays.items()}, None) for i in range(0, n_rows, step))
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """Arrays by name.
+
+    Raises:
+        DataError: it is no npz, or holds objects.
+    """
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = {name: _array(file[name], f"{path}: {name}") for name in file.files}
-    except DataError:
-        raise
+            return {name: file[name] for name in file.files}
     except (OSError, ValueError, TypeError, AttributeError, EOFError, BadZipFile) as error:
         raise DataError(
             f"{path}: expected an npz of numbers, found {error}; save it with np.savez"
         ) from error
+
+
+def checked_arrays(found: Mapping[str, np.ndarray], known: set[str], where: str) -> dict[str, Tensor]:
+    """Inputs of a model by name, in float32 or int64.
+
+    Args:
+        known: names of the model's inputs.
+
+    Raises:
+        DataError: they are not of such names, no finite numbers, or not of as many rows each.
+    """
+    arrays = {name: _array(values, f"{where}: {name}") for name, values in found.items()}
     if unknown := sorted(set(arrays) - known):
         raise DataError(
-            f"{path}: expected inputs of the model ({', '.join(sorted(known)[:4])}, …), found "
+            f"{where}: expected inputs of the model ({', '.join(sorted(known)[:4])}, …), found "
             f"{unknown[0]!r}; rename or remove it ({offer(unknown[0], sorted(known))})"
         )
     lengths = {len(values) if values.ndim else 0 for values in arrays.values()}
     if len(lengths) != 1 or not min(lengths):
         raise DataError(
-            f"{path}: expected arrays of equally many rows, at least one, found {sorted(lengths)} rows; "
+            f"{where}: expected arrays of equally many rows, at least one, found {sorted(lengths)} rows; "
             "complete it"
         )
-    arrays = {n: x.float() if x.is_floating_point() else x.long() for n, x in arrays.items()}
-    starts = range(0, min(lengths), step)
-    return min(lengths), (({n: x[i : i + step] for n, x in arrays.items()}, None) for i in starts)
+    return {n: x.float() if x.is_floating_point() else x.long() for n, x in arrays.items()}
 
 
 def _array(values: np.ndarray, where: str) -> Tensor:
@@ -232,8 +251,20 @@ def image_batches(data: Path, processor: Any, step: int) -> tuple[int, Batches]:
     Raises:
         DataError: there is none; or, in the course of it, one cannot be read.
     """
+    paths = image_paths(data)
+    starts = range(0, len(paths), step)
+    batches = (([read_image(path) for path in paths[start : start + step]]) for start in starts)
+    return len(paths), ((prepared(images, processor), None) for images in batches)
+
+
+def image_paths(data: Path) -> list[Path]:
+    """Where the images of a folder are, in order of their names, an image, or those that a txt names.
+
+    Raises:
+        DataError: there is none.
+    """
     if data.is_dir():
-        paths = sorted(path for path in data.rglob("*") if path.suffix.lower() in _IMAGE_ENDINGS)
+        paths = sorted(path for path in data.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
     elif data.suffix == ".txt" and data.is_file():
         lines = read_table(data)["text"]
         paths = [data.parent / line.strip() for line in lines if line.strip()]
@@ -241,19 +272,18 @@ def image_batches(data: Path, processor: Any, step: int) -> tuple[int, Batches]:
         paths = [data] if data.is_file() else []
     if not paths:
         raise DataError(
-            f"{data}: expected a folder of images ({', '.join(_IMAGE_ENDINGS)}), an image or a txt of paths, "
+            f"{data}: expected a folder of images ({', '.join(IMAGE_ENDINGS)}), an image or a txt of paths, "
             "found no image; look there"
         )
-    return len(paths), _prepared(paths, processor, step)
+    return paths
 
 
-def _prepared(paths: list[Path], processor: Any, step: int) -> Batches:
-    for start in range(0, len(paths), step):
-        images = [_image(path) for path in paths[start : start + step]]
-        yield {"pixel_values": processor(images, return_tensors="pt")["pixel_values"]}, None
+def prepared(images: list[Any], processor: Any) -> dict[str, Tensor]:
+    """What a model takes of images, as its processor makes it."""
+    return {"pixel_values": processor(images, return_tensors="pt")["pixel_values"]}
 
 
-def _image(path: Path) -> Any:
+def read_image(path: Path) -> Any:
     """An image as transformers prepares it: turned as its camera was held, in red, green and blue.
 
     Raises:

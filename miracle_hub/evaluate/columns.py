@@ -76,6 +76,22 @@ def text_columns(
     )
 
 
+def sentence_columns(rows: Rows, where: str) -> tuple[str, ...]:
+    """All columns of sentences; or the one that may be of texts, if there is one alone.
+
+    Raises:
+        DataError: there is none, or it is not clear which.
+    """
+    found = [name for name in rows.column_names if _has_texts(rows, name)]
+    sentences = found if len(found) <= 1 else [name for name in found if _are_sentences(rows, name)]
+    if not sentences:
+        raise DataError(
+            f"{where}: expected columns of texts, found {len(found)} that may be in {rows.column_names}, "
+            "none of them of sentences; give a txt of the texts alone, or a list of them"
+        )
+    return tuple(sentences)
+
+
 def _named(rows: Rows, where: str, wanted: list[str], label_column: str, task: str) -> tuple[str, ...]:
     most = 1 if task == "causal-lm" else _MOST_COLUMNS
     if absent := [name for name in wanted if name not in rows.column_names]:

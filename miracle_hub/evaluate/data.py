@@ -47,7 +47,8 @@ def read_split(data: str | Path, task: str, wanted: list[str] | None, label_colu
     Raises:
         DataError: it cannot be read, is empty, or lacks a column or labels; the message lists what there is.
     """
-    sets = _load(data)
+    _require_library()
+    sets = read_sets(data)
     first = sets.get("train", next(iter(sets.values())))
     if len(first) < 2:
         raise DataError(f"{data}: expected at least two rows, found {len(first)}; look at the file")
@@ -144,7 +145,7 @@ def _one_split(data: str | Path, split: str | None) -> Rows:
     Raises:
         DataError: the data cannot be read, or have several splits of which none is named.
     """
-    sets = _load(data)
+    sets = read_sets(data)
     if split is None and len(sets) == 1:
         split = next(iter(sets))
     if split is None or split not in sets:
@@ -156,22 +157,17 @@ def _one_split(data: str | Path, split: str | None) -> Rows:
     return sets[split]
 
 
-def _load(data: str | Path) -> Mapping[str, Rows]:
+def read_sets(data: str | Path) -> Mapping[str, Rows]:
     """Splits by name.
 
     Raises:
         DataError: the library is missing, or it cannot read the data.
     """
-    try:
-        import datasets  # noqa: F401
-    except ImportError as error:
-        raise DataError(
-            "data: expected the package datasets, found none; pip install 'miracle-hub[fit]'"
-        ) from error
     path = Path(data)
     ending = path.suffix.lower()
     if ending in READERS and path.is_file():
         return {"train": read_table(path)}
+    _require_library()
     try:
         if ending in ENDINGS and not path.exists():  # rather than ask the Hub for it
             raise FileNotFoundError("no such file")
@@ -186,6 +182,19 @@ def _load(data: str | Path) -> Mapping[str, Rows]:
             f"{data}: expected a file ({', '.join(ENDINGS)}), a folder of datasets or a Hub id, found "
             f"{type(error).__name__}: {str(error).partition(chr(10))[0]}; check the name"
             f"{f' ({offer(path.name, close)})' if close else ''} and the contents"
+        ) from error
+
+
+def _require_library() -> None:
+    """
+    Raises:
+        DataError: it is missing.
+    """
+    try:
+        import datasets  # noqa: F401
+    except ImportError as error:
+        raise DataError(
+            "data: expected the package datasets, found none; pip install 'miracle-hub[fit]'"
         ) from error
 
 

@@ -24,7 +24,7 @@ from miracle_hub.codec.network import network_entries, network_file, spec_of
 from miracle_hub.codec.plan import in_order
 from miracle_hub.codec.repository import sharded, total_bytes
 from miracle_hub.codec.source import narrowing_metadata
-from miracle_hub.codec.trellis import header_of_stream
+from miracle_hub.codec.stream_payload import header_of_stream
 from miracle_hub.coding.matrix import FEWEST_ROWS
 from miracle_hub.coding.narrowing import is_held_in_half
 from miracle_hub.errors import BudgetError

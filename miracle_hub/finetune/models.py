@@ -17,7 +17,7 @@ from miracle_hub.codec.modules import module_tensors, read_state
 from miracle_hub.codec.naming import STREAM
 from miracle_hub.codec.network import encode_stream_entry, spec_of, write_network
 from miracle_hub.codec.report import Report
-from miracle_hub.codec.trellis import payload_of_stream
+from miracle_hub.codec.stream_payload import payload_of_stream
 from miracle_hub.errors import OptionError, ProcessError, WrittenWeightError
 from miracle_hub.files.whole import temporary_beside, writing
 from miracle_hub.finetune.agreement import (

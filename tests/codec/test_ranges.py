@@ -14,7 +14,8 @@ from miracle_hub.codec.decompress import load_state_dict
 from miracle_hub.codec.handed_out import require_finite
 from miracle_hub.codec.inspection import inspect_folder
 from miracle_hub.codec.report import Report
-from miracle_hub.codec.trellis import decode_payload, encode_tensor, payload_of_stream
+from miracle_hub.codec.stream_payload import payload_of_stream
+from miracle_hub.codec.trellis import decode_payload, encode_tensor
 from miracle_hub.codec.verification import verify_folder
 from miracle_hub.coding.matrix import matrix_columns
 from miracle_hub.errors import ChecksumError, NonFiniteWeightError, OptionError, SourceError

@@ -208,7 +208,7 @@ def test_empty_data_and_rows_without_text_are_refused(
     message = refused(source, tmp_path, "text,label\na,positive\n,negative\n")
     assert "column 'text': row 1: expected a text, found none; complete it" in message
     nothing = datasets.Dataset.from_dict({"text": [], "label": []})
-    monkeypatch.setattr("miracle_hub.evaluate.data._load", lambda data: {"train": nothing})
+    monkeypatch.setattr("miracle_hub.evaluate.data.read_sets", lambda data: {"train": nothing})
     assert "found 0 rows of ['text', 'label']; look at the file" in refused(source, tmp_path, "")
 
 

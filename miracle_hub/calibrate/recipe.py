@@ -1,0 +1,122 @@
+"""How long a calibration takes: effort → tokens, groups and steps; and what is known of a model by then."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from miracle_hub.calibrate.inputs import SELF, Inputs, inputs_of
+from miracle_hub.calibrate.known import Known
+from miracle_hub.calibrate.modality import Modality, modality_of, takes_sounds
+from miracle_hub.calibrate.models import load_dense
+from miracle_hub.calibrate.refits import RefitOptions
+from miracle_hub.calibrate.sensitivity import measure
+
+# Multiplications and additions per second of two cores in float32, as steps of SmolLM2 and MiniLM had them.
+_SPEED = 1e11
+# Of the dense model's answer, and of a step of the optimizer, per weight and token.
+_WORK = 8
+_STEP_TOKENS = 1024
+_SENSITIVITY_TOKENS = 16 * _STEP_TOKENS
+# Whoever has no more tokens sees them again: sampling a token takes as long as ten steps' share of it.
+_MOST_SELF_MADE = 64 * _STEP_TOKENS
+_WINDOW = 512
+_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What one level of effort spends on refits.
+
+    Attributes:
+        minutes: per 100 million weights, of two cores.
+        most_steps: of small models, whose steps take no time.
+    """
+
+    minutes: float
+    groups: int
+    most_steps: int
+
+
+EFFORTS = (
+    Effort(0, 1, 0),
+    Effort(1.5, 4, 240),
+    Effort(10, 8, 1200),
+    Effort(40, 16, 4800),
+    Effort(150, 16, 12000),
+    Effort(600, 32, 48000),
+)
+
+
+def refit_options(effort: int, n_weights: int, n_multiplied: int) -> RefitOptions:
+    """Groups and steps of an effort.
+
+    Args:
+        n_multiplied: weights that every token is multiplied by.
+    """
+    level = EFFORTS[effort]
+    work = level.minutes * 60 * _SPEED * n_weights / 1e8
+    steps = min(level.most_steps, int(work / (_WORK * max(n_multiplied, 1) * _STEP_TOKENS)))
+    if steps < 2 * level.groups:
+        return RefitOptions(groups=1, steps=0, end_steps=steps)
+    end_steps = steps // 5
+    return RefitOptions(level.groups, (steps - end_steps) // (level.groups - 1), end_steps)
+
+
+def knowledge_of(
+    folder: Path,
+    data: Any = SELF,
+    *,
+    effort: int = 1,
+    seed: int = 0,
+    model: nn.Module | None = None,
+    progress: bool = False,
+) -> Known:
+    """What there is to know of the model of a folder: it is run on data, or on inputs of its own making.
+
+    Args:
+        data: see `inputs.inputs_of`.
+        effort: 0 to 5.
+        model: the folder's, where transformers cannot tell; float32, in evaluation mode. It is changed.
+
+    Raises:
+        CalibrationError: the model cannot be run, or nothing is known that it could be run on.
+        DataError: the data cannot be read, are none that the model takes, or too few.
+    """
+    model = load_dense(folder) if model is None else model
+    n_weights = sum(parameter.numel() for parameter in model.parameters())
+    options = refit_options(effort, n_weights, _multiplied(model))
+    wanted = max(_SENSITIVITY_TOKENS, options.all_steps * _STEP_TOKENS)
+    if isinstance(data, str) and data == SELF:
+        wanted = min(wanted, _MOST_SELF_MADE)
+    inputs = inputs_of(model, folder, data, n_tokens=wanted, batch_rows=_rows(model), seed=seed)
+    names = {name for name, p in model.named_parameters(remove_duplicate=False) if p.dim() > 1}
+    looked_at = _first(inputs, _SENSITIVITY_TOKENS)
+    found = measure(model, looked_at, names, seed, progress)
+    return Known(found, model, inputs, options, progress=progress, seed=seed)
+
+
+def _first(inputs: Inputs, n_tokens: int) -> tuple[dict, ...]:
+    """As many batches as have so many tokens."""
+    share = min(1.0, n_tokens / max(inputs.n_tokens, 1))
+    return inputs.batches[: max(1, round(share * len(inputs.batches)))]
+
+
+def _multiplied(model: nn.Module) -> int:
+    """Weights of all layers but embeddings, which a tied head counts as its own."""
+    uses = [m.weight.numel() for m in model.modules() if not isinstance(m, nn.Embedding) and _has_matrix(m)]
+    return sum(uses)
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and weight.dim() > 1
+
+
+def _rows(model: nn.Module) -> int:
+    """Of a batch: long ones are few."""
+    modality = modality_of(model)
+    if modality is Modality.CAUSAL:
+        return _STEP_TOKENS // _WINDOW
+    return 1 if takes_sounds(modality) else _ROWS

@@ -1,0 +1,219 @@
+"""One pass forth and back over the inputs: what an error of each weight costs the model's answers."""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from miracle_hub.calibrate.outputs import answers, sampled_gradient
+from miracle_hub.codec.curvature import Curvature
+from miracle_hub.coding.matrix import matrix_columns
+from miracle_hub.errors import CalibrationError
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+# Positions of a convolution's output that are looked at, per batch: a choice.
+_MOST_POSITIONS = 4096
+
+
+@dataclass
+class _Sums:
+    """Of one use of a weight, in its own matrix view.
+
+    Attributes:
+        rows: squared gradients, `[rows]`.
+        columns: second moments weighted by squared gradients, `[columns, columns]`; None for the unit matrix.
+        weight: the sum of those gradients.
+    """
+
+    rows: Tensor
+    columns: Tensor | None
+    weight: float = 0.0
+
+
+@dataclass
+class Sensitivity:
+    """What was measured of every weight of a model, by name; see `measure`."""
+
+    n_tokens: int = 0
+    sums: dict[str, dict[str, _Sums]] = field(default_factory=dict)
+
+    def add(self, name: str, use: str, x: Tensor, gradient: Tensor, shape: torch.Size) -> None:
+        """Inputs `[n, in]` and gradients of outputs `[n, out]` of a matrix `[out, in]`."""
+        power = gradient.square()
+        per_token = power.sum(1)
+        found = self._of(name, use, _Sums(torch.zeros(shape[0]), torch.zeros(shape[1], shape[1])))
+        assert found.columns is not None
+        found.rows += power.sum(0)
+        found.columns += (x * per_token[:, None]).T @ x
+        found.weight += float(per_token.sum())
+
+    def add_rows(self, name: str, use: str, rows: Tensor) -> None:
+        """Squared gradients of the rows of a matrix, `[rows]`, means over their columns."""
+        found = self._of(name, use, _Sums(torch.zeros_like(rows), None))
+        found.rows += rows
+        found.weight += float(rows.sum())
+
+    def _of(self, name: str, use: str, new: _Sums) -> _Sums:
+        return self.sums.setdefault(name, {}).setdefault(use, new)
+
+    def curvature(self, name: str, shape: Sequence[int]) -> Curvature | None:
+        """Of a tensor in the rows and columns of its payload; None if nothing was seen of it."""
+        uses = [use for use in self.sums.get(name, {}).values() if use.weight > 0]
+        if not uses:
+            return None
+        columns = matrix_columns(tuple(shape))
+        rows = torch.stack([_by_row(use.rows, tuple(shape), columns) for use in uses]).sum(0) / self.n_tokens
+        total = sum(float(use.rows.sum()) for use in uses)
+        moments = [(float(use.rows.sum()) / total, _moments(use, columns)) for use in uses]
+        if all(found is None for _, found in moments):
+            return Curvature(rows)
+        unit = torch.eye(columns)
+        return Curvature(
+            rows, torch.stack([share * (unit if m is None else m) for share, m in moments]).sum(0)
+        )
+
+
+def _by_row(found: Tensor, shape: tuple[int, ...], columns: int) -> Tensor:
+    """Of the first dimension, for every row of the matrix view."""
+    n_rows = torch.Size(shape).numel() // columns
+    return (
+        found.repeat_interleave(n_rows // len(found))
+        if n_rows % len(found) == 0
+        else found.mean().expand(n_rows)
+    )
+
+
+def _moments(use: _Sums, columns: int) -> Tensor | None:
+    """Of the columns of the matrix view: where rows are cut, the mean of all pieces."""
+    if use.columns is None or len(use.columns) % columns:
+        return None
+    pieces = use.columns.unfold(0, columns, columns).unfold(1, columns, columns)
+    mean = pieces.diagonal(dim1=0, dim2=1).mean(-1)
+    return mean / use.weight
+
+
+def measure(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    names: set[str],
+    seed: int,
+    progress: bool = False,
+) -> Sensitivity:
+    """The sensitivity of the model's answers to errors of some of its weights.
+
+    Args:
+        names: of parameters, as the state dict has them.
+
+    Raises:
+        CalibrationError: an answer or a layer's output is not finite.
+    """
+    found, generator = Sensitivity(), torch.Generator().manual_seed(seed)
+    with _watched(model, names, found) as loose:
+        for batch in tqdm(list(batches), desc="sensitivity", disable=not progress):
+            with torch.enable_grad():
+                kind, answer = answers(model, batch)
+            _require_finite(model, answer)
+            found.n_tokens += answer[..., 0].numel()
+            answer.backward(sampled_gradient(kind, answer.detach(), generator))
+            _add_loose(found, loose)
+    return found
+
+
+def _require_finite(model: nn.Module, answer: Tensor) -> None:
+    if not bool(torch.isfinite(answer).all()):
+        raise CalibrationError(
+            f"{type(model).__name__}: expected finite answers, found NaN or infinity; look at the data, or "
+            "compress without calibration (--calibrate none)"
+        )
+
+
+def _add_loose(found: Sensitivity, loose: Mapping[str, nn.Parameter]) -> None:
+    """Weights that no known layer uses: by their own gradients."""
+    for name, parameter in loose.items():
+        if parameter.grad is not None:
+            columns = matrix_columns(tuple(parameter.shape))
+            found.add_rows(name, "own", parameter.grad.reshape(-1, columns).square().mean(1))
+            parameter.grad = None
+
+
+@contextlib.contextmanager
+def _watched(model: nn.Module, names: set[str], found: Sensitivity) -> Iterator[Mapping[str, nn.Parameter]]:
+    """Hooks on all layers that use the weights; yields the weights that none does."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    before = {name: p.requires_grad for name, p in parameters.items()}
+    by_id = {id(parameters[name]): name for name in sorted(names) if name in parameters}
+    handles, loose = [], dict(by_id)
+    for path, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if id(weight) in by_id and _is_known(module):
+            name = by_id[id(weight)]
+            loose.pop(id(weight), None)
+            handles.append(module.register_forward_hook(_Watch(found, name, path), with_kwargs=True))
+    kept = {name: parameters[name] for name in loose.values()}
+    model.requires_grad_(False)
+    for parameter in kept.values():
+        parameter.requires_grad_(True)
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(before[name])
+            parameter.grad = None
+
+
+def _is_known(module: nn.Module) -> bool:
+    is_grouped = isinstance(module, _CONVOLUTIONS) and (module.groups > 1 or isinstance(module.padding, str))
+    return isinstance(module, (nn.Linear, nn.Embedding, Conv1D, *_CONVOLUTIONS)) and not is_grouped
+
+
+class _Watch:
+    """A hook that adds up what one layer sees, and what gradients its outputs get."""
+
+    def __init__(self, found: Sensitivity, name: str, path: str) -> None:
+        self.found, self.name, self.path = found, name, path
+
+    def __call__(self, module: nn.Module, inputs: tuple, named: dict, output: Tensor) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        at_bottom = not output.requires_grad
+        output = output.requires_grad_(True).clone() if at_bottom else output
+        x = (inputs[0] if inputs else next(iter(named.values()))).detach()
+        output.register_hook(lambda gradient: self.add(module, x, gradient))
+        return output if at_bottom else None
+
+    @torch.no_grad()
+    def add(self, module: nn.Module, x: Tensor, gradient: Tensor) -> None:
+        """What one pass says."""
+        if isinstance(module, nn.Embedding):
+            rows = torch.zeros(module.num_embeddings)
+            rows.index_add_(0, x.flatten(), gradient.reshape(x.numel(), -1).square().mean(1).float())
+            self.found.add_rows(self.name, self.path, rows)
+            return
+        if isinstance(module, _CONVOLUTIONS):
+            x, gradient = _unfolded(module, x, gradient)
+        x, gradient = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+        if isinstance(module, Conv1D):  # whose weight is [in, out]
+            x, gradient = gradient, x
+        shape = torch.Size((gradient.shape[1], x.shape[1]))
+        self.found.add(self.name, self.path, x.float(), gradient.float(), shape)
+
+
+def _unfolded(module: nn.Module, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """What some positions of a convolution see, `[n, in · taps]`, and their gradients, `[n, out]`."""
+    assert isinstance(module, _CONVOLUTIONS)
+    one = len(module.kernel_size) == 1
+    x, gradient = (x[..., None, :], gradient[..., None, :]) if one else (x, gradient)
+    pairs = ((1, *each) if one else each for each in (module.kernel_size, module.dilation, module.stride))
+    kernel, dilation, stride = pairs
+    padding = (0, *module.padding) if one else module.padding
+    seen = nn.functional.unfold(x, kernel, dilation, padding, stride).transpose(1, 2)
+    gradient = gradient.flatten(2).transpose(1, 2)
+    step = max(1, seen.shape[0] * seen.shape[1] // _MOST_POSITIONS)
+    scale = step**0.5  # of those left out
+    return seen.flatten(0, 1)[::step], gradient.flatten(0, 1)[::step] * scale

@@ -1,0 +1,72 @@
+"""What the dense model answers to all inputs, in little memory, and how far another's answers are from it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from miracle_hub.calibrate.outputs import answers, divergence
+
+Batch = Mapping[str, Tensor]
+# Logits that are kept of a token; all others count as one. A choice: they have 0.97 of SmolLM2's probability.
+_KEPT = 128
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """Of one batch: states, or log probabilities of some classes, and of all others together."""
+
+    kind: str
+    values: Tensor
+    classes: Tensor | None = None
+
+    def divergence(self, found: Tensor) -> Tensor:
+        if self.classes is None:
+            return divergence(self.kind, found, self.values.float())
+        log_q = found.float().log_softmax(-1).gather(-1, self.classes.long())
+        return _kl(self.values.float(), log_q).mean()
+
+
+class Teacher:
+    """The dense model's answers to batches, by their numbers."""
+
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], progress: bool = False) -> None:
+        self.batches = batches
+        with torch.no_grad():
+            shown = tqdm(batches, desc="dense answers", disable=not progress)
+            self.kept = [_kept(*answers(model, batch)) for batch in shown]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def divergence(self, model: nn.Module, number: int) -> Tensor:
+        """Of a model's answers to one batch, a mean over its tokens."""
+        _, found = answers(model, self.batches[number])
+        return self.kept[number].divergence(found)
+
+    @torch.no_grad()
+    def mean_divergence(self, model: nn.Module) -> float:
+        """Over all tokens of all batches."""
+        sizes = [answer.values[..., 0].numel() for answer in self.kept]
+        total = sum(float(self.divergence(model, i)) * n for i, n in enumerate(sizes))
+        return total / sum(sizes)
+
+
+def _kept(kind: str, found: Tensor) -> _Answer:
+    if kind != "logits" or found.shape[-1] <= 4 * _KEPT:
+        return _Answer(kind, found)
+    log_p, classes = found.float().log_softmax(-1).topk(_KEPT)
+    return _Answer(kind, log_p.half(), classes.int())
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL over some classes, and over all others as one."""
+    own = (log_p.exp() * (log_p - log_q)).sum(-1)
+    rest_p, rest_q = _rest(log_p), _rest(log_q)
+    return own + rest_p * (rest_p.log() - rest_q.log())
+
+
+def _rest(log_p: Tensor) -> Tensor:
+    return (1 - log_p.exp().sum(-1)).clamp(min=1e-6)
