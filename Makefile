@@ -1,5 +1,5 @@
-# make demo | test | lint | docs | fuzz | chaos | sweep | matrix | bench | bench-fit | bench-zoo | kernel-build | kernel-compile | setup. All
-# runs in .venv, which `setup` makes.
+# make demo | test | lint | docs | fuzz | chaos | sweep | matrix | bench | bench-fit | bench-zoo | kernel-build |
+# kernel-compile | setup. All runs in .venv, which `setup` makes.
 
 PYTHON ?= python3
 BIN := .venv/bin
