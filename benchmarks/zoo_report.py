@@ -64,8 +64,8 @@ SHOWN = {
 _WORST = {"kl": 8.0, "distance": 1.0, "agreement": 20.0}
 _HEAD = """## The zoo
 
-Seven real models through every method on one machine (`benchmarks/zoo.py`), each candidate evaluated from its
-written folder by the same code, on data that no method saw. Bytes are of the whole file, headers included.
+Real models through ours and others' methods on one machine (`benchmarks/zoo.py`), each candidate evaluated from
+its written folder by the same code, on data that no method saw. Bytes are of the whole file, headers included.
 "Data-free" sees no data; rows "= …" are ours at exactly the bytes of that row. Round to nearest and HQQ code
 all matrices in groups of 64, NNCodec codes all tensors, GPTQModel leaves embeddings in 16 bits, and llama.cpp
 takes a larger type where rows are no multiple of 256. A GGUF counts without its tokenizer. Seconds and memory
@@ -76,7 +76,15 @@ def section() -> str:
     """All tables."""
     rows = known("test")
     found = [table(name, [row for row in rows if row["model"] == name]) for name in MODELS]
-    return "\n\n".join([_HEAD, *(part for part in found if part)])
+    return "\n\n".join([_HEAD, *lacking(rows), *(part for part in found if part)])
+
+
+def lacking(rows: list[Row]) -> list[str]:
+    """What of the zoo no row is of."""
+    models, methods = {row["model"] for row in rows}, {row["method"] for row in rows}
+    names = [SHOWN[name].title for name in MODELS if name not in models]
+    names += [method for method in METHODS if method not in methods]
+    return [f"Not measured yet: {', '.join(names)}."] if names else []
 
 
 def table(name: str, rows: list[Row]) -> str:
