@@ -65,7 +65,7 @@ _WORST = {"kl": 8.0, "distance": 1.0, "agreement": 20.0}
 _HEAD = """## The zoo
 
 Real models through our methods and others' on one machine (`benchmarks/zoo.py`), each candidate evaluated
-from its written folder by the same code, on data that no method saw. Bytes are of the whole file with headers.
+from its written folder by the same code, on data that no method saw. Bytes are of whole files with headers.
 "Data-free" sees no data; rows "= …" are ours at exactly the bytes of that row. Round to nearest and HQQ code
 all matrices in groups of 64, NNCodec codes all tensors, GPTQModel leaves embeddings in 16 bits, and llama.cpp
 takes a larger type where rows are no multiple of 256. A GGUF counts without its tokenizer. Seconds and memory
