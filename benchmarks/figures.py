@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import matplotlib
@@ -17,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from record import RESULTS, ROOT
+from zoo_report import SHOWN, curves, drawn, figure
 
 FIGURES = ROOT / "docs" / "figures"
 PEERS = ("nncodec", "hqq", "round-to-nearest", "nf4")
@@ -115,10 +117,29 @@ def _plot(axes: Axes, curve: Curve, style: str, width: float) -> None:
     axes.plot(xs, ys, style, label=curve.label, linewidth=width, markersize=4)
 
 
+def zoo(name: str) -> list[Curve]:
+    """How far from dense a model of the zoo is over bytes of the whole file, method by method."""
+    return [Curve(label, points) for label, points in curves(name)]
+
+
+def draw_zoo(name: str, axes: Axes, curves: list[Curve]) -> None:
+    """A line per method; distances on a logarithmic scale."""
+    column = SHOWN[name].drawn
+    for curve, marker in zip(curves, "oD*s^vXP", strict=False):
+        ours = marker in "oD*"
+        _plot(axes, curve, f"{marker}-" if ours else f"{marker}--", 2.0 if ours else 1.0)
+    if column.falls:
+        axes.set_yscale("log")
+    axes.set_xlabel(f"bytes of the whole file, {SHOWN[name].title}")
+    axes.set_ylabel(column.heading)
+    axes.legend(fontsize=8)
+
+
 DRAWN: dict[str, tuple[Callable[[], list[Curve]], Callable[[Axes, list[Curve]], None]]] = {
     "rate_quality": (rate_quality, draw_rate_quality),
     "lenet": (lenet, draw_lenet),
     "rate_distortion": (rate_distortion, draw_rate_distortion),
+    **{figure(name): (partial(zoo, name), partial(draw_zoo, name)) for name in drawn()},
 }
 
 

@@ -7,6 +7,7 @@ import re
 
 from figures import PEERS, load, write_figures
 from record import ROOT
+from zoo_report import section
 
 RESULTS_PAGE = ROOT / "docs" / "results.md"
 README = ROOT / "README.md"
@@ -283,7 +284,7 @@ def summary() -> str:
 
 def results_page() -> str:
     """docs/results.md."""
-    parts = (_HEAD, minilm(), stories(), fine_tuning(), lenet(), rate_distortion(), speed(), gpu())
+    parts = (_HEAD, minilm(), stories(), section(), fine_tuning(), lenet(), rate_distortion(), speed(), gpu())
     return "\n\n".join(parts) + "\n"
 
 
