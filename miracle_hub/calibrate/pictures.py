@@ -53,12 +53,12 @@ def picture_rows(model: Any, folder: Path, wanted: int, generator: torch.Generat
 class _Images:
     """Draws images as a model takes them."""
 
-    def __init__(self, mean: Tensor, std: Tensor, size: tuple[int, int], generator: torch.Generator) -> None:
-        self.mean, self.std, self.size, self.generator = mean, std, size, generator
+    def __init__(self, mean: Tensor, std: Tensor, shape: tuple[int, int], generator: torch.Generator) -> None:
+        self.mean, self.std, self.shape, self.generator = mean, std, shape, generator
         self.filter: Filter | None = None
 
     def __call__(self, n: int) -> Tensor:
-        pixels = images(n, len(self.mean), *self.size, self.generator, has_noise=self.filter is None)
+        pixels = images(n, len(self.mean), *self.shape, self.generator, has_noise=self.filter is None)
         scaled = (pixels - self.mean) / self.std
         return scaled if self.filter is None else self.filter.cpu()(scaled)
 
@@ -66,7 +66,7 @@ class _Images:
         """To what the model's batch norms remember."""
         device = next(model.parameters()).device
         self.filter = Filter(-self.mean / self.std, (1 - self.mean) / self.std)
-        n = min(_AT_ONCE, max(_LEAST_FITTED, _FITTED // (self.size[0] * self.size[1])))
+        n = min(_AT_ONCE, max(_LEAST_FITTED, _FITTED // (self.shape[0] * self.shape[1])))
         drawn = self(n).detach().to(device)
         fit(self.filter.to(device), model, main_input(model), drawn)
 
