@@ -133,7 +133,7 @@ class _Echo(logging.Handler):
 @contextmanager
 def _told_meanwhile() -> Iterator[None]:
     """What calibration logs while it runs: how long it will take, and how it goes."""
-    logger, echo = logging.getLogger("miracle_hub.calibrate"), _Echo(logging.INFO)
+    logger, echo = logging.getLogger("miracle_hub"), _Echo(logging.INFO)
     before = logger.level
     logger.addHandler(echo)
     logger.setLevel(logging.INFO)

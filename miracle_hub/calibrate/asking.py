@@ -24,7 +24,7 @@ from miracle_hub.errors import CalibrationError, MiracleError
 from miracle_hub.options import CompressOptions
 from miracle_hub.plugin.roles import roles_of
 
-_LOGGER = logging.getLogger("miracle_hub.calibrate")
+_LOGGER = logging.getLogger("miracle_hub")
 
 
 class Asking:

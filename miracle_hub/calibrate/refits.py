@@ -13,7 +13,7 @@ from miracle_hub.calibrate.matrix import MatrixInMaking
 from miracle_hub.calibrate.teacher import Teacher
 from miracle_hub.errors import CalibrationError
 
-_LOGGER = logging.getLogger("miracle_hub.calibrate")
+_LOGGER = logging.getLogger("miracle_hub")
 _BETAS = (0.9, 0.98)
 _STEPS_OF_RATE = 1000
 

@@ -49,7 +49,7 @@ def compress_folder(
     """Compress a folder written by `save_pretrained`; see `miracle_hub.compress`.
 
     Args:
-        card: writes README.md of what was compressed.
+        card: writes README.md.
         coded: payloads of tensors that are coded already; no budget then means that all others stay plain.
         half: names of the vectors to store in 16 bits; None means that their values decide.
         not_downloaded: files of the source that are not even in the folder, and why.
@@ -57,24 +57,19 @@ def compress_folder(
         knowledge: what is known of the model beside its weights.
         judged: completes the report by what is written, before the folder has its name; an error leaves none.
     """
-    started = time.monotonic()
+    started, backend, weights = time.monotonic(), choose(options.backend), _source_files(source, out)
     if not coded:
         options.require_budget()
-    backend, weights = choose(options.backend), _source_files(source, out)
     with output_folder(out, options.overwrite) as temporary:
         copied = _copy_and_count(source, temporary, weights)
         plans = plan_all(weights, options.modules_to_not_convert or [], coded or {}, half)
         non_finite = keep_exact(plans, known := roles(source))
         n_weights = sum(plan.source.n_weights for plan in plans.values()) + copied.n_weights
         stages, jobs = _decide(plans, options, copied.n_bytes, n_weights, backend, half, knowledge)
-        if knowledge is not None:
-            _take(knowledge, plans, jobs, backend)
+        _take(knowledge, plans, jobs, backend)
         written = Writer(temporary, plans, backend).write(stages, jobs, options.progress)
-        n_bytes = sum(map(total_bytes, stages)) + copied.n_bytes
         report = replace(
-            _report(plans, copied, n_bytes, n_weights),
-            dense_bytes=sum(path.stat().st_size for path in weights) + copied.n_bytes,
-            seconds=time.monotonic() - started,
+            _report(plans, copied, sum(map(total_bytes, stages)), n_weights, weights),
             digest=written.digests[-1],
             backend=backend.name,
             left_out={**copied.left_out, **(not_downloaded or {})},
@@ -82,18 +77,22 @@ def compress_folder(
             judged_by=known.said_by,
             budget_bytes=_asked(options, n_weights),
         )
-        facts, tensors = _facts(report, options, plans), [plan.source for plan in plans.values()]
-        facts |= {NON_FINITE: non_finite} if non_finite else {}
-        write_config(source, temporary, facts, tensors, written.digests, written.guards, bool(report.exact))
+        facts = _facts(report, options, plans) | ({NON_FINITE: non_finite} if non_finite else {})
+        tensors, made = [plan.source for plan in plans.values()], (written.digests, written.guards)
+        write_config(source, temporary, facts, tensors, *made, bool(report.exact))
         report = replace(judged(temporary, report), seconds=time.monotonic() - started)
         _write_card(card, temporary, report)
-    warn_of_kept(plans, n_bytes)
+    warn_of_kept(plans, report.compressed_bytes)
     return report
 
 
-def _report(plans: Mapping[str, Plan], copied: "_Copied", n_bytes: int, n_weights: int) -> Report:
+def _report(
+    plans: Mapping[str, Plan], copied: "_Copied", staged_bytes: int, n_weights: int, weights: list[Path]
+) -> Report:
     """What plans and copies tell of a compression."""
+    n_bytes = staged_bytes + copied.n_bytes
     return Report(
+        dense_bytes=sum(path.stat().st_size for path in weights) + copied.n_bytes,
         compressed_bytes=n_bytes,
         n_weights=n_weights,
         bits_per_weight=8 * n_bytes / n_weights,
@@ -222,8 +221,12 @@ def _weighed(
     return weighed(curve, cost, source.n_weights)
 
 
-def _take(knowledge: Knowledge, plans: dict[str, Plan], jobs: list[list[Job]], backend: Backend) -> None:
+def _take(
+    knowledge: Knowledge | None, plans: dict[str, Plan], jobs: list[list[Job]], backend: Backend
+) -> None:
     """Payloads and plain tensors that somebody else makes take the places of those planned."""
+    if knowledge is None:
+        return
     payloads = knowledge.encode(plans, jobs[0], backend)
     plans |= {name: Ready(plans[name].source, payload) for name, payload in payloads.items()}
     jobs[0] = [job for job in jobs[0] if job.source.name not in payloads]

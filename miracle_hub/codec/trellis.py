@@ -208,15 +208,9 @@ def encode_tensor(
     check_width(rotation, columns, where)
     _check_rows(segments, weights.numel() // columns, where)
     factor = None if curvature is None else curvature.factor(rotation, backend)
-    header = Header(
-        dtype="F32" if earlier else DTYPE_NAMES[weights.dtype],
-        shape=tuple(weights.shape),
-        columns=columns,
-        rotation=rotation,
-        segments=tuple(segments),
-        band_columns=bands_of(columns) if factor is not None else band_columns,
-        permuted=permuted,
-    )
+    width = band_columns if factor is None else bands_of(columns)
+    dtype, shape = "F32" if earlier else DTYPE_NAMES[weights.dtype], tuple(weights.shape)
+    header = Header(dtype, shape, columns, rotation, tuple(segments), width, permuted)
     weights = weights.to(backend.device)
     matrix = rotated_matrix(left_by(earlier, weights), columns, rotation, backend)
     parts = [
