@@ -90,8 +90,8 @@ coding.order coding.philox coding.posterior coding.quantiles coding.rotation cod
 codec codec.body codec.companions codec.comparing codec.config codec.constants codec.curvature
 codec.decompress codec.detector codec.dtypes codec.finite codec.guard codec.guarded codec.handed_out
 codec.inherited codec.inspection codec.kinds codec.modules codec.naming codec.network codec.parts
-codec.payloads codec.plan codec.purpose codec.quantized codec.rates codec.reading codec.report codec.repository
-codec.source codec.stored codec.trellis codec.verification
+codec.payloads codec.plan codec.purpose codec.quantized codec.rates codec.reading codec.report
+codec.repository codec.source codec.stored codec.trellis codec.verification
 hub hub.resolve
 """.split()
 
