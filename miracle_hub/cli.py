@@ -19,7 +19,7 @@ from typer.core import TyperCommand
 
 import miracle_hub
 from miracle_hub.codec.inspection import Inspection, TensorReport
-from miracle_hub.codec.report import Report, told_by_reason
+from miracle_hub.codec.report import CALIBRATION_LOGGER, Report, told_by_reason
 from miracle_hub.errors import MiracleError
 from miracle_hub.options import CompressOptions, DecompressOptions, FitOptions, Options, helps
 
@@ -133,7 +133,7 @@ class _Echo(logging.Handler):
 @contextmanager
 def _told_meanwhile() -> Iterator[None]:
     """What calibration logs while it runs: how long it will take, and how it goes."""
-    logger, echo = logging.getLogger("miracle_hub"), _Echo(logging.INFO)
+    logger, echo = logging.getLogger(CALIBRATION_LOGGER), _Echo(logging.INFO)
     before = logger.level
     logger.addHandler(echo)
     logger.setLevel(logging.INFO)

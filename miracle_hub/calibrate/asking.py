@@ -18,13 +18,14 @@ from miracle_hub.calibrate.recipe import knowledge_of
 from miracle_hub.codec.curvature import Curvature
 from miracle_hub.codec.jobs import Job
 from miracle_hub.codec.plan import Plan
+from miracle_hub.codec.report import CALIBRATION_LOGGER
 from miracle_hub.codec.source import SourceTensor, list_tensors, weight_files
 from miracle_hub.coding.backend import Backend
 from miracle_hub.errors import CalibrationError, MiracleError
 from miracle_hub.options import CompressOptions
 from miracle_hub.plugin.roles import roles_of
 
-_LOGGER = logging.getLogger("miracle_hub")
+_LOGGER = logging.getLogger(CALIBRATION_LOGGER)
 
 
 class Asking:

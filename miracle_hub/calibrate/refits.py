@@ -11,9 +11,10 @@ from tqdm import tqdm
 
 from miracle_hub.calibrate.matrix import MatrixInMaking
 from miracle_hub.calibrate.teacher import Teacher
+from miracle_hub.codec.report import CALIBRATION_LOGGER
 from miracle_hub.errors import CalibrationError
 
-_LOGGER = logging.getLogger("miracle_hub")
+_LOGGER = logging.getLogger(CALIBRATION_LOGGER)
 _BETAS = (0.9, 0.98)
 _STEPS_OF_RATE = 1000
 

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+# Of what a calibration says while it runs, which the command line shows.
+CALIBRATION_LOGGER = "miracle_hub.codec.report"
 _NAMED = 20  # files of one reason: a clone has hundreds of hidden ones
 
 
