@@ -67,10 +67,11 @@ class Job:
             SourceError: the tensor cannot be read.
         """
         weights, codec = self.source.load(), codec_named(self.choice.option.codec)
+        known = {} if self.curvature is None else {"curvature": self.curvature}
         if not earlier:
-            return codec.encode(weights, self.choice, self.source.name, backend, curvature=self.curvature)
+            return codec.encode(weights, self.choice, self.source.name, backend, **known)
         decoded = [payload_at(entry, self.source.name).decode(backend) for entry in earlier]
-        return codec.encode(weights, self.choice, self.source.name, backend, decoded)
+        return codec.encode(weights, self.choice, self.source.name, backend, decoded, **known)
 
 
 def refining(

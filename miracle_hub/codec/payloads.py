@@ -185,7 +185,7 @@ class Codec(Protocol):
         Args:
             earlier: float32 weights of payloads that come before in the tensor's sum; what they leave is
                 coded. Only a codec that `stages` chooses gets any.
-            curvature: what errors cost; None means their squares.
+            curvature: what errors cost, where somebody measured it; else it is not given.
         """
         ...
 
