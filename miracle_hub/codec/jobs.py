@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -67,7 +68,7 @@ class Job:
             SourceError: the tensor cannot be read.
         """
         weights, codec = self.source.load(), codec_named(self.choice.option.codec)
-        known = {} if self.curvature is None else {"curvature": self.curvature}
+        known: dict[str, Any] = {} if self.curvature is None else {"curvature": self.curvature}
         if not earlier:
             return codec.encode(weights, self.choice, self.source.name, backend, **known)
         decoded = [payload_at(entry, self.source.name).decode(backend) for entry in earlier]
