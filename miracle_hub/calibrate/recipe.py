@@ -22,6 +22,8 @@ _SENSITIVITY_TOKENS = 16 * _STEP_TOKENS
 # Whoever has no more tokens sees them again: sampling a token takes as long as ten steps' share of it.
 _MOST_SELF_MADE = 64 * _STEP_TOKENS
 _WINDOW = 512
+# Smaller models have the time of one of so many weights; their steps are bounded by their number.
+_SMALL = 2e7
 _ROWS = 64
 
 
@@ -56,7 +58,7 @@ def refit_options(effort: int, n_weights: int, n_multiplied: int) -> RefitOption
         n_multiplied: weights that every token is multiplied by.
     """
     level = EFFORTS[effort]
-    work = level.minutes * 60 * _SPEED * n_weights / 1e8
+    work = level.minutes * 60 * _SPEED * max(n_weights, _SMALL) / 1e8
     steps = min(level.most_steps, int(work / (_WORK * max(n_multiplied, 1) * _STEP_TOKENS)))
     if steps < 2 * level.groups:
         return RefitOptions(groups=1, steps=0, end_steps=steps)
