@@ -101,7 +101,7 @@ class Asking:
                 require_memory(estimate)
             with _named_failures(self.folder):
                 self.known = self._gathered(tensors)
-                self.judge = Judge(self.known.model, self.known.inputs.held_out)
+                self.judge = Judge(self.known.model, self.known.held_out)
         except CalibrationError as error:
             if not self.is_optional:
                 raise
@@ -114,10 +114,11 @@ class Asking:
             CalibrationError, DataError: see `curvature`.
         """
         options, model = self.options, None if self.model is None else _copied(self.model, tensors)
-        known = knowledge_of(
-            self.folder, options.calibrate, effort=options.effort, seed=options.seed % 2**32, model=model,
-            progress=options.progress,
-        )  # fmt: skip
+        if options.stages > 1 and options.effort:
+            self.undone = "stages above the first add what is left of the source's own weights"
+        effort, seed = 0 if self.undone else options.effort, options.seed % 2**32
+        given = {"effort": effort, "seed": seed, "model": model, "progress": options.progress}
+        known = knowledge_of(self.folder, options.calibrate, **given)
         if model is None:  # transformers may give tensors other names than files have
             theirs = roles_of(self.folder).parameters
             _require_names(known.model, [tensor for tensor in tensors if tensor.name in theirs])

@@ -101,8 +101,10 @@ class _Judged:
 def _notes(asking: Asking) -> tuple[str, ...]:
     """What to know of refits that failed, and of tensors that cost nothing."""
     found = [f"not refitted: {asking.undone}"] if asking.undone else []
+    if asking.known is not None and asking.known.options.all_steps and not asking.known.states_tuned:
+        found.append("norms and biases are not tuned: without a config.json nothing says so to readers")
     if names := sorted(asking.unseen):
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         said = f"{', '.join(names[:_NAMED])}{more}"
-        found.append(f"no answer of the model depends on these, which have the fewest bits therefore: {said}")
+        found.append(f"no answer of the model depends on these, which get bits as others do: {said}")
     return tuple(found)

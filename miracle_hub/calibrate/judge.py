@@ -1,17 +1,14 @@
 """How far the answers of a file are from the dense model's, on rows that were held out."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from miracle_hub.calibrate.teacher import Batch, Teacher, spread
+from miracle_hub.calibrate.teacher import Teacher
 from miracle_hub.codec.repository import open_repository
 
-# Whoever gives more rows has no better figure for it: of SmolLM2's tokens so many took half a minute.
-_MOST_TOKENS = 8192
 _UNITS = {
     "logits": "KL to the dense model, nats per token",
     "states": "relative squared error of states + 10 · (1 − cosine of their mean)",
@@ -19,14 +16,14 @@ _UNITS = {
 
 
 class Judge:
-    """Keeps the dense model's answers to held-out rows.
+    """Compares files with the dense model's answers to held-out rows.
 
     Attributes:
-        model: to load files into; dense when the judge is made.
+        model: to load files into.
     """
 
-    def __init__(self, model: nn.Module, held_out: Sequence[Batch]) -> None:
-        self.model, self.teacher = model, Teacher(model, spread(held_out, _MOST_TOKENS))
+    def __init__(self, model: nn.Module, teacher: Teacher) -> None:
+        self.model, self.teacher = model, teacher
 
     @property
     def unit(self) -> str:

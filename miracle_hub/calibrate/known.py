@@ -13,19 +13,24 @@ from miracle_hub.calibrate.trials import with_damping
 from miracle_hub.codec.curvature import Curvature
 from miracle_hub.codec.dtypes import TORCH_DTYPES
 from miracle_hub.codec.jobs import Job
-from miracle_hub.codec.plan import Plain, Plan
+from miracle_hub.codec.plan import Plain, Plan, Why
 from miracle_hub.codec.source import SourceTensor
 from miracle_hub.coding.backend import Backend
 
-# Held-out tokens by which refits and trials are judged; every judgment is beside another on the same tokens.
+# Held-out tokens by which files and refits are judged, and those by which trials are; every judgment is
+# beside another on the same tokens.
 _JUDGED_TOKENS, _TRIED_TOKENS = 8192, 2048
+# Large or excluded tensors that stay plain are as they were.
+_TUNED = (Why.SHORT_VECTOR, Why.SMALL)
 
 
 class Known:
     """See `codec.knowledge.Knowledge`.
 
     Attributes:
-        losses: what was done, and the divergence on held-out rows after it.
+        states_tuned: whether readers can be told which plain tensors were tuned; else none is.
+        held_out: the dense model's answers to rows that nothing is fitted to.
+        losses: what was done, and the divergence on these rows after it.
     """
 
     def __init__(
@@ -35,11 +40,13 @@ class Known:
         inputs: Inputs,
         options: RefitOptions,
         *,
+        states_tuned: bool = True,
         seed: int = 0,
         progress: bool = False,
     ) -> None:
         self.sensitivity, self.model, self.inputs, self.options = sensitivity, model, inputs, options
-        self.seed, self.progress = seed, progress
+        self.states_tuned, self.seed, self.progress = states_tuned, seed, progress
+        self.held_out = Teacher(model, inputs.held_out[spread(inputs.held_out, _JUDGED_TOKENS)])
         self.tuned: dict[str, Tensor] = {}
         self.losses: list[tuple[str, float]] = []
 
@@ -54,14 +61,13 @@ class Known:
         self.model.requires_grad_(False)
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         teacher = Teacher(self.model, self.inputs.batches[: self.options.all_steps], self.progress)
-        held_out = Teacher(self.model, spread(self.inputs.held_out, _JUDGED_TOKENS))
-        tried = Teacher(self.model, spread(self.inputs.held_out, _TRIED_TOKENS))
+        tried = self.held_out.some(_TRIED_TOKENS)
         known = [job for job in jobs if job.source.name in parameters]
         known = with_damping(known, self.model, parameters, tried, backend, self.progress)
         matrices = [MatrixInMaking(job, parameters[job.source.name], backend) for job in known]
-        vectors = _vectors(plans, parameters)
+        vectors = _vectors(plans, parameters) if self.states_tuned else {}
         given = (self.options, self.progress, self.seed)
-        refits = Refits(self.model, teacher, held_out, matrices, list(vectors.values()), *given)
+        refits = Refits(self.model, teacher, self.held_out, matrices, list(vectors.values()), *given)
         refits.run()
         payloads = {matrix.job.source.name: matrix.payload() for matrix in matrices}
         for name, vector in vectors.items():
@@ -75,6 +81,6 @@ class Known:
 
 
 def _vectors(plans: Mapping[str, Plan], parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """What stays plain and can be tuned."""
-    plain = [name for name, plan in plans.items() if isinstance(plan, Plain) and name in parameters]
-    return {name: parameters[name] for name in plain if plans[name].source.dtype in TORCH_DTYPES}
+    """What stays plain and can be tuned: norms, biases and small matrices, unless the user excludes them."""
+    plain = [name for name, plan in plans.items() if isinstance(plan, Plain) and plan.why in _TUNED]
+    return {name: parameters[name] for name in plain if name in parameters}

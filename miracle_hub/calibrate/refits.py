@@ -112,18 +112,21 @@ class Refits:
                     matrix.keep(kept)
         self._report_or_undo(f"refitted after {self.options.share(group):.0%}", fitted, before)
 
-    def _report_or_undo(self, what: str, fitted: Sequence[nn.Parameter], before: Sequence[Tensor]) -> None:
+    def _report_or_undo(self, what: str, fitted: Sequence[nn.Parameter], before: Sequence[Tensor]) -> bool:
+        """Whether it is undone, as what does not help on held-out rows."""
         at_start = self.losses[-1][1]
         self._report(what)
         if self.losses[-1][1] < at_start:
-            return
+            return False
         for parameter, values in zip(fitted, before, strict=True):
             parameter.data.copy_(values)
         self.losses[-1] = (f"{what}: undone", at_start)
+        _LOGGER.info("%s: %.4f again", *self.losses[-1])
+        return True
 
     def _tune(self) -> None:
         """Tune scales and vectors; a tuning that does not help on held-out rows is undone."""
-        before, at_start = self.losses[-1][1], [p.detach().clone() for p in self.vectors]
+        at_start = [p.detach().clone() for p in self.vectors]
         gains = [nn.Parameter(m.gains.clone()) for m in self.matrices]
         weights = [m.parameter.detach().clone() for m in self.matrices]
         rate, steps = self.options.end_rate, self.options.end_steps
@@ -142,8 +145,7 @@ class Refits:
                 for matrix, gain, weight in zip(self.matrices, gains, weights, strict=True):
                     _set_gains(matrix, gain.detach(), weight)
         fitted = [*(m.parameter for m in self.matrices), *self.vectors]
-        self._report_or_undo("tuned", fitted, [*weights, *at_start])
-        if self.losses[-1][1] == before:
+        if self._report_or_undo("tuned", fitted, [*weights, *at_start]):
             for matrix in self.matrices:
                 matrix.gains = torch.ones_like(matrix.gains)
 

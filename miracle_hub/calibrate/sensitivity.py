@@ -36,9 +36,15 @@ class _Sums:
 
 @dataclass
 class Sensitivity:
-    """What was measured of every weight of a model, by name; see `measure`."""
+    """What was measured of every weight of a model; see `measure`.
+
+    Attributes:
+        aliases: of every name of a weight, the one under which `sums` has it: tied weights have several, of
+            which a file has any one.
+    """
 
     n_tokens: int = 0
+    aliases: Mapping[str, str] = field(default_factory=dict)
     sums: dict[str, dict[str, _Sums]] = field(default_factory=dict)
 
     def add(self, name: str, use: str, x: Tensor, gradient: Tensor, shape: torch.Size) -> None:
@@ -62,7 +68,7 @@ class Sensitivity:
 
     def curvature(self, name: str, shape: Sequence[int]) -> Curvature | None:
         """Of a tensor in the rows and columns of its payload; None if nothing was seen of it."""
-        uses = [use for use in self.sums.get(name, {}).values() if use.weight > 0]
+        uses = [use for use in self.sums.get(self.aliases.get(name, name), {}).values() if use.weight > 0]
         if not uses:
             return None
         columns = matrix_columns(tuple(shape))
@@ -138,6 +144,7 @@ def _watched(model: nn.Module, names: set[str], found: Sensitivity) -> Iterator[
     parameters = dict(model.named_parameters(remove_duplicate=False))
     before = {name: p.requires_grad for name, p in parameters.items()}
     by_id = {id(parameters[name]): name for name in sorted(names) if name in parameters}
+    found.aliases = {name: by_id[id(parameters[name])] for name in names if name in parameters}
     handles, loose = [], dict(by_id)
     for path, module in model.named_modules():
         weight = getattr(module, "weight", None)

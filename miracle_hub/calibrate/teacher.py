@@ -1,5 +1,6 @@
 """What the dense model answers to all inputs, in little memory, and how far another's answers are from it."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from miracle_hub.calibrate.outputs import answers, divergence
 from miracle_hub.calibrate.rows import rows_of_batch, tokens_of
 
 Batch = Mapping[str, Tensor]
-# Logits that are kept of a token; all others count as one. A choice: they have 0.97 of SmolLM2's probability.
+# Logits that are kept of a token; all others count as one: a choice.
 _KEPT = 128
 
 
@@ -41,6 +42,12 @@ class Teacher:
 
     def __len__(self) -> int:
         return len(self.batches)
+
+    def some(self, n_tokens: int) -> "Teacher":
+        """Of about so many tokens, from everywhere; nothing is asked again."""
+        found, chosen = copy.copy(self), spread(self.batches, n_tokens)
+        found.batches, found.kept = self.batches[chosen], self.kept[chosen]
+        return found
 
     def divergence(self, model: nn.Module, number: int) -> Tensor:
         """Of a model's answers to one batch, a mean over its tokens."""
@@ -73,7 +80,7 @@ def _rest(log_p: Tensor) -> Tensor:
     return (1 - log_p.exp().sum(-1)).clamp(min=1e-6)
 
 
-def spread(batches: Sequence[Batch], n_tokens: int) -> Sequence[Batch]:
-    """Batches from everywhere among them that have about so many tokens; one at least."""
+def spread(batches: Sequence[Batch], n_tokens: int) -> slice:
+    """Which batches, from everywhere among them, have about so many tokens; one at least."""
     tokens = sum(sum(map(tokens_of, rows_of_batch(dict(batch)))) for batch in batches)
-    return batches[:: max(1, round(tokens / n_tokens))]
+    return slice(None, None, max(1, round(tokens / n_tokens)))

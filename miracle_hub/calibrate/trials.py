@@ -22,7 +22,7 @@ from miracle_hub.coding.backend import Backend
 _DAMPINGS = (0.03, 0.3, 3.0, None)
 # Of one kind: the first, the middle and the last, in models of many layers.
 _TRIED = 3
-# Of one matrix; larger ones, as those of words, are tried for their first rows only.
+# Of one matrix; larger ones, as those of words, are not tried and have the damping of `Curvature`.
 _MOST_WEIGHTS = 1 << 22
 
 

@@ -11,6 +11,7 @@ from miracle_hub.codec.source import SourceTensor
 from miracle_hub.codec.stored import StoredTensor
 from miracle_hub.errors import NonFiniteWeightError, SourceError
 
+TUNED = "tuned"  # in the quantization_config: names of plain tensors that are not the source's
 # Of the squared error that a payload promises: its digits in float32, and another order of summation.
 _ERROR_TOLERANCE = 1e-4
 
@@ -45,6 +46,18 @@ def compare_bits(tensor: StoredTensor, found: Tensor, source: SourceTensor) -> N
     if not same or not torch.equal(*(x.reshape(-1).view(torch.uint8) for x in (found, expected))):
         kind = "exact" if tensor.is_exact else "plain"
         raise _other_model(tensor, f"expected the bits of the dense model's {kind} tensor, found others")
+
+
+def compare_kinds(tensor: StoredTensor, found: Tensor, source: SourceTensor) -> None:
+    """
+    Raises:
+        SourceError: a tuned tensor has another shape than the source's, or another dtype than it may.
+    """
+    original = source.load()
+    dtype = torch.float16 if tensor.is_narrowed else original.dtype
+    if found.dtype != dtype or found.shape != original.shape:
+        expected = f"expected {dtype} {list(original.shape)}"
+        raise _other_model(tensor, f"{expected}, found {found.dtype} {list(found.shape)}")
 
 
 def compare(

@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from miracle_hub.codec.budget import Budget, meet_budget
 from miracle_hub.codec.companions import of_source
+from miracle_hub.codec.comparing import TUNED
 from miracle_hub.codec.config import read_config, read_quantization, write_config
 from miracle_hub.codec.curvature import Curvature
 from miracle_hub.codec.detector import TO_COMPRESS, require
@@ -55,7 +54,7 @@ def compress_folder(
         not_downloaded: files of the source that are not even in the folder, and why.
         roles: finds what the model's class says of its tensors; without it their values decide.
         knowledge: what is known of the model beside its weights.
-        judged: completes the report by what is written, before the folder has its name; an error leaves none.
+        judged: completes the report by what is written, before the folder has its name.
     """
     started, backend, weights = time.monotonic(), choose(options.backend), _source_files(source, out)
     if not coded:
@@ -66,7 +65,7 @@ def compress_folder(
         non_finite = keep_exact(plans, known := roles(source))
         n_weights = sum(plan.source.n_weights for plan in plans.values()) + copied.n_weights
         stages, jobs = _decide(plans, options, copied.n_bytes, n_weights, backend, half, knowledge)
-        _take(knowledge, plans, jobs, backend)
+        tuned = _take(knowledge, plans, jobs, backend)
         written = Writer(temporary, plans, backend).write(stages, jobs, options.progress)
         report = replace(
             _report(plans, copied, sum(map(total_bytes, stages)), n_weights, weights),
@@ -77,7 +76,7 @@ def compress_folder(
             judged_by=known.said_by,
             budget_bytes=_asked(options, n_weights),
         )
-        facts = _facts(report, options, plans) | ({NON_FINITE: non_finite} if non_finite else {})
+        facts = _facts(report, options, plans, {NON_FINITE: non_finite, TUNED: tuned})
         tensors, made = [plan.source for plan in plans.values()], (written.digests, written.guards)
         write_config(source, temporary, facts, tensors, *made, bool(report.exact))
         report = replace(judged(temporary, report), seconds=time.monotonic() - started)
@@ -114,7 +113,9 @@ def _write_card(card: Callable[[Path, Report], None] | None, folder: Path, repor
             card(folder, report)
 
 
-def _facts(report: Report, options: CompressOptions, plans: Mapping[str, Plan]) -> dict[str, Any]:
+def _facts(
+    report: Report, options: CompressOptions, plans: Mapping[str, Plan], lists: Mapping[str, list[str]]
+) -> dict[str, Any]:
     """What config.json says of a compression, for readers."""
     excluded = options.modules_to_not_convert
     if isinstance(excluded, str):  # the names that a regular expression matched
@@ -127,6 +128,7 @@ def _facts(report: Report, options: CompressOptions, plans: Mapping[str, Plan]) 
         "seed": options.seed,
         "digest": report.digest,
         "modules_to_not_convert": excluded or None,
+        **{field: names for field, names in lists.items() if names},
     }
 
 
@@ -186,7 +188,7 @@ def _decide(
     request = Request(options.window_bits, options.rotation, options.seed, len(left), backend)
     curves, contents = survey(plans, request)
     costs = {} if knowledge is None else _curvatures(knowledge, plans, curves)
-    curves = [part for curve in curves for part in _weighed(curve, plans[curve.name].source, costs, request)]
+    curves = _weighed(curves, {curve.name: plans[curve.name].source for curve in curves}, costs, request)
     refined = [refined_files(plans, request, stage, shard_bytes) for stage in range(2, options.stages + 1)]
     target = budget_bytes(options.bits_per_weight, options.size, n_weights)
     other_bytes = copied_bytes + sum(map(total_bytes, refined))
@@ -211,28 +213,32 @@ def _curvatures(
 
 
 def _weighed(
-    curve: Curve, source: SourceTensor, costs: Mapping[str, Curvature], request: Request
+    curves: list[Curve],
+    sources: Mapping[str, SourceTensor],
+    known: Mapping[str, Curvature],
+    request: Request,
 ) -> list[Curve]:
-    """Curves in nats, if errors of any tensor are; what nothing is known of then costs nothing."""
-    if not costs:
-        return [curve]
-    known = costs.get(curve.name)
-    cost = torch.zeros(1) if known is None else known.cost(source.load(), request.rotation, request.backend)
-    return weighed(curve, cost, source.n_weights)
+    """Curves by what errors cost, as far as anything is known of that."""
+    costs = {
+        name: curvature.cost(sources[name].load(), request.rotation, request.backend)
+        for name, curvature in known.items()
+    }
+    return weighed(curves, costs, {name: source.n_weights for name, source in sources.items()})
 
 
 def _take(
     knowledge: Knowledge | None, plans: dict[str, Plan], jobs: list[list[Job]], backend: Backend
-) -> None:
-    """Payloads and plain tensors that somebody else makes take the places of those planned."""
+) -> list[str]:
+    """Put in place what somebody else makes of payloads and plain tensors; returns the names of these."""
     if knowledge is None:
-        return
+        return []
     payloads = knowledge.encode(plans, jobs[0], backend)
     plans |= {name: Ready(plans[name].source, payload) for name, payload in payloads.items()}
     jobs[0] = [job for job in jobs[0] if job.source.name not in payloads]
-    for name, plan in plans.items():
-        if isinstance(plan, Plain) and (tuned := knowledge.plain(plan.source)) is not None:
-            plans[name] = replace(plan, tuned=tuned)
+    found = {n: (p, knowledge.plain(p.source)) for n, p in plans.items() if isinstance(p, Plain)}
+    tuned = {n: replace(plan, tuned=values) for n, (plan, values) in found.items() if values is not None}
+    plans |= tuned
+    return sorted(tuned)
 
 
 def _asked(options: CompressOptions, n_weights: int) -> int | None:

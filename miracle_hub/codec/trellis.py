@@ -213,12 +213,13 @@ def encode_tensor(
     header = Header(dtype, shape, columns, rotation, tuple(segments), width, permuted)
     weights = weights.to(backend.device)
     matrix = rotated_matrix(left_by(earlier, weights), columns, rotation, backend)
-    parts = [
-        _encode_segment(rows, segment, header, selection, generator, backend)
-        if factor is None
-        else encode_with_feedback(rows, segment, rotation, factor, backend)
-        for segment, rows in zip(header.segments, _split_rows(matrix, header), strict=True)
-    ]
+    if factor is not None:
+        parts = encode_with_feedback(matrix, header.segments, rotation, factor, backend)
+    else:
+        parts = [
+            _encode_segment(rows, segment, header, selection, generator, backend)
+            for segment, rows in zip(header.segments, _split_rows(matrix, header), strict=True)
+        ]
     handed_out, digest = decoded_in_range(parts, layout_of(header), earlier, weights.dtype, backend)
     error = relative_error(handed_out, earlier, weights)
     return encode_payload(replace(header, digest=digest, relative_error=error), body_of(parts))

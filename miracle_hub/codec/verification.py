@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from miracle_hub.codec.companions import of_repository, of_source
-from miracle_hub.codec.comparing import check_finite, compare, compare_bits
+from miracle_hub.codec.comparing import TUNED, check_finite, compare, compare_bits, compare_kinds
 from miracle_hub.codec.config import read_quantization
 from miracle_hub.codec.detector import TO_COMPRESS, require
 from miracle_hub.codec.dtypes import TORCH_DTYPES, is_bytes
@@ -90,7 +90,9 @@ class Verification:
 def verify_folder(path: Path, *, dense: Path | None = None, backend: str = "auto") -> Verification:
     """See `miracle_hub.verify`. Every file is read once; with `dense`, those of several stages twice."""
     copied = set() if path.is_file() else set(of_repository(path).weights)
-    check = _Check(choose(backend), _originals(dense), copied, _listed_as_non_finite(path))
+    check = _Check(
+        choose(backend), _originals(dense), copied, _listed(path, NON_FINITE), _listed(path, TUNED)
+    )
     reading = read_all(path, check.look)
     reports = [check.report(file) for file in reading.files]
     defects, repository = [report.defect for report in reports if report.defect], None
@@ -124,10 +126,10 @@ def _changed_companions(reading: Reading, dense: Path) -> Iterator[str]:
             yield f"{reading.path / name}: expected the bytes of {dense / name}, found others; copy it again"
 
 
-def _listed_as_non_finite(path: Path) -> list[str]:
-    """Tensors that a folder's config.json names as such; what is wrong with it is found later."""
+def _listed(path: Path, field: str) -> list[str]:
+    """Tensors that a folder's config.json names in a field; what is wrong with it is found later."""
     try:
-        found = read_quantization(path).get(NON_FINITE) if path.is_dir() else None
+        found = read_quantization(path).get(field) if path.is_dir() else None
     except SourceError:
         found = None
     return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
@@ -135,7 +137,7 @@ def _listed_as_non_finite(path: Path) -> list[str]:
 
 _PAYLOAD = "decoded, digest agrees"
 _STREAM = "network in one stream, CRC-32 agrees (load compares its digest: names and shapes are the module's)"
-_PLAIN = "plain, finite"
+_PLAIN, _TUNED = "plain, finite", "plain, finite, tuned to what is coded"
 
 
 class _Check:
@@ -147,15 +149,18 @@ class _Check:
         originals: dict[str, SourceTensor] | None,
         copied: set[Path],
         non_finite: Collection[str],
+        tuned: Collection[str],
     ) -> None:
         self.backend, self.originals = backend, originals
-        self.copied, self.non_finite = copied, non_finite
+        self.copied, self.non_finite, self.tuned = copied, non_finite, tuned
         self.kinds: dict[Path, Counter[str]] = {}
 
     @property
     def n_coded(self) -> int:
         """Payloads and streams so far."""
-        return sum(n for kinds in self.kinds.values() for kind, n in kinds.items() if kind != _PLAIN)
+        return sum(
+            n for kinds in self.kinds.values() for kind, n in kinds.items() if kind in (_PAYLOAD, _STREAM)
+        )
 
     def look(self, tensor: StoredTensor, payload: Payload | None, entry: Tensor) -> None:
         """
@@ -182,9 +187,10 @@ class _Check:
             read_start(entry.numpy().tobytes(), f"{tensor.parts[0].path}: {STREAM}")
             return _STREAM
         check_finite(tensor, entry, self.non_finite)
+        is_tuned = not is_copied and tensor.name in self.tuned
         if original is not None:
-            compare_bits(tensor, entry, original)
-        return _PLAIN
+            (compare_kinds if is_tuned else compare_bits)(tensor, entry, original)
+        return _TUNED if is_tuned else _PLAIN
 
     def report(self, file: FileReading) -> FileReport:
         """What is in a file, for people."""

@@ -176,23 +176,16 @@ def _decode_philox(message, quantile_table, code, stream_id, key0, key1, first, 
 
 
 @_jit
-def _bands_scalar(message, table, code, n_rows, first_row, width, out):
+def _bands_table(message, table, code, n_rows, first_row, width, out):
     """Rows first_row, … of n_rows that are read band by band; code = (window_bits, step_bits)."""
     for start in range(0, out.shape[1], width):
         stop = min(start + width, out.shape[1])
         for row in range(out.shape[0]):
             first = n_rows * start + (first_row + row) * (stop - start)
-            _decode_scalar(message, table, code[0], code[1], first, out[row, start:stop])
-
-
-@_jit
-def _bands_table(message, table, code, n_rows, first_row, width, out):
-    """The same for several weights per step."""
-    for start in range(0, out.shape[1], width):
-        stop = min(start + width, out.shape[1])
-        for row in range(out.shape[0]):
-            first = n_rows * start + (first_row + row) * (stop - start)
-            _decode_table(message, table, code[0], code[1], first, out[row, start:stop])
+            if table.shape[1] == 1:
+                _decode_scalar(message, table, code[0], code[1], first, out[row, start:stop])
+            else:
+                _decode_table(message, table, code[0], code[1], first, out[row, start:stop])
 
 
 @_jit
@@ -282,8 +275,6 @@ def decode_banded(
     if not _has_table(padded, code):
         keys = (code.stream_id, code.seed & 0xFFFFFFFF, code.seed >> 32)
         _bands_philox(padded, quantiles_float32(), (*bits, code.step_weights), *keys, *place, out)
-    elif code.step_weights == 1:
-        _bands_scalar(padded, candidate_table(code), bits, *place, out)
     else:
         _bands_table(padded, candidate_table(code), bits, *place, out)
 

@@ -16,6 +16,7 @@ import miracle_hub
 from miracle_hub import CompressOptions, cli
 from miracle_hub.calibrate import compression, estimate, recipe
 from miracle_hub.calibrate.judge import Judge
+from miracle_hub.calibrate.teacher import Teacher
 from miracle_hub.codec.report import Calibration, Report
 from miracle_hub.errors import CalibrationError, DataError, OptionError
 from miracle_hub.hub.card import carried_facts
@@ -71,12 +72,12 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def assert_loads(out: Path, auto: Any) -> None:
-    """As strangers load it: every tensor is what the files decode to, bit for bit."""
+def assert_loads(out: Path, auto: Any, source: Path) -> None:
+    """As strangers load it: every tensor is what the files decode to, bit for bit, of the source."""
     model, weights = auto.from_pretrained(out), miracle_hub.load_state_dict(out)
     own = dict(model.named_parameters(remove_duplicate=False))
     assert weights and all(torch.equal(own[name], value) for name, value in weights.items() if name in own)
-    assert miracle_hub.verify(out).defects == ()
+    assert miracle_hub.verify(out, dense=source).defects == ()
 
 
 @pytest.mark.calibrated
@@ -86,7 +87,7 @@ def test_by_default_a_model_calibrates_itself(llama: Path, tmp_path: Path) -> No
     found = found_in(report)
     assert found.said.startswith("self: ") and found.n_tokens > 1000 and found.effort == 1
     assert found.steps and found.data_free is not None and found.divergence <= found.data_free
-    assert_loads(tmp_path / "out", AutoModelForCausalLM)
+    assert_loads(tmp_path / "out", AutoModelForCausalLM, llama)
 
 
 @pytest.mark.parametrize("effort", [0, 1])
@@ -96,7 +97,7 @@ def test_a_file_has_the_size_that_was_asked_for(llama: Path, tmp_path: Path, eff
     report = miracle_hub.compress(llama, tmp_path / "out", calibrate=TEXTS, effort=effort, **QUICK)
     assert report.compressed_bytes <= report.budget_bytes == plain.budget_bytes  # type: ignore[operator]
     assert (found_in(report).data_free is None) == (effort == 0) != bool(found_in(report).steps)
-    assert_loads(tmp_path / "out", AutoModelForCausalLM)
+    assert_loads(tmp_path / "out", AutoModelForCausalLM, llama)
 
 
 def test_the_divergence_is_that_of_the_file(llama: Path, tmp_path: Path) -> None:
@@ -113,7 +114,7 @@ def asking_of(folder: Path) -> Judge:
 
     model = load_dense(folder)
     inputs = inputs_of(model, folder, TEXTS, n_tokens=2048, batch_rows=2)
-    return Judge(model, inputs.held_out)
+    return Judge(model, Teacher(model, inputs.held_out))
 
 
 def test_an_encoder_is_calibrated_on_a_file_of_texts(saved: Saved, text_file: Path, tmp_path: Path) -> None:
@@ -121,7 +122,7 @@ def test_an_encoder_is_calibrated_on_a_file_of_texts(saved: Saved, text_file: Pa
     report = miracle_hub.compress(folder, tmp_path / "out", calibrate=text_file, effort=0, **QUICK)
     assert found_in(report).said.startswith("texts.txt: 200 lines") and "cosine" in found_in(report).unit
     assert [note.rpartition(": ")[2] for note in report.notes] == ["pooler.dense.weight"]  # it moves no state
-    assert_loads(tmp_path / "out", AutoModel)
+    assert_loads(tmp_path / "out", AutoModel, folder)
 
 
 def test_a_plain_module_is_calibrated_and_stays_as_it_is(net: tuple[Net, Path], tmp_path: Path) -> None:
