@@ -7,6 +7,7 @@ accuracy is told of raw images only. LeNet-5 (Caffe): MNIST test, or the last 10
 """
 
 import io
+import json
 from functools import cache
 from pathlib import Path
 
@@ -90,9 +91,10 @@ def lenet_state() -> dict[str, Tensor]:
 
 
 def write_folder(folder: Path, state: dict[str, Tensor]) -> None:
-    """A folder with one safetensors file."""
+    """A folder with one safetensors file and a config.json that names no class of transformers."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({"model": folder.name}, indent=2) + "\n")
 
 
 @cache

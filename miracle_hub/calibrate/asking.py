@@ -66,6 +66,10 @@ class Asking:
             self.unseen.append(source.name)
         return found
 
+    def is_estimated(self, name: str) -> bool:
+        """Whether it is a statistic of a batch norm."""
+        return self.known is not None and self.known.is_estimated(name)
+
     def encode(self, plans: Mapping[str, Plan], jobs: Sequence[Job], backend: Backend) -> Mapping[str, bytes]:
         """What refits made of the jobs.
 
@@ -119,6 +123,8 @@ class Asking:
         effort, seed = 0 if self.undone else options.effort, options.seed % 2**32
         given = {"effort": effort, "seed": seed, "model": model, "progress": options.progress}
         known = knowledge_of(self.folder, options.calibrate, **given)
+        if options.stages > 1:  # statistics would suit the first alone
+            known.norms = None
         if model is None:  # transformers may give tensors other names than files have
             theirs = roles_of(self.folder).parameters
             _require_names(known.model, [tensor for tensor in tensors if tensor.name in theirs])

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from miracle_hub.calibrate.inputs import Inputs
 from miracle_hub.calibrate.matrix import MatrixInMaking
+from miracle_hub.calibrate.norms import Norms
 from miracle_hub.calibrate.refits import RefitOptions, Refits
 from miracle_hub.calibrate.sensitivity import Sensitivity
 from miracle_hub.calibrate.teacher import Teacher, spread
@@ -29,6 +30,7 @@ class Known:
 
     Attributes:
         states_tuned: whether readers can be told which plain tensors were tuned; else none is.
+        norms: whose statistics are estimated anew; None if that is not to be.
         held_out: the dense model's answers to rows that nothing is fitted to.
         losses: what was done, and the divergence on these rows after it.
     """
@@ -47,6 +49,7 @@ class Known:
         self.sensitivity, self.model, self.inputs, self.options = sensitivity, model, inputs, options
         self.states_tuned, self.seed, self.progress = states_tuned, seed, progress
         self.held_out = Teacher(model, inputs.held_out[spread(inputs.held_out, _JUDGED_TOKENS)])
+        self.norms = Norms(model, inputs.batches) if states_tuned else None
         self.tuned: dict[str, Tensor] = {}
         self.losses: list[tuple[str, float]] = []
 
@@ -54,29 +57,35 @@ class Known:
         """As the sensitivity of the model's answers has it."""
         return self.sensitivity.curvature(source.name, source.shape)
 
+    def is_estimated(self, name: str) -> bool:
+        """Whether it is a statistic of a batch norm."""
+        return self.norms is not None and name in self.norms.buffers
+
     def encode(self, plans: Mapping[str, Plan], jobs: Sequence[Job], backend: Backend) -> Mapping[str, bytes]:
-        """Payloads of the model's matrices, refitted; none at an effort without refits."""
-        if not self.options.all_steps:
+        """Payloads of the model's matrices, refitted; none where there is nothing to be done after coding."""
+        norms = None if self.norms is None else self.norms.among(_statistics(plans))
+        if not self.options.all_steps and not norms:
             return {}
         self.model.requires_grad_(False)
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         teacher = Teacher(self.model, self.inputs.batches[: self.options.all_steps], self.progress)
-        tried = self.held_out.some(_TRIED_TOKENS)
         known = [job for job in jobs if job.source.name in parameters]
-        known = with_damping(known, self.model, parameters, tried, backend, self.progress)
+        if self.options.all_steps:
+            tried = self.held_out.some(_TRIED_TOKENS)
+            known = with_damping(known, self.model, parameters, tried, backend, self.progress)
         matrices = [MatrixInMaking(job, parameters[job.source.name], backend) for job in known]
         vectors = _vectors(plans, parameters) if self.states_tuned else {}
-        given = (self.options, self.progress, self.seed)
+        given = (self.options, norms, self.progress, self.seed)
         refits = Refits(self.model, teacher, self.held_out, matrices, list(vectors.values()), *given)
         refits.run()
         payloads = {matrix.job.source.name: matrix.payload() for matrix in matrices}
-        for name, vector in vectors.items():
-            self.tuned[name] = vector.detach().to(TORCH_DTYPES[plans[name].source.dtype], copy=True)
+        for name, values in {**vectors, **(norms.buffers if norms else {})}.items():
+            self.tuned[name] = values.detach().to(TORCH_DTYPES[plans[name].source.dtype], copy=True)
         self.losses = refits.losses
         return payloads
 
     def plain(self, source: SourceTensor) -> Tensor | None:
-        """What refits made of it, if it is one of the model's vectors."""
+        """What refits made of it, if it is one of the model's vectors or statistics."""
         return self.tuned.get(source.name)
 
 
@@ -84,3 +93,7 @@ def _vectors(plans: Mapping[str, Plan], parameters: Mapping[str, nn.Parameter]) 
     """What stays plain and can be tuned: norms, biases and small matrices, unless the user excludes them."""
     plain = [name for name, plan in plans.items() if isinstance(plan, Plain) and plan.why in _TUNED]
     return {name: parameters[name] for name in plain if name in parameters}
+
+
+def _statistics(plans: Mapping[str, Plan]) -> set[str]:
+    return {name for name, plan in plans.items() if isinstance(plan, Plain) and plan.why is Why.STATISTICS}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from miracle_hub.calibrate.matrix import MatrixInMaking
+from miracle_hub.calibrate.norms import Norms
 from miracle_hub.calibrate.teacher import Teacher
 from miracle_hub.codec.report import CALIBRATION_LOGGER
 from miracle_hub.errors import CalibrationError
@@ -62,6 +63,7 @@ class Refits:
     matrices: Sequence[MatrixInMaking]
     vectors: Sequence[nn.Parameter]
     options: RefitOptions
+    norms: Norms | None = None
     progress: bool = False
     seed: int = 0
     losses: list[tuple[str, float]] = field(default_factory=list)
@@ -75,6 +77,7 @@ class Refits:
             ):
                 matrix.code(matrix.columns_at(options.share(group)))
             self._report(f"coded {options.share(group):.0%}")
+            self._estimate()
             if group < options.groups and options.steps:
                 self._fit(group)
         if options.end_steps:
@@ -83,6 +86,15 @@ class Refits:
     def _report(self, what: str) -> None:
         self.losses.append((what, self.held_out.mean_divergence(self.model)))
         _LOGGER.info("%s: %.4f on held-out rows", *self.losses[-1])
+
+    def _estimate(self) -> None:
+        """Estimate the statistics of batch norms anew; what does not help on held-out rows is undone."""
+        if not self.norms:
+            return
+        statistics = list(self.norms.buffers.values())
+        before = [values.clone() for values in statistics]
+        self.norms.estimate()
+        self._report_or_undo("statistics of batch norms estimated", statistics, before)
 
     def _order(self, salt: int, steps: int) -> list[int]:
         """Numbers of batches, every batch once before any comes again."""
@@ -112,7 +124,7 @@ class Refits:
                     matrix.keep(kept)
         self._report_or_undo(f"refitted after {self.options.share(group):.0%}", fitted, before)
 
-    def _report_or_undo(self, what: str, fitted: Sequence[nn.Parameter], before: Sequence[Tensor]) -> bool:
+    def _report_or_undo(self, what: str, fitted: Sequence[Tensor], before: Sequence[Tensor]) -> bool:
         """Whether it is undone, as what does not help on held-out rows."""
         at_start = self.losses[-1][1]
         self._report(what)

@@ -27,6 +27,7 @@ from miracle_hub.codec.stages import refined_files, refinement
 from miracle_hub.codec.survey import survey
 from miracle_hub.codec.writer import Writer
 from miracle_hub.coding.backend import Backend, choose
+from miracle_hub.coding.narrowing import half_holds
 from miracle_hub.errors import BudgetError
 from miracle_hub.files.whole import output_folder, refuse_overlap, writing
 from miracle_hub.options import CompressOptions, budget_bytes, parse_size
@@ -188,6 +189,7 @@ def _decide(
     request = Request(options.window_bits, options.rotation, options.seed, len(left), backend)
     curves, contents = survey(plans, request)
     costs = {} if knowledge is None else _curvatures(knowledge, plans, curves)
+    plans |= {} if knowledge is None else _statistics(knowledge, plans)
     curves = _weighed(curves, {curve.name: plans[curve.name].source for curve in curves}, costs, request)
     refined = [refined_files(plans, request, stage, shard_bytes) for stage in range(2, options.stages + 1)]
     target = budget_bytes(options.bits_per_weight, options.size, n_weights)
@@ -210,6 +212,17 @@ def _curvatures(
 ) -> dict[str, Curvature]:
     found = {curve.name: knowledge.curvature(plans[curve.name].source) for curve in curves}
     return {name: curvature for name, curvature in found.items() if curvature is not None}
+
+
+def _statistics(knowledge: Knowledge, plans: Mapping[str, Plan]) -> dict[str, Plan]:
+    """Statistics are plain, as they may change, and have 16 bits where those hold them."""
+    return {
+        name: Plain(
+            plan.source, Why.STATISTICS, plan.source.dtype == "F32" and half_holds(plan.source.load())
+        )
+        for name, plan in plans.items()
+        if isinstance(plan, Plain | Exact) and plan.why is not Why.EXCLUDED and knowledge.is_estimated(name)
+    }
 
 
 def _weighed(
