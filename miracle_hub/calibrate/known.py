@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from miracle_hub.calibrate.inputs import Inputs
@@ -21,6 +22,8 @@ from miracle_hub.coding.backend import Backend
 # Held-out tokens by which files and refits are judged, and those by which trials are; every judgment is
 # beside another on the same tokens.
 _JUDGED_TOKENS, _TRIED_TOKENS = 8192, 2048
+# A picture has one answer, and tokens by its size: of a CIFAR image 64. So there are more of these.
+_OF_PICTURES = 4
 # Large or excluded tensors that stay plain are as they were.
 _TUNED = (Why.SHORT_VECTOR, Why.SMALL)
 
@@ -48,7 +51,8 @@ class Known:
     ) -> None:
         self.sensitivity, self.model, self.inputs, self.options = sensitivity, model, inputs, options
         self.states_tuned, self.seed, self.progress = states_tuned, seed, progress
-        self.held_out = Teacher(model, inputs.held_out[spread(inputs.held_out, _JUDGED_TOKENS)])
+        self.share = _OF_PICTURES if _are_pictures(inputs.held_out[0]) else 1
+        self.held_out = Teacher(model, inputs.held_out[spread(inputs.held_out, self.share * _JUDGED_TOKENS)])
         self.norms = Norms(model, inputs.batches) if states_tuned else None
         self.tuned: dict[str, Tensor] = {}
         self.losses: list[tuple[str, float]] = []
@@ -71,18 +75,25 @@ class Known:
         teacher = Teacher(self.model, self.inputs.batches[: self.options.all_steps], self.progress)
         known = [job for job in jobs if job.source.name in parameters]
         if self.options.all_steps:
-            tried = self.held_out.some(_TRIED_TOKENS)
-            known = with_damping(known, self.model, parameters, tried, backend, self.progress)
+            tried = self.held_out.some(self.share * _TRIED_TOKENS)
+            known = with_damping(known, self.model, parameters, tried, backend, self.progress, norms)
         matrices = [MatrixInMaking(job, parameters[job.source.name], backend) for job in known]
-        vectors = _vectors(plans, parameters) if self.states_tuned else {}
+        vectors = _vectors(plans, parameters) if self.states_tuned and self.options.all_steps else {}
         given = (self.options, norms, self.progress, self.seed)
         refits = Refits(self.model, teacher, self.held_out, matrices, list(vectors.values()), *given)
         refits.run()
         payloads = {matrix.job.source.name: matrix.payload() for matrix in matrices}
-        for name, values in {**vectors, **(norms.buffers if norms else {})}.items():
-            self.tuned[name] = values.detach().to(TORCH_DTYPES[plans[name].source.dtype], copy=True)
+        self._keep(plans, {**vectors, **(norms.buffers if norms else {})})
         self.losses = refits.losses
         return payloads
+
+    def _keep(self, plans: Mapping[str, Plan], found: Mapping[str, Tensor]) -> None:
+        """What plain tensors became, as far as that is not what they were."""
+        for name, values in found.items():
+            plan = plans[name]
+            own = values.detach().to(TORCH_DTYPES[plan.source.dtype], copy=True)
+            if not torch.equal(own, plan.source.load()):
+                self.tuned[name] = own
 
     def plain(self, source: SourceTensor) -> Tensor | None:
         """What refits made of it, if it is one of the model's vectors or statistics."""
@@ -97,3 +108,7 @@ def _vectors(plans: Mapping[str, Plan], parameters: Mapping[str, nn.Parameter]) 
 
 def _statistics(plans: Mapping[str, Plan]) -> set[str]:
     return {name for name, plan in plans.items() if isinstance(plan, Plain) and plan.why is Why.STATISTICS}
+
+
+def _are_pictures(batch: Mapping[str, Tensor]) -> bool:
+    return next(iter(batch.values())).ndim == 4

@@ -11,6 +11,7 @@ Source: Nagel et al. 2019 (arXiv:1906.04721), section 4.2, corrects means; Sun e
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -44,7 +45,7 @@ class Norms:
             batches: keyword arguments of its forward; the first rows of one shape are used.
         """
         self.model = model
-        self.named = {name: module for name, module in model.named_modules() if _has_statistics(module)}
+        self.named: dict[str, Any] = {n: m for n, m in model.named_modules() if _has_statistics(m)}
         self.rows = _joined(batches) if self.named else {}
         self.dense: dict[str, Moments] = {}
         self.known = {name: _statistics(norm) for name, norm in self.named.items()}
@@ -105,22 +106,17 @@ class Norms:
         varies = (dense_variance > _LEAST_VARIANCE * known_variance) & (variance > 0)
         change = torch.where(varies, variance / dense_variance.clamp(min=1e-30), 1.0)
         change = change.clamp(1 / _MOST_CHANGE, _MOST_CHANGE)
-        _tensor(norm.running_mean).copy_(mean + (known_mean - dense_mean) * change.sqrt())
-        _tensor(norm.running_var).copy_((known_variance * change - norm.eps).clamp(min=0))
+        norm.running_mean.copy_(mean + (known_mean - dense_mean) * change.sqrt())
+        norm.running_var.copy_((known_variance * change - norm.eps).clamp(min=0))
 
 
 def _has_statistics(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and module.running_mean is not None and not module.training
 
 
-def _tensor(value: Tensor | None) -> Tensor:
-    assert value is not None
-    return value
-
-
-def _statistics(norm: _BatchNorm) -> Moments:
+def _statistics(norm: Any) -> Moments:
     """As the dense model has them; of variances what is divided by."""
-    return _tensor(norm.running_mean).clone(), _tensor(norm.running_var) + norm.eps
+    return norm.running_mean.clone(), norm.running_var + norm.eps
 
 
 def _moments(x: Tensor) -> Moments:

@@ -25,8 +25,8 @@ class Convolutions(nn.Module):
 
     def __init__(self, affine: bool = True) -> None:
         super().__init__()
-        self.convolutions = nn.ModuleList([nn.Conv2d(3, 16, 3, bias=False), nn.Conv2d(16, 16, 3)])
-        self.norms = nn.ModuleList([nn.BatchNorm2d(16, affine=affine) for _ in range(2)])
+        self.convolutions: Any = nn.ModuleList([nn.Conv2d(3, 16, 3, bias=False), nn.Conv2d(16, 16, 3)])
+        self.norms: Any = nn.ModuleList([nn.BatchNorm2d(16, affine=affine) for _ in range(2)])
         self.head = nn.Linear(16, 8)
 
     def forward(self, x: Tensor) -> Tensor:
