@@ -70,6 +70,10 @@ class Asking:
         """Whether it is a statistic of a batch norm."""
         return self.known is not None and self.known.is_estimated(name)
 
+    def is_tuned(self, name: str) -> bool:
+        """Whether it is a parameter that may be tuned."""
+        return self.known is not None and self.known.is_tuned(name)
+
     def encode(self, plans: Mapping[str, Plan], jobs: Sequence[Job], backend: Backend) -> Mapping[str, bytes]:
         """What refits made of the jobs.
 

@@ -53,6 +53,7 @@ class Known:
         self.states_tuned, self.seed, self.progress = states_tuned, seed, progress
         self.share = _OF_PICTURES if _are_pictures(inputs.held_out[0]) else 1
         self.held_out = Teacher(model, inputs.held_out[spread(inputs.held_out, self.share * _JUDGED_TOKENS)])
+        self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.norms = Norms(model, inputs.batches) if states_tuned else None
         self.tuned: dict[str, Tensor] = {}
         self.losses: list[tuple[str, float]] = []
@@ -65,13 +66,17 @@ class Known:
         """Whether it is a statistic of a batch norm."""
         return self.norms is not None and name in self.norms.buffers
 
+    def is_tuned(self, name: str) -> bool:
+        """Whether it is a parameter that may be tuned."""
+        return self.states_tuned and self.options.all_steps > 0 and name in self.parameters
+
     def encode(self, plans: Mapping[str, Plan], jobs: Sequence[Job], backend: Backend) -> Mapping[str, bytes]:
         """Payloads of the model's matrices, refitted; none where there is nothing to be done after coding."""
         norms = None if self.norms is None else self.norms.among(_statistics(plans))
         if not self.options.all_steps and not norms:
             return {}
         self.model.requires_grad_(False)
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        parameters = self.parameters
         teacher = Teacher(self.model, self.inputs.batches[: self.options.all_steps], self.progress)
         known = [job for job in jobs if job.source.name in parameters]
         if self.options.all_steps:

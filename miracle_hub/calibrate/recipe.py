@@ -26,6 +26,8 @@ _WINDOW = 512
 # Smaller models have the time of one of so many weights; their steps are bounded by their number.
 _SMALL = 2e7
 _ROWS = 64
+# Of pictures, which have 64 tokens and more each.
+_PICTURES = 16
 
 
 @dataclass(frozen=True)
@@ -119,4 +121,6 @@ def _rows(model: nn.Module) -> int:
     modality = modality_of(model)
     if modality is Modality.CAUSAL:
         return _STEP_TOKENS // _WINDOW
+    if modality is Modality.IMAGE or any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        return _PICTURES
     return 1 if takes_sounds(modality) else _ROWS

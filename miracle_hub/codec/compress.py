@@ -189,7 +189,7 @@ def _decide(
     request = Request(options.window_bits, options.rotation, options.seed, len(left), backend)
     curves, contents = survey(plans, request)
     costs = {} if knowledge is None else _curvatures(knowledge, plans, curves)
-    plans |= {} if knowledge is None else _statistics(knowledge, plans)
+    plans |= {} if knowledge is None else _changing(knowledge, plans)
     curves = _weighed(curves, {curve.name: plans[curve.name].source for curve in curves}, costs, request)
     refined = [refined_files(plans, request, stage, shard_bytes) for stage in range(2, options.stages + 1)]
     target = budget_bytes(options.bits_per_weight, options.size, n_weights)
@@ -214,15 +214,17 @@ def _curvatures(
     return {name: curvature for name, curvature in found.items() if curvature is not None}
 
 
-def _statistics(knowledge: Knowledge, plans: Mapping[str, Plan]) -> dict[str, Plan]:
-    """Statistics are plain, as they may change, and have 16 bits where those hold them."""
-    return {
-        name: Plain(
-            plan.source, Why.STATISTICS, plan.source.dtype == "F32" and half_holds(plan.source.load())
-        )
-        for name, plan in plans.items()
-        if isinstance(plan, Plain | Exact) and plan.why is not Why.EXCLUDED and knowledge.is_estimated(name)
-    }
+def _changing(knowledge: Knowledge, plans: Mapping[str, Plan]) -> dict[str, Plan]:
+    """What may change, statistics and small matrices, is plain, and has 16 bits where those hold it."""
+    found: dict[str, Plan] = {}
+    for name, plan in plans.items():
+        is_statistic = isinstance(plan, Plain | Exact) and knowledge.is_estimated(name)
+        is_matrix = isinstance(plan, Plain) and plan.why is Why.SMALL and knowledge.is_tuned(name)
+        if (is_statistic and plan.why is not Why.EXCLUDED) or is_matrix:
+            why = Why.STATISTICS if is_statistic else Why.SMALL
+            fits = plan.source.dtype == "F32" and half_holds(plan.source.load())
+            found[name] = Plain(plan.source, why, fits)
+    return found
 
 
 def _weighed(

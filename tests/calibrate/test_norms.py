@@ -123,6 +123,11 @@ def test_statistics_that_were_estimated_are_stated_and_verified(
     changed = {n for n in report.plain if not torch.equal(own[n], dense[n].half().float())}
     assert changed <= listed and changed & STATISTICS and STATISTICS <= listed
     assert all(report.plain[name] == "statistics of a batch norm" for name in STATISTICS)
+    stored = load_file(out / "model.safetensors")
+    assert all(stored[name].dtype == torch.float16 for name in STATISTICS)
+    small = {"head.weight", "convolutions.0.weight"}
+    assert {stored[name].dtype for name in small} == {torch.float16 if effort else torch.float32}
+    assert small <= listed if effort else not small & listed
     assert miracle_hub.verify(out, dense=source).defects == ()
     narrower = dense | {"norms.0.running_var": dense["norms.0.running_var"][:8].clone()}
     save_file(narrower, source / "model.safetensors", {"format": "pt"})
