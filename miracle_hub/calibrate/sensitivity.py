@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,33 @@ class Sensitivity:
 
     def _of(self, name: str, use: str, new: _Sums) -> _Sums:
         return self.sums.setdefault(name, {}).setdefault(use, new)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All sums, for a file; see `of_tensors`."""
+        found = dict[str, Tensor]()
+        for i, use in enumerate(self._uses()):
+            found[f"rows.{i}"] = use.rows
+            if use.columns is not None:
+                found[f"columns.{i}"] = use.columns
+        return found
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What there is beside tensors, as JSON has it."""
+        names = [[name, use] for name, uses in self.sums.items() for use in uses]
+        weights = [use.weight for use in self._uses()]
+        return {"n_tokens": self.n_tokens, "aliases": self.aliases, "names": names, "weights": weights}
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> "Sensitivity":
+        """What `tensors` and `facts` are of."""
+        found = cls(facts["n_tokens"], facts["aliases"])
+        for i, ((name, use), weight) in enumerate(zip(facts["names"], facts["weights"], strict=True)):
+            found._of(name, use, _Sums(tensors[f"rows.{i}"], tensors.get(f"columns.{i}"), weight))
+        return found
+
+    def _uses(self) -> Iterator[_Sums]:
+        return (use for uses in self.sums.values() for use in uses.values())
 
     def curvature(self, name: str, shape: Sequence[int]) -> Curvature | None:
         """Of a tensor in the rows and columns of its payload; None if nothing was seen of it."""
