@@ -66,3 +66,12 @@ def run(
         return int(ended.value.code or 0), captured.out, captured.err
 
     return call
+
+
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """Of tiny tensors' threads most wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

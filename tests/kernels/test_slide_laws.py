@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chi2
 from slides import CODES, MODULE, Costs, arguments, encode, every_cost, gaussian_cost, number_of
 from streams import generator
 
@@ -16,33 +15,20 @@ from miracle_kernels import slide_torch
 from miracle_kernels._triton import tl, triton
 from miracle_kernels.noise import SELECT_CANDIDATE, SLIDE, uniform
 from miracle_kernels.slide import slide_triton
+from tests.chi_square import p_value
 
 pytestmark = pytest.mark.usefixtures("wide_tiles")
 
 # A right encoder fails one case in ten thousand; a wrong one must be rejected far beyond chance.
 FALSE_ALARM = 1e-4
 REJECTED = 1e-6
-# Below this the chi-square approximation is poor, and cells are merged.
-LEAST_EXPECTED = 5
-
-
-def p_value(counts: np.ndarray, law: np.ndarray) -> float:
-    """Of Pearson's chi-square; rare cells are merged into one, with the least of the others if need be."""
-    order = np.argsort(law)
-    counts, expected = counts[order], counts.sum() * law[order]
-    merged = int(np.searchsorted(np.cumsum(expected), LEAST_EXPECTED)) + 1
-    merged = max(merged, int((expected < LEAST_EXPECTED).sum()))
-    counts = np.append(counts[merged:], counts[:merged].sum())
-    expected = np.append(expected[merged:], expected[:merged].sum())
-    assert expected.min() >= LEAST_EXPECTED and expected.size > 2
-    return float(chi2.sf(((counts - expected) ** 2 / expected).sum(), expected.size - 1))
 
 
 def check_law(counts: np.ndarray, costs: np.ndarray) -> None:
     """Draws follow exp(-cost/2); the same test rejects a lost or doubled factor in the exponent."""
     for factor in (1.0, 2.0, 0.5):
         weights = np.exp(-0.5 * factor * (costs - costs.min()))
-        p = p_value(counts, weights / weights.sum())
+        p = p_value(counts, counts.sum() * weights / weights.sum(), 3)
         assert p > FALSE_ALARM if factor == 1 else p < REJECTED
 
 
@@ -193,5 +179,5 @@ def test_uniform_draws_are_uniform(device: torch.device) -> None:
             launch(out, 2**40 + word, *counter, DOMAIN=SLIDE, TILE=1024)
             draws.append(out.cpu())
         counts = np.bincount((torch.cat(draws) * 64).long().numpy(), minlength=64)
-        assert p_value(counts, np.full(64, 1 / 64)) > FALSE_ALARM
+        assert p_value(counts, np.full(64, counts.sum() / 64), 3) > FALSE_ALARM
         assert len(torch.cat(draws).unique()) > 4000
