@@ -21,7 +21,7 @@ from typing import Any
 from tests.limits import HANG_SECONDS
 
 SERVER = Path(__file__).with_name("fork_server.py")
-POLL_SECONDS = 0.005
+POLL_SECONDS = 0.02
 
 
 @cache
