@@ -12,6 +12,7 @@ from torch import nn
 from miracle_hub.calibrate.asking import Asking
 from miracle_hub.calibrate.estimate import MOST_COMPARED
 from miracle_hub.codec.report import Calibration, Report
+from miracle_hub.codec.work import work_folder
 from miracle_hub.options import CompressOptions
 
 _NAMED = 5
@@ -48,14 +49,18 @@ def compress_calibrated(
     Raises:
         CalibrationError: the model cannot be run on the data that were given.
         DataError: the data cannot be read, are none that the model takes, or too few.
+        ResumeError: the work folder is of a run with another source, other data or options.
     """
-    asking = Asking(source, options, model)
-    judged = _Judged(asking, compress)
-    try:
-        return compress(out, options, knowledge=asking, judged=judged, **also)
-    except _TakenBack as taken:
-        found = taken.found
-    return compress(out, options, judged=lambda folder, report: replace(report, calibration=found), **also)
+    with work_folder(source, out, options, model) as kept:
+        asking = Asking(source, options, model, kept)
+        judged = _Judged(asking, compress)
+        try:
+            return compress(out, options, knowledge=asking, judged=judged, **also)
+        except _TakenBack as taken:
+            found = taken.found
+        return compress(
+            out, options, judged=lambda folder, report: replace(report, calibration=found), **also
+        )
 
 
 @dataclass

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from miracle_hub.calibrate.inputs import Inputs
+from miracle_hub.calibrate.kept_knowledge import kept_of_jobs
 from miracle_hub.calibrate.matrix import MatrixInMaking
 from miracle_hub.calibrate.refits import RefitOptions, Refits
 from miracle_hub.calibrate.sensitivity import Sensitivity
@@ -13,6 +14,7 @@ from miracle_hub.calibrate.trials import with_damping
 from miracle_hub.codec.curvature import Curvature
 from miracle_hub.codec.dtypes import TORCH_DTYPES
 from miracle_hub.codec.jobs import Job
+from miracle_hub.codec.kept import Kept
 from miracle_hub.codec.plan import Plain, Plan, Why
 from miracle_hub.codec.source import SourceTensor
 from miracle_hub.coding.backend import Backend
@@ -43,9 +45,11 @@ class Known:
         states_tuned: bool = True,
         seed: int = 0,
         progress: bool = False,
+        kept: Kept | None = None,
     ) -> None:
         self.sensitivity, self.model, self.inputs, self.options = sensitivity, model, inputs, options
         self.states_tuned, self.seed, self.progress = states_tuned, seed, progress
+        self.kept = kept or Kept()
         self.held_out = Teacher(model, inputs.held_out[spread(inputs.held_out, _JUDGED_TOKENS)])
         self.tuned: dict[str, Tensor] = {}
         self.losses: list[tuple[str, float]] = []
@@ -63,10 +67,12 @@ class Known:
         teacher = Teacher(self.model, self.inputs.batches[: self.options.all_steps], self.progress)
         tried = self.held_out.some(_TRIED_TOKENS)
         known = [job for job in jobs if job.source.name in parameters]
-        known = with_damping(known, self.model, parameters, tried, backend, self.progress)
+        kept = kept_of_jobs(self.kept, known, backend)
+        known = with_damping(known, self.model, parameters, tried, backend, self.progress, kept)
         matrices = [MatrixInMaking(job, parameters[job.source.name], backend) for job in known]
         vectors = _vectors(plans, parameters) if self.states_tuned else {}
-        given = (self.options, self.progress, self.seed)
+        kept = kept.given(repr(self.options), *vectors)
+        given = (self.options, self.progress, self.seed, kept)
         refits = Refits(self.model, teacher, self.held_out, matrices, list(vectors.values()), *given)
         refits.run()
         payloads = {matrix.job.source.name: matrix.payload() for matrix in matrices}

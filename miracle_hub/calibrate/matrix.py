@@ -1,5 +1,6 @@
 """A matrix in the making: some of its columns are coded, the others still free to make up for them."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -39,6 +40,22 @@ class MatrixInMaking:
         """Make it what the model runs with."""
         weights = rotated_matrix(matrix, self.columns, self.rotation, self.backend)
         self.parameter.data.copy_(weights.view(self.parameter.shape))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that coding, refits and tuning have made so far, for a file; see `go_on`."""
+        found = {"parameter": self.parameter, "gains": self.gains, "n_coded": torch.tensor(self.n_coded)}
+        for i, (scales, states) in enumerate(zip(self.coder.scales, self.coder.states, strict=True)):
+            found[f"scales.{i}"] = scales
+            found[f"states.{i}"] = torch.cat(states) if states else torch.zeros(0, dtype=torch.int32)
+        return found
+
+    def go_on(self, found: Mapping[str, Tensor]) -> None:
+        """Be where the matrix of `tensors` was."""
+        self.parameter.data.copy_(found["parameter"])
+        self.gains, self.n_coded = found["gains"], int(found["n_coded"])
+        for i, (scales, states) in enumerate(zip(self.coder.scales, self.coder.states, strict=True)):
+            scales.copy_(found[f"scales.{i}"])
+            states[:] = [found[f"states.{i}"].to(scales.device)] if len(found[f"states.{i}"]) else []
 
     def columns_at(self, share: float) -> int:
         """Whole bands that hold a share of the columns."""

@@ -7,11 +7,13 @@ from typing import Any
 from torch import nn
 
 from miracle_hub.calibrate.inputs import SELF, Inputs, inputs_of
+from miracle_hub.calibrate.kept_knowledge import kept_inputs, kept_sensitivity
 from miracle_hub.calibrate.known import Known
 from miracle_hub.calibrate.modality import Modality, modality_of, takes_sounds
 from miracle_hub.calibrate.models import load_dense
 from miracle_hub.calibrate.refits import RefitOptions
 from miracle_hub.calibrate.sensitivity import measure
+from miracle_hub.codec.kept import Kept
 from miracle_hub.codec.naming import CONFIG
 
 # Multiplications and additions per second of two cores in float32: SmolLM2 read 350 tokens a second.
@@ -75,6 +77,7 @@ def knowledge_of(
     seed: int = 0,
     model: nn.Module | None = None,
     progress: bool = False,
+    kept: Kept | None = None,
 ) -> Known:
     """What there is to know of the model of a folder: it is run on data, or on inputs of its own making.
 
@@ -82,22 +85,27 @@ def knowledge_of(
         data: see `inputs.inputs_of`.
         effort: 0 to 5.
         model: the folder's, where transformers cannot tell; float32, in evaluation mode. It is changed.
+        kept: what a run of the same arguments has kept, and where this one keeps it.
 
     Raises:
         CalibrationError: the model cannot be run, or nothing is known that it could be run on.
         DataError: the data cannot be read, are none that the model takes, or too few.
+        ResumeError: the data are others than before.
     """
+    kept = kept or Kept()
     model = load_dense(folder) if model is None else model
     n_weights = sum(parameter.numel() for parameter in model.parameters())
     options = refit_options(effort, n_weights, _multiplied(model))
     wanted = max(_SENSITIVITY_TOKENS, options.all_steps * _STEP_TOKENS)
-    if isinstance(data, str) and data == SELF:
+    if is_self := (isinstance(data, str) and data == SELF):
         wanted = min(wanted, _MOST_SELF_MADE)
-    inputs = inputs_of(model, folder, data, n_tokens=wanted, batch_rows=_rows(model), seed=seed)
+    asked = {"n_tokens": wanted, "batch_rows": _rows(model), "seed": seed}
+    inputs = kept_inputs(kept, lambda: inputs_of(model, folder, data, **asked), is_self)
+    kept = kept.given(inputs.digest)
     names = {name for name, p in model.named_parameters(remove_duplicate=False) if p.dim() > 1}
     looked_at = _first(inputs, _SENSITIVITY_TOKENS)
-    found = measure(model, looked_at, names, seed, progress)
-    given = {"states_tuned": (folder / CONFIG).is_file(), "seed": seed, "progress": progress}
+    found = kept_sensitivity(kept, lambda: measure(model, looked_at, names, seed, progress))
+    given = {"states_tuned": (folder / CONFIG).is_file(), "seed": seed, "progress": progress, "kept": kept}
     return Known(found, model, inputs, options, **given)
 
 

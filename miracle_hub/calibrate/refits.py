@@ -2,15 +2,21 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Adam
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
+from miracle_hub.calibrate.kept_refits import go_on, keep, steps_of
+from miracle_hub.calibrate.kept_steps import kept_steps
 from miracle_hub.calibrate.matrix import MatrixInMaking
 from miracle_hub.calibrate.teacher import Teacher
+from miracle_hub.codec.kept import Kept
 from miracle_hub.codec.report import CALIBRATION_LOGGER
 from miracle_hub.errors import CalibrationError
 
@@ -64,21 +70,31 @@ class Refits:
     options: RefitOptions
     progress: bool = False
     seed: int = 0
+    kept: Kept = field(default_factory=Kept)
     losses: list[tuple[str, float]] = field(default_factory=list)
 
     def run(self) -> None:
         """Code everything, with refits between groups, and tune what codes leave free."""
+        done = go_on(self)
+        for number, phase in enumerate(self._phases(), 1):
+            if number > done:
+                phase()
+                keep(self, number)
+
+    def _phases(self) -> Iterator[Callable[[], None]]:
         options = self.options
         for group in range(1, options.groups + 1):
-            for matrix in tqdm(
-                self.matrices, desc=f"code {group}/{options.groups}", disable=not self.progress
-            ):
-                matrix.code(matrix.columns_at(options.share(group)))
-            self._report(f"coded {options.share(group):.0%}")
+            yield partial(self._code, group)
             if group < options.groups and options.steps:
-                self._fit(group)
+                yield partial(self._fit, group)
         if options.end_steps:
-            self._tune()
+            yield self._tune
+
+    def _code(self, group: int) -> None:
+        share, desc = self.options.share(group), f"code {group}/{self.options.groups}"
+        for matrix in tqdm(self.matrices, desc=desc, disable=not self.progress):
+            matrix.code(matrix.columns_at(share))
+        self._report(f"coded {share:.0%}")
 
     def _report(self, what: str) -> None:
         self.losses.append((what, self.held_out.mean_divergence(self.model)))
@@ -92,18 +108,27 @@ class Refits:
             found += torch.randperm(len(self.teacher), generator=generator).tolist()
         return found[:steps]
 
+    def _steps(
+        self, what: str, salt: int, steps: int, optimizer: Adam, schedule: LambdaLR,
+        fitted: Sequence[Tensor], then: Callable[[], None] = lambda: None,
+    ) -> Iterator[int]:  # fmt: skip
+        """Numbers of batches, one for every step that is left to do; see `kept_steps`."""
+        numbers, name = self._order(salt, steps), steps_of(salt)
+        left = kept_steps(self.kept, name, numbers, optimizer, schedule, fitted, then)
+        return iter(tqdm(left, desc=what, disable=not self.progress, total=steps))
+
     def _fit(self, group: int) -> None:
         """Fit the columns that are not coded, and vectors; what does not help on held-out rows is undone."""
         free = [m for m in self.matrices if m.n_coded < m.columns]
         fitted = [*(m.parameter for m in free), *self.vectors]
         rate = self.options.refit_rate
-        optimizer = torch.optim.Adam([_group(p, rate) for p in fitted], betas=_BETAS)
+        optimizer = Adam([_group(p, rate) for p in fitted], betas=_BETAS)
         coded = [m.rotated()[:, : m.n_coded].clone() for m in free]
         before = [p.detach().clone() for p in fitted]
         steps = self.options.steps
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _risen_and_fallen(step / steps))
+        schedule = LambdaLR(optimizer, lambda step: _risen_and_fallen(step / steps))
         with _asking(fitted):
-            for number in tqdm(self._order(group, steps), desc="refit", disable=not self.progress):
+            for number in self._steps("refit", group, steps, optimizer, schedule, fitted):
                 self._backward(number)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -130,20 +155,25 @@ class Refits:
         gains = [nn.Parameter(m.gains.clone()) for m in self.matrices]
         weights = [m.parameter.detach().clone() for m in self.matrices]
         rate, steps = self.options.end_rate, self.options.end_steps
-        optimizer = torch.optim.Adam(
+        optimizer = Adam(
             [{"params": gains, "lr": rate}, *[_group(p, rate / 2) for p in self.vectors]], betas=_BETAS
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - 0.9 * step / steps)
+        schedule = LambdaLR(optimizer, lambda step: 1 - 0.9 * step / steps)
+
+        def set_gains() -> None:
+            for matrix, gain, weight in zip(self.matrices, gains, weights, strict=True):
+                _set_gains(matrix, gain.detach(), weight)
+
+        tuned = [*gains, *self.vectors]
         with _asking([m.parameter for m in self.matrices] + list(self.vectors)):
-            for number in tqdm(self._order(0, steps), desc="tune", disable=not self.progress):
+            for number in self._steps("tune", 0, steps, optimizer, schedule, tuned, set_gains):
                 self._backward(number)
                 for matrix, gain, weight in zip(self.matrices, gains, weights, strict=True):
                     gain.grad = _gradient(matrix, weight)
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
-                for matrix, gain, weight in zip(self.matrices, gains, weights, strict=True):
-                    _set_gains(matrix, gain.detach(), weight)
+                set_gains()
         fitted = [*(m.parameter for m in self.matrices), *self.vectors]
         if self._report_or_undo("tuned", fitted, [*weights, *at_start]):
             for matrix in self.matrices:
