@@ -1,7 +1,7 @@
 """Blocks of a model: modules in a row, of which each takes what the one before it made, and little else."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from miracle_hub.calibrate.outputs import answers
 
 Batch = Mapping[str, Tensor]
 _FEWEST = 2
+# Arguments in which a block keeps what later tokens need: it could not be called twice.
+_CACHES = ("past_key_values", "past_key_value", "cache_params")
 
 
 @dataclass(frozen=True)
@@ -30,64 +32,87 @@ class Call:
 
 @dataclass(frozen=True)
 class Chain:
-    """Blocks of a model, in the order in which they run."""
+    """Blocks of a model, in the order in which they run.
+
+    Attributes:
+        key: of the states among a block's arguments.
+        is_uniform: whether all blocks are called with the same but for the states.
+    """
 
     path: str
     blocks: Sequence[nn.Module]
+    key: int | str
+    is_uniform: bool
 
     def record(self, model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Tensor], list[list[Call]]]:
-        """What the first block is given by every batch, and every block's call, by block and batch."""
-        calls: list[list[Call]] = [[] for _ in self.blocks]
-        with _recording(self.blocks, stop=True) as seen, _without_cache(model), torch.no_grad():
+        """What the first block is given by every batch, and every block's call, by block and batch.
+
+        Blocks run only where calls differ.
+        """
+        starts, calls = list[Tensor](), [list[Call]() for _ in self.blocks]
+        last = self.blocks[0] if self.is_uniform else self.blocks[-1]
+        with _recording(self.blocks, last) as seen, _without_cache(model), torch.no_grad():
             for batch in batches:
                 seen.clear()
-                try:
+                with suppress(_Stopped):
                     answers(model, batch)
-                except _Stopped:
-                    pass
-                for own, call in zip(calls, _chained(seen), strict=True):
-                    own.append(call)
-        starts = [call.values[call.key] for call in calls[0]]
-        return starts, [[_without_states(call) for call in own] for own in calls]
+                starts.append(seen[0].values[self.key])
+                own = seen * len(self.blocks) if self.is_uniform else seen
+                for known, one in zip(calls, own, strict=True):
+                    known.append(Call({**one.values, self.key: None}, self.key))
+        return starts, calls
 
 
 def chains_of(model: nn.Module, batch: Batch) -> list[Chain]:
     """Lists of modules of one class that hand states from one to the next, as a batch shows.
 
-    Lists of whose modules any is called twice, not at all, or with what others changed in between are none.
+    None is inside another. Lists of whose modules any is called twice, not at all, or with what others
+    changed in between are none.
     """
-    found = []
+    found = list[Chain]()
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) >= _FEWEST and len({type(m) for m in module}) == 1:
-            with _recording(module, stop=False) as seen, _without_cache(model), torch.no_grad():
-                answers(model, batch)
-            if len(seen) == len(module) and _chained(seen):
-                found.append(Chain(path, list(module)))
+        is_inside = any(path.startswith(f"{chain.path}.") for chain in found)
+        if not is_inside and isinstance(module, nn.ModuleList) and len(module) >= _FEWEST:
+            chain = _chain_of(model, path, list(module), batch)
+            found += [] if chain is None else [chain]
     return found
+
+
+def _chain_of(model: nn.Module, path: str, blocks: Sequence[nn.Module], batch: Batch) -> Chain | None:
+    if len({type(block) for block in blocks}) > 1:
+        return None
+    with _recording(blocks, None) as seen, _without_cache(model), torch.no_grad():
+        answers(model, batch)
+    if [one.block for one in seen] != list(blocks) or (key := _key_of(seen)) is None:
+        return None
+    first, *others = ({k: v for k, v in one.values.items() if k != key} for one in seen)
+    is_uniform = all(own.keys() == first.keys() and all(own[k] is first[k] for k in own) for own in others)
+    return Chain(path, blocks, key, is_uniform)
 
 
 @dataclass
 class _Seen:
+    block: nn.Module
     values: dict[int | str, Any]
     output: Any = None
 
 
 class _Stopped(Exception):
-    """Nothing after the last block is wanted."""
+    """Nothing after this block is wanted."""
 
 
 @contextmanager
-def _recording(blocks: Sequence[nn.Module], stop: bool) -> Iterator[list[_Seen]]:
-    """What blocks are called with and return, in the order of the calls."""
+def _recording(blocks: Sequence[nn.Module], last: nn.Module | None) -> Iterator[list[_Seen]]:
+    """What blocks are called with and return, in the order of the calls, until the last is called."""
     seen: list[_Seen] = []
 
-    def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
-        seen.append(_Seen({**dict(enumerate(args)), **kwargs}))
-
-    def after(block: nn.Module, _args: tuple, output: Any) -> None:
-        seen[-1].output = _states(output)
-        if stop and block is blocks[-1]:
+    def before(block: nn.Module, args: tuple, kwargs: dict) -> None:
+        seen.append(_Seen(block, {**dict(enumerate(args)), **kwargs}))
+        if block is last:
             raise _Stopped
+
+    def after(_: nn.Module, _args: tuple, output: Any) -> None:
+        seen[-1].output = _states(output)
 
     handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
     handles += [block.register_forward_hook(after) for block in blocks]
@@ -98,27 +123,19 @@ def _recording(blocks: Sequence[nn.Module], stop: bool) -> Iterator[list[_Seen]]
             handle.remove()
 
 
-def _chained(seen: Sequence[_Seen]) -> list[Call]:
-    """The calls of blocks of which each takes what the one before returned; none if they are no chain."""
-    keys = set()
-    for one, after in zip(seen, seen[1:], strict=False):
-        keys |= {key for key, value in after.values.items() if value is one.output and value is not None}
-    if len(keys) != 1 or any(after.values.get(*keys) is not one.output for one, after in zip(seen, seen[1:])):
-        return []
+def _key_of(seen: Sequence[_Seen]) -> int | str | None:
+    """Where states are among the arguments: each block takes what the one before it returned."""
+    pairs = list(zip(seen, seen[1:], strict=False))
+    given = [value for one in seen for name, value in one.values.items() if name in _CACHES]
+    keys = {key for one, after in pairs for key, value in after.values.items() if value is one.output}
+    if len(keys) != 1 or any(value is not None for value in given):
+        return None
     (key,) = keys
-    has_cache = any(value is not None for one in seen for name, value in one.values.items() if name in _CACHES)
-    return [] if has_cache else [Call(one.values, key) for one in seen]
-
-
-_CACHES = ("past_key_values", "past_key_value", "cache_params")
+    return key if all(after.values.get(key) is one.output for one, after in pairs) else None
 
 
 def _states(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
-
-
-def _without_states(call: Call) -> Call:
-    return Call({**call.values, call.key: None}, call.key)
 
 
 @contextmanager

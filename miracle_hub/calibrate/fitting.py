@@ -1,27 +1,24 @@
 """Fits of free weights to a loss of numbered batches, by Adam; what does not help can be undone."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Adam
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
+from miracle_hub.calibrate.kept_steps import kept_steps
 from miracle_hub.calibrate.matrix import MatrixInMaking
+from miracle_hub.calibrate.precision import fast_products
+from miracle_hub.codec.kept import Kept
+from miracle_hub.errors import CalibrationError
 
 BETAS = (0.9, 0.98)
-# Batches are the mirror of those seeds that others use: no meaning beyond that.
-_SEEDS = 1009
-
-
-def order(n: int, steps: int, seed: int, salt: int) -> list[int]:
-    """Numbers of batches below n, every batch once before any comes again."""
-    generator = torch.Generator().manual_seed(seed * _SEEDS + salt)
-    found: list[int] = []
-    while len(found) < steps:
-        found += torch.randperm(n, generator=generator).tolist()
-    return found[:steps]
+_SALTS = 1009  # of one seed: a prime above the number of fits that most models need
 
 
 @dataclass
@@ -29,11 +26,12 @@ class Fit:
     """Some steps of Adam.
 
     Attributes:
-        free: matrices whose columns are not all coded; those that are stay.
+        free: matrices, whose coded columns stay.
         vectors: what stays plain.
         rate: of weights, over their root mean square.
         vector_rate: of vectors.
-        loss: of a batch, by its number; it runs backward.
+        loss: of a batch, by its number.
+        before: what everything was before the run.
     """
 
     free: Sequence[MatrixInMaking]
@@ -45,31 +43,63 @@ class Fit:
 
     @property
     def fitted(self) -> list[nn.Parameter]:
-        """Of matrices and vectors."""
+        """Parameters of matrices and vectors."""
         return [*(matrix.parameter for matrix in self.free), *self.vectors]
 
-    def run(self, numbers: Sequence[int], progress: bool = False) -> None:
-        """One step for every number of a batch."""
-        self.before = [p.detach().clone() for p in self.fitted]
+    def run(self, numbers: Sequence[int], kept: Kept, step: str, progress: bool = False) -> None:
+        """One step for every number of a batch.
+
+        Args:
+            step: under which name steps are kept every few minutes.
+
+        Raises:
+            CalibrationError: a loss is not finite.
+        """
+        fitted = self.fitted
+        self.before = [p.detach().clone() for p in fitted]
         rates = [self.rate] * len(self.free) + [self.vector_rate] * len(self.vectors)
-        groups = [group(p, rate) for p, rate in zip(self.fitted, rates, strict=True)]
-        optimizer = torch.optim.Adam(groups, betas=BETAS)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _risen_and_fallen(i / len(numbers)))
+        optimizer = Adam([group(p, rate) for p, rate in zip(fitted, rates, strict=True)], betas=BETAS)
+        schedule = LambdaLR(optimizer, lambda i: _risen_and_fallen(i / len(numbers)))
         coded = [m.rotated()[:, : m.n_coded].clone() for m in self.free]
-        with asking(self.fitted):
-            for number in tqdm(numbers, desc="refit", disable=not progress, leave=False):
-                with torch.enable_grad():
-                    self.loss(number).backward()
+        with asking(fitted):
+            left = kept_steps(kept, step, numbers, optimizer, schedule, fitted)
+            for number in tqdm(left, desc="refit", total=len(numbers), disable=not progress, leave=False):
+                backward(self.loss, number, fitted[0].device)
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
-                for matrix, kept in zip(self.free, coded, strict=True):
-                    matrix.keep(kept)
+                for matrix, values in zip(self.free, coded, strict=True):
+                    matrix.keep(values)
 
     def undo(self) -> None:
         """Make everything what it was before the run."""
         for parameter, values in zip(self.fitted, self.before, strict=True):
             parameter.data.copy_(values)
+
+
+def order(n: int, steps: int, seed: int, salt: int) -> list[int]:
+    """Numbers of batches below n, one for each step; every batch comes once before any comes again."""
+    generator = torch.Generator().manual_seed(seed * _SALTS + salt)
+    found: list[int] = []
+    while len(found) < steps:
+        found += torch.randperm(n, generator=generator).tolist()
+    return found[:steps]
+
+
+def backward(loss: Callable[[int], Tensor], number: int, device: torch.device) -> None:
+    """Gradients of the loss of a batch.
+
+    Raises:
+        CalibrationError: the loss is not finite.
+    """
+    with torch.enable_grad(), fast_products(device):
+        found = loss(number)
+    if not math.isfinite(value := found.item()):
+        raise CalibrationError(
+            f"batch {number}: expected a finite divergence from the dense model, found {value}; "
+            "look at the data, or compress without refits (--effort 0)"
+        )
+    found.backward()
 
 
 def _risen_and_fallen(share: float) -> float:

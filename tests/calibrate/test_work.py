@@ -41,6 +41,7 @@ def llama(saved: Saved) -> Path:
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps after each of four groups, and two of tuning; all are kept."""
     monkeypatch.setattr(recipe, "EFFORTS", tuple(replace(each, most_steps=10) for each in recipe.EFFORTS))
+    monkeypatch.setattr(recipe, "_FEWEST_STEPS", 2)
     monkeypatch.setattr(recipe, "_SENSITIVITY_TOKENS", 1024)
     monkeypatch.setattr(recipe, "_MOST_SELF_MADE", 1024)
     monkeypatch.setattr(kept_steps, "_EVERY_SECONDS", 0.0)
