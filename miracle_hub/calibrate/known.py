@@ -1,20 +1,29 @@
 """What calibration knows of a model, as a compression asks for it."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from miracle_hub.calibrate.blocks import chains_of
+from miracle_hub.calibrate.by_blocks import ByBlocks
+from miracle_hub.calibrate.fitting import order
 from miracle_hub.calibrate.inputs import Inputs
+from miracle_hub.calibrate.journal import Journal
+from miracle_hub.calibrate.kept_knowledge import kept_of_jobs
+from miracle_hub.calibrate.kept_refits import KeptMaking, steps_of
 from miracle_hub.calibrate.matrix import MatrixInMaking
 from miracle_hub.calibrate.norms import Norms
 from miracle_hub.calibrate.refits import RefitOptions, Refits
 from miracle_hub.calibrate.sensitivity import Sensitivity
 from miracle_hub.calibrate.teacher import Teacher, spread
 from miracle_hub.calibrate.trials import with_damping
+from miracle_hub.calibrate.tuning import Tuning
 from miracle_hub.codec.curvature import Curvature
 from miracle_hub.codec.dtypes import TORCH_DTYPES
 from miracle_hub.codec.jobs import Job
+from miracle_hub.codec.kept import Kept
 from miracle_hub.codec.plan import Plain, Plan, Why
 from miracle_hub.codec.source import SourceTensor
 from miracle_hub.coding.backend import Backend
@@ -35,7 +44,7 @@ class Known:
         states_tuned: whether readers can be told which plain tensors were tuned; else none is.
         norms: whose statistics are estimated anew; None if that is not to be.
         held_out: the dense model's answers to rows that nothing is fitted to.
-        losses: what was done, and the divergence on these rows after it.
+        journal: what was done, and the divergence on these rows after it.
     """
 
     def __init__(
@@ -48,15 +57,22 @@ class Known:
         states_tuned: bool = True,
         seed: int = 0,
         progress: bool = False,
+        kept: Kept | None = None,
     ) -> None:
         self.sensitivity, self.model, self.inputs, self.options = sensitivity, model, inputs, options
         self.states_tuned, self.seed, self.progress = states_tuned, seed, progress
-        self.share = _OF_PICTURES if _are_pictures(inputs.held_out[0]) else 1
-        self.held_out = Teacher(model, inputs.held_out[spread(inputs.held_out, self.share * _JUDGED_TOKENS)])
+        self.kept = kept or Kept()
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.norms = Norms(model, inputs.batches) if states_tuned else None
+        self.share = _OF_PICTURES if _are_pictures(inputs.held_out[0]) else 1
+        self.held_out = Teacher(model, inputs.held_out[spread(inputs.held_out, self.share * _JUDGED_TOKENS)])
         self.tuned: dict[str, Tensor] = {}
-        self.losses: list[tuple[str, float]] = []
+        self.journal = Journal(model, self.held_out)
+
+    @property
+    def losses(self) -> list[tuple[str, float]]:
+        """What was done, and the divergence on held-out rows after it."""
+        return self.journal.losses
 
     def curvature(self, source: SourceTensor) -> Curvature | None:
         """As the sensitivity of the model's answers has it."""
@@ -68,36 +84,65 @@ class Known:
 
     def is_tuned(self, name: str) -> bool:
         """Whether it is a parameter that may be tuned."""
-        return self.states_tuned and self.options.all_steps > 0 and name in self.parameters
+        return self.states_tuned and self.options.is_any and name in self.parameters
 
     def encode(self, plans: Mapping[str, Plan], jobs: Sequence[Job], backend: Backend) -> Mapping[str, bytes]:
-        """Payloads of the model's matrices, refitted; none where there is nothing to be done after coding."""
+        """Payloads of the model's matrices, refitted; none where nothing is to be done after coding."""
         norms = None if self.norms is None else self.norms.among(_statistics(plans))
-        if not self.options.all_steps and not norms:
+        if not self.options.is_any and not norms:
             return {}
         self.model.requires_grad_(False)
-        parameters = self.parameters
+        parameters, statistics = self.parameters, norms.buffers if norms else {}
+        vectors = _vectors(plans, parameters) if self.states_tuned and self.options.is_any else {}
         teacher = Teacher(self.model, self.inputs.batches[: self.options.all_steps], self.progress)
         known = [job for job in jobs if job.source.name in parameters]
-        if self.options.all_steps:
+        kept = kept_of_jobs(self.kept, known, backend).given(*statistics)
+        if self.options.is_any:
             tried = self.held_out.some(self.share * _TRIED_TOKENS)
-            known = with_damping(known, self.model, parameters, tried, backend, self.progress, norms)
-        matrices = [MatrixInMaking(job, parameters[job.source.name], backend) for job in known]
-        vectors = _vectors(plans, parameters) if self.states_tuned and self.options.all_steps else {}
-        given = (self.options, norms, self.progress, self.seed)
-        refits = Refits(self.model, teacher, self.held_out, matrices, list(vectors.values()), *given)
-        refits.run()
-        payloads = {matrix.job.source.name: matrix.payload() for matrix in matrices}
-        self._keep(plans, {**vectors, **(norms.buffers if norms else {})})
-        self.losses = refits.losses
-        return payloads
+            known = with_damping(known, self.model, parameters, tried, backend, self.progress, kept, norms)
+        kept = kept.given(repr(self.options), *vectors)
+        made = self._made(known, teacher, vectors, backend, kept, norms)
+        self._tune(teacher, made, list(vectors.values()), kept)
+        self._keep(plans, {**vectors, **statistics})
+        return {matrix.job.source.name: matrix.payload() for matrix in made}
+
+    def _made(
+        self, jobs: Sequence[Job], teacher: Teacher, vectors: Mapping[str, nn.Parameter],
+        backend: Backend, kept: Kept, norms: Norms | None,
+    ) -> list[MatrixInMaking]:  # fmt: skip
+        """Matrices, all coded: block by block, or all at once."""
+        given, blocks, parameters = (self.progress, self.seed, kept), self.options.blocks, self.parameters
+        if blocks and (chains := chains_of(self.model, self.inputs.batches[0])):
+            batches = self.inputs.batches[: blocks.batches]
+            making = ByBlocks(self.journal, chains, batches, parameters, vectors, blocks, backend, *given)
+            made = making.run(jobs)
+            if norms:
+                norms.estimate_or_undo(self.journal)
+            return made
+        made = [MatrixInMaking(job, parameters[job.source.name], backend) for job in jobs]
+        Refits(teacher, self.journal, made, list(vectors.values()), self.options, *given, norms).run()
+        return made
+
+    def _tune(
+        self, teacher: Teacher, made: Sequence[MatrixInMaking], vectors: Sequence[nn.Parameter], kept: Kept
+    ) -> None:
+        """At the end; what does not help on held-out rows is undone."""
+        making = KeptMaking(kept, "tuned", made, vectors, self.losses)
+        if not self.options.end_steps or making.go_on_tuned():
+            return
+        loss = partial(teacher.divergence, self.model)
+        tuning = Tuning(made, vectors, self.options.end_rate, loss)
+        numbers = order(len(teacher), self.options.end_steps, self.seed, 0)
+        tuning.run(numbers, kept, steps_of(0), self.progress)
+        self.journal.report_or_undo("tuned", tuning.undo)
+        making.keep_tuned()
 
     def _keep(self, plans: Mapping[str, Plan], found: Mapping[str, Tensor]) -> None:
         """What plain tensors became, as far as that is not what they were."""
         for name, values in found.items():
-            plan = plans[name]
-            own = values.detach().to(TORCH_DTYPES[plan.source.dtype], copy=True)
-            if not torch.equal(own, plan.source.load()):
+            source = plans[name].source
+            own = values.detach().cpu().to(TORCH_DTYPES[source.dtype], copy=True)
+            if not torch.equal(own, source.load()):
                 self.tuned[name] = own
 
     def plain(self, source: SourceTensor) -> Tensor | None:

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from miracle_hub.calibrate.journal import Journal
 from miracle_hub.calibrate.rows import rows_of_batch, tokens_of
 
 # Of the rows at hand; 256 images of 32 × 32 pixels, or 83 of 224 × 224, all in memory at once: a choice.
@@ -82,6 +83,18 @@ class Norms:
 
         self._run(look)
 
+    def estimate_or_undo(self, journal: Journal) -> None:
+        """The same; what does not help on held-out rows is undone."""
+        statistics = list(self.buffers.values())
+        before = [values.clone() for values in statistics]
+
+        def undo() -> None:
+            for own, values in zip(statistics, before, strict=True):
+                own.copy_(values)
+
+        self.estimate()
+        journal.report_or_undo("statistics of batch norms estimated", undo)
+
     @torch.no_grad()
     def _run(self, look: Callable[[str, Moments], object]) -> None:
         """Run the rows; `look` sees the moments of a norm's inputs before the norm does."""
@@ -95,7 +108,8 @@ class Norms:
         handles = [norm.register_forward_pre_hook(hook(name)) for name, norm in self.named.items()]
         try:
             if handles:
-                self.model(**self.rows)
+                device = next(self.model.parameters()).device
+                self.model(**{name: values.to(device) for name, values in self.rows.items()})
         finally:
             for handle in handles:
                 handle.remove()
