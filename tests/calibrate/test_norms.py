@@ -110,8 +110,9 @@ def test_a_channel_that_does_not_vary_keeps_its_variance() -> None:
 @pytest.mark.filterwarnings("ignore:expected at most 20%")  # of so small a model
 @pytest.mark.parametrize("effort", [0, 1])
 def test_statistics_that_were_estimated_are_stated_and_verified(
-    folder: Folder, tmp_path: Path, effort: int
+    folder: Folder, tmp_path: Path, effort: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("miracle_hub.calibrate.recipe._STEPS_OF_PICTURES", 1)
     source, out, model = folder(made()), tmp_path / "out", made()
     given = {"calibrate": images(64, 5), "model": model, "effort": effort}
     report = miracle_hub.compress(source, out, **LOW, **given)
