@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from miracle_hub.calibrate.journal import Journal
 from miracle_hub.calibrate.rows import rows_of_batch, tokens_of
@@ -28,6 +27,7 @@ _MOST_TOKENS = 1 << 14
 _LEAST_VARIANCE, _MOST_CHANGE = 1e-3, 16.0
 
 _BUFFERS = ("running_mean", "running_var")
+_KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 Moments = tuple[Float[Tensor, " channels"], Float[Tensor, " channels"]]
 
@@ -125,7 +125,7 @@ class Norms:
 
 
 def _has_statistics(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm) and module.running_mean is not None and not module.training
+    return isinstance(module, _KINDS) and module.running_mean is not None and not module.training
 
 
 def _statistics(norm: Any) -> Moments:
