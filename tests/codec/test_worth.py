@@ -40,15 +40,8 @@ def curves(names: str = "abcd") -> list[Curve]:
 HEADS: list[tuple[str, Shapes, dict[str, Any], str | None]] = [
     ("tied", TABLE, config("LlamaForCausalLM"), "model.embed_tokens.weight"),
     ("gpt2", {"wte.weight": (WORDS, 64), "wpe.weight": (64, 64)}, config("GPT2LMHeadModel"), "wte.weight"),
-    ("masked", {"bert.words.weight": (WORDS, 64)}, config("BertForMaskedLM"), "bert.words.weight"),
     ("untied", TABLE | {"lm_head.weight": (WORDS, 64)}, config("LlamaForCausalLM"), "lm_head.weight"),
     ("neox", TABLE | {"embed_out.weight": (WORDS, 64)}, config("GPTNeoXForCausalLM"), "embed_out.weight"),
-    (
-        "masked, untied",
-        {"words.weight": (WORDS, 64), "cls.predictions.decoder.weight": (WORDS, 64)},
-        config("BertForMaskedLM"),
-        "cls.predictions.decoder.weight",
-    ),
     (
         "composite",
         TABLE,
@@ -56,6 +49,7 @@ HEADS: list[tuple[str, Shapes, dict[str, Any], str | None]] = [
         "model.embed_tokens.weight",
     ),
     ("encoder", TABLE, config("BertModel"), None),
+    ("masked", TABLE, config("BertForMaskedLM"), None),
     ("classifier", TABLE, config("BertForSequenceClassification"), None),
     ("no head of several", TABLE | {"b.embed.weight": (WORDS, 64)}, config("XForCausalLM"), None),
     ("other words", TABLE, config("LlamaForCausalLM", vocab_size=WORDS + 1), None),
