@@ -65,8 +65,7 @@ def compress_folder(
         plans = plan_all(weights, options.modules_to_not_convert or [], coded or {}, half)
         non_finite = keep_exact(plans, known := roles(source))
         n_weights = sum(plan.source.n_weights for plan in plans.values()) + copied.n_weights
-        worth = worths([plan.source for plan in plans.values()], read_config(source))
-        stages, jobs = _decide(plans, options, copied.n_bytes, n_weights, backend, half, knowledge, worth)
+        stages, jobs = _decide(source, plans, options, copied.n_bytes, n_weights, backend, half, knowledge)
         tuned = _take(knowledge, plans, jobs, backend)
         written = Writer(temporary, plans, backend).write(stages, jobs, options.progress)
         report = replace(
@@ -170,6 +169,7 @@ def _copy_and_count(source: Path, target: Path, weights: list[Path]) -> _Copied:
 
 
 def _decide(
+    source: Path,
     plans: dict[str, Plan],
     options: CompressOptions,
     copied_bytes: int,
@@ -177,14 +177,13 @@ def _decide(
     backend: Backend,
     half: Set[str] | None,
     knowledge: Knowledge | None,
-    worth: Mapping[str, float],
 ) -> tuple[list[list[OutputFile]], list[list[Job]]]:
     """Files and jobs of every stage; tensors that cannot be coded, or have no budget, become plain."""
     shard_bytes, stem = parse_size(options.max_shard_size, "max_shard_size"), stem_of(1, options.stages)
     left = {name: plan.source for name, plan in plans.items() if isinstance(plan, Coded)}
     are_coded = not left and any(isinstance(plan, Ready) for plan in plans.values())
     if not options.has_budget or are_coded:
-        plans |= {name: narrowed(Plain(source, Why.NO_BUDGET), half) for name, source in left.items()}
+        plans |= {name: narrowed(Plain(tensor, Why.NO_BUDGET), half) for name, tensor in left.items()}
         files = lay_out(plans, {}, shard_bytes, stem)
         _require_within(total_bytes(files) + copied_bytes, options, n_weights)
         return [files], [[]]
@@ -192,6 +191,7 @@ def _decide(
     curves, contents = survey(plans, request)
     costs = {} if knowledge is None else _curvatures(knowledge, plans, curves)
     sources = {curve.name: plans[curve.name].source for curve in curves}
+    worth = worths([plan.source for plan in plans.values()], read_config(source))
     curves = _weighed(by_worth(curves, worth), sources, costs, worth, request)
     refined = [refined_files(plans, request, stage, shard_bytes) for stage in range(2, options.stages + 1)]
     target = budget_bytes(options.bits_per_weight, options.size, n_weights)
