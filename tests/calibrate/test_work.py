@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 import miracle_hub
 from miracle_hub.calibrate import kept_steps, recipe
 from miracle_hub.calibrate.inputs import Inputs
-from miracle_hub.codec import kept, work
+from miracle_hub.codec import compress, kept, work
 from miracle_hub.errors import (
     BudgetError,
     MiracleError,
@@ -73,11 +73,22 @@ def kept_in(folder: Path) -> set[str]:
     return {path.name.rpartition("-")[0] or path.name for path in folder.iterdir()}
 
 
+def cache_of(make: Callable[..., Any]) -> Callable[..., Any]:
+    found: list[Any] = []
+
+    def once(*given: Any) -> Any:
+        found.extend([] if found else [make(*given)])
+        return found[0]
+
+    return once
+
+
 @pytest.mark.calibrated
 def test_a_run_goes_on_from_everything_that_it_keeps_and_writes_the_same_bytes(
-    llama: Path, tmp_path: Path, interrupt: list[int]
+    llama: Path, tmp_path: Path, interrupt: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every run keeps one thing more and is interrupted before it has kept the next."""
+    monkeypatch.setattr(compress, "survey", cache_of(compress.survey))  # which takes most of the time
     before = interrupt[0]
     report = miracle_hub.compress(llama, tmp_path / "whole", **QUICK)
     assert before == interrupt[0] and report.calibration is not None
@@ -86,15 +97,15 @@ def test_a_run_goes_on_from_everything_that_it_keeps_and_writes_the_same_bytes(
         interrupt[0], n_runs = 1, n_runs + 1
         try:
             resumed = miracle_hub.compress(llama, tmp_path / "out", work=folder, **QUICK)
+            assert resumed.calibration == report.calibration
         except Interrupted:
             seen |= kept_in(folder)
             assert not (tmp_path / "out").exists()
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
     # Inputs, sensitivity, damping; four groups, three refits of two steps, of which one is kept; tuning.
     assert n_runs == 3 + 4 + 3 * 2 + 2
     steps = {f"steps-{phase}" for phase in range(4)}
     assert seen == {"run.json", "inputs", "sensitivity", "damping", "refits"} | steps
-    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
-    assert resumed.calibration == report.calibration
     assert not list(folder.iterdir())
 
 
@@ -144,8 +155,10 @@ def test_a_run_of_other_things_is_refused_and_says_of_which(
     cases: list[tuple[Any, dict[str, Any], str]] = [(None, *case) for case in CHANGED]
     weights = llama / "model.safetensors"
     sound = weights.read_bytes()
-    cases.append((lambda: weights.write_bytes(sound[:-1] + b"\1"), {}, "model.safetensors of SHA-256 "))
+    cases.append((lambda: weights.write_bytes(sound[:-1] + b"\1"), {}, "model.safetensors SHA-256 "))
     cases.append((lambda: weights.write_bytes(sound), {"calibrate": TEXTS[:150]}, "expected the data that"))
+    cases.append((lambda: (llama / "more.txt").touch(), {}, "more.txt none instead of SHA-256 "))
+    cases.append(((llama / "more.txt").unlink, {"seed": 3}, "seed 0 instead of 3; run it"))
     cases.append(
         (lambda: monkeypatch.setattr("miracle_hub.codec.work._FORMAT", 0), {}, "format of the folder 1")
     )
