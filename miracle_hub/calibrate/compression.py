@@ -85,7 +85,7 @@ class _Judged:
             known.inputs.said, known.inputs.n_tokens, asking.options.effort, tuple(known.losses), judge.unit,
             judge.divergence(folder),
         )  # fmt: skip
-        if known.options.all_steps and report.n_weights <= MOST_COMPARED:
+        if known.options.is_any and report.n_weights <= MOST_COMPARED:
             found = replace(found, data_free=self._without(asking))
             if found.data_free is not None and found.data_free < found.divergence:
                 raise _TakenBack(replace(found, divergence=found.data_free, is_taken_back=True))
@@ -104,7 +104,7 @@ class _Judged:
 def _notes(asking: Asking) -> tuple[str, ...]:
     """What to know of refits that failed, and of tensors that cost nothing."""
     found = [f"not refitted: {asking.undone}"] if asking.undone else []
-    if asking.known is not None and asking.known.options.all_steps and not asking.known.states_tuned:
+    if asking.known is not None and asking.known.options.is_any and not asking.known.states_tuned:
         found.append("norms and biases are not tuned: without a config.json nothing says so to readers")
     if names := sorted(asking.unseen):
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""

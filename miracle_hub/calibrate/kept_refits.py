@@ -1,46 +1,86 @@
-"""Refits that go on where a killed run was: after a group that was coded, or its refit, or all tuning."""
+"""Refits that go on where a killed run was: after a group or its refit, a block, or all tuning."""
 
 import logging
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from miracle_hub.calibrate.matrix import MatrixInMaking
+from miracle_hub.calibrate.tuning import Tuning
 from miracle_hub.codec.kept import Kept
 from miracle_hub.codec.report import CALIBRATION_LOGGER
 
 _LOGGER = logging.getLogger(CALIBRATION_LOGGER)
-_STEP, _STEPS_OF_PHASE = "refits", "steps"
+_STEPS_OF_PHASE = "steps"
 
 
-class InMaking(Protocol):
-    """What of refits changes as they go.
+@dataclass
+class KeptMaking:
+    """What of matrices and vectors in the making is kept, under the name of a step.
 
     Attributes:
-        losses: what was done, and the divergence after it.
+        losses: what was done to the whole model, and the divergence after it.
     """
 
     kept: Kept
+    step: str
     matrices: Sequence[MatrixInMaking]
     vectors: Sequence[nn.Parameter]
     losses: list[tuple[str, float]]
 
+    def keep(self, done: int) -> None:
+        """Keep all that was made so far.
 
-def keep(refits: InMaking, done: int) -> None:
-    """Keep all that refits have made so far.
+        Args:
+            done: how many phases.
 
-    Args:
-        done: how many of their phases.
+        Raises:
+            OutputWriteError: it cannot be written; what was there before still is.
+        """
+        tensors = _of_vectors(self.vectors)
+        for i, matrix in enumerate(self.matrices):
+            tensors |= {f"matrix.{i}.{name}": values for name, values in matrix.tensors().items()}
+        self._save(tensors, done)
 
-    Raises:
-        OutputWriteError: it cannot be written; what was there before still is.
-    """
-    tensors: dict[str, Tensor] = {f"vector.{i}": vector for i, vector in enumerate(refits.vectors)}
-    for i, matrix in enumerate(refits.matrices):
-        tensors |= {f"matrix.{i}.{name}": values for name, values in matrix.tensors().items()}
-    refits.kept.save(_STEP, tensors, done=done, losses=refits.losses)
-    refits.kept.drop(_STEPS_OF_PHASE)
+    def go_on(self) -> int:
+        """Be where a killed run was; returns how many phases it had done, 0 for none."""
+        if (found := self.kept.load(self.step)) is None:
+            return 0
+        for i, matrix in enumerate(self.matrices):
+            start = f"matrix.{i}."
+            own = {n.removeprefix(start): t for n, t in found.tensors.items() if n.startswith(start)}
+            matrix.go_on(own)
+        return self._be(found.tensors, found.facts)
+
+    def keep_tuned(self) -> None:
+        """Keep what tuning made.
+
+        Raises:
+            OutputWriteError: it cannot be written; what was there before still is.
+        """
+        gains = {f"gains.{i}": matrix.gains for i, matrix in enumerate(self.matrices)}
+        self._save(_of_vectors(self.vectors) | gains, 1)
+
+    def go_on_tuned(self) -> bool:
+        """Be where tuning had ended; whether it had."""
+        if (found := self.kept.load(self.step)) is None:
+            return False
+        Tuning.set_gains(self.matrices, [found.tensors[f"gains.{i}"] for i in range(len(self.matrices))])
+        self._be(found.tensors, found.facts)
+        return True
+
+    def _save(self, tensors: dict[str, Tensor], done: int) -> None:
+        self.kept.save(self.step, tensors, done=done, losses=self.losses)
+        self.kept.drop(_STEPS_OF_PHASE)
+
+    def _be(self, tensors: dict[str, Tensor], facts: dict) -> int:
+        for i, vector in enumerate(self.vectors):
+            vector.data.copy_(tensors[f"vector.{i}"])
+        self.losses[:] = [(what, value) for what, value in facts["losses"]]
+        if self.losses:
+            _LOGGER.info("goes on after: %s, %.4f on held-out rows", *self.losses[-1])
+        return facts["done"]
 
 
 def steps_of(phase: int) -> str:
@@ -48,16 +88,5 @@ def steps_of(phase: int) -> str:
     return f"{_STEPS_OF_PHASE}-{phase}"
 
 
-def go_on(refits: InMaking) -> int:
-    """Be where a killed run was; returns how many phases it had done, 0 for none."""
-    if (found := refits.kept.load(_STEP)) is None:
-        return 0
-    for i, vector in enumerate(refits.vectors):
-        vector.data.copy_(found.tensors[f"vector.{i}"])
-    for i, matrix in enumerate(refits.matrices):
-        start = f"matrix.{i}."
-        own = {n.removeprefix(start): t for n, t in found.tensors.items() if n.startswith(start)}
-        matrix.go_on(own)
-    refits.losses[:] = [(what, value) for what, value in found.facts["losses"]]
-    _LOGGER.info("goes on after: %s, %.4f on held-out rows", *refits.losses[-1])
-    return found.facts["done"]
+def _of_vectors(vectors: Sequence[nn.Parameter]) -> dict[str, Tensor]:
+    return {f"vector.{i}": vector for i, vector in enumerate(vectors)}

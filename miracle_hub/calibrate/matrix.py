@@ -44,10 +44,9 @@ class MatrixInMaking:
     def tensors(self) -> dict[str, Tensor]:
         """All that coding, refits and tuning have made so far, for a file; see `go_on`."""
         found = {"parameter": self.parameter, "gains": self.gains, "n_coded": torch.tensor(self.n_coded)}
-        for i, (scales, states) in enumerate(zip(self.coder.scales, self.coder.states, strict=True)):
-            found[f"scales.{i}"] = scales
-            found[f"states.{i}"] = torch.cat(states) if states else torch.zeros(0, dtype=torch.int32)
-        return found
+        found |= {f"scales.{i}": scales for i, scales in enumerate(self.coder.scales)}
+        found |= {f"states.{i}": torch.cat(own) for i, own in enumerate(self.coder.states) if own}
+        return found | {f"message.{i}": message for i, message in enumerate(self.coder.messages)}
 
     def go_on(self, found: Mapping[str, Tensor]) -> None:
         """Be where the matrix of `tensors` was."""
@@ -55,7 +54,9 @@ class MatrixInMaking:
         self.gains, self.n_coded = found["gains"], int(found["n_coded"])
         for i, (scales, states) in enumerate(zip(self.coder.scales, self.coder.states, strict=True)):
             scales.copy_(found[f"scales.{i}"])
-            states[:] = [found[f"states.{i}"].to(scales.device)] if len(found[f"states.{i}"]) else []
+            states[:] = [found[name].to(scales.device)] if (name := f"states.{i}") in found else []
+        n_messages = sum(name.startswith("message.") for name in found)
+        self.coder.messages = [found[f"message.{i}"] for i in range(n_messages)]
 
     def columns_at(self, share: float) -> int:
         """Whole bands that hold a share of the columns."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from miracle_hub.calibrate.block_refits import BlockOptions
 from miracle_hub.calibrate.inputs import SELF, Inputs, inputs_of
 from miracle_hub.calibrate.kept_knowledge import kept_inputs, kept_sensitivity
 from miracle_hub.calibrate.known import Known
@@ -16,8 +17,8 @@ from miracle_hub.calibrate.sensitivity import measure
 from miracle_hub.codec.kept import Kept
 from miracle_hub.codec.naming import CONFIG
 
-# Multiplications and additions per second of two cores in float32: SmolLM2 read 350 tokens a second.
-_SPEED = 1e11
+# Multiplications and additions per second of two cores that multiply in bfloat16.
+_SPEED = 2e11
 # Of the dense model's answer, and of a step of the optimizer, per weight and token.
 _WORK = 8
 _STEP_TOKENS = 1024
@@ -26,8 +27,15 @@ _SENSITIVITY_TOKENS = 16 * _STEP_TOKENS
 _MOST_SELF_MADE = 64 * _STEP_TOKENS
 _WINDOW = 512
 # Smaller models have the time of one of so many weights; their steps are bounded by their number.
-_SMALL = 2e7
+_SMALL = 5e7
 _ROWS = 64
+# Refits of the whole model need so many steps between two groups; with fewer, blocks are refitted.
+_FEWEST_STEPS = 32
+_FEWEST_BLOCK_STEPS = 8
+# Of the steps, those that tune at the end, of whole models that were refitted and of others.
+_END, _END_OF_BLOCKS = 0.2, 0.4
+# Batches that go through all blocks, dense and coded; twice forth costs as much as so many steps.
+_BLOCK_BATCHES, _BLOCK_PASSES = 24, 16
 
 
 @dataclass(frozen=True)
@@ -36,26 +44,29 @@ class Effort:
 
     Attributes:
         minutes: per 100 million weights, of two cores.
+        groups: of columns, where the whole model is refitted.
         most_steps: of small models, whose steps take no time.
+        block_groups: of columns, where blocks are refitted.
     """
 
     minutes: float
     groups: int
     most_steps: int
+    block_groups: int
 
 
 EFFORTS = (
-    Effort(0, 1, 0),
-    Effort(1.5, 4, 240),
-    Effort(10, 8, 1200),
-    Effort(40, 16, 4800),
-    Effort(150, 16, 12000),
-    Effort(600, 32, 48000),
+    Effort(0, 1, 0, 1),
+    Effort(1.5, 4, 240, 2),
+    Effort(10, 8, 1200, 4),
+    Effort(40, 16, 4800, 8),
+    Effort(150, 16, 12000, 16),
+    Effort(600, 32, 48000, 16),
 )
 
 
 def refit_options(effort: int, n_weights: int, n_multiplied: int) -> RefitOptions:
-    """Groups and steps of an effort.
+    """Groups and steps of an effort: of the whole model where there is time for them, else of its blocks.
 
     Args:
         n_multiplied: weights that every token is multiplied by.
@@ -63,10 +74,17 @@ def refit_options(effort: int, n_weights: int, n_multiplied: int) -> RefitOption
     level = EFFORTS[effort]
     work = level.minutes * 60 * _SPEED * max(n_weights, _SMALL) / 1e8
     steps = min(level.most_steps, int(work / (_WORK * max(n_multiplied, 1) * _STEP_TOKENS)))
-    if steps < 2 * level.groups:
-        return RefitOptions(groups=1, steps=0, end_steps=steps)
-    end_steps = steps // 5
-    return RefitOptions(level.groups, (steps - end_steps) // (level.groups - 1), end_steps)
+    end_steps = int(steps * _END)
+    of_group = (steps - end_steps) // max(1, level.groups - 1)
+    if of_group >= _FEWEST_STEPS:
+        return RefitOptions(level.groups, of_group, end_steps)
+    end_steps = int(steps * _END_OF_BLOCKS)
+    left = steps - end_steps - _BLOCK_PASSES
+    of_group = left // max(1, level.block_groups - 1)
+    if of_group < _FEWEST_BLOCK_STEPS:
+        return RefitOptions(end_steps=steps)
+    blocks = BlockOptions(level.block_groups, of_group, _BLOCK_BATCHES)
+    return RefitOptions(end_steps=end_steps, blocks=blocks)
 
 
 def knowledge_of(
@@ -96,7 +114,7 @@ def knowledge_of(
     model = load_dense(folder) if model is None else model
     n_weights = sum(parameter.numel() for parameter in model.parameters())
     options = refit_options(effort, n_weights, _multiplied(model))
-    wanted = max(_SENSITIVITY_TOKENS, options.all_steps * _STEP_TOKENS)
+    wanted = max(_SENSITIVITY_TOKENS, options.n_batches * _STEP_TOKENS)
     if is_self := (isinstance(data, str) and data == SELF):
         wanted = min(wanted, _MOST_SELF_MADE)
     asked = {"n_tokens": wanted, "batch_rows": _rows(model), "seed": seed}

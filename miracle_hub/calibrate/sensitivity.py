@@ -27,6 +27,7 @@ class _Sums:
     Attributes:
         rows: squared gradients, `[rows]`.
         columns: second moments weighted by squared gradients, `[columns, columns]`; None for the unit matrix.
+            Once everything is added, divided by the weight.
         weight: the sum of those gradients.
     """
 
@@ -63,6 +64,13 @@ class Sensitivity:
         found = self._of(name, use, _Sums(torch.zeros_like(rows), None))
         found.rows += rows
         found.weight += float(rows.sum())
+
+    def finish(self) -> None:
+        """Make means of sums, when everything is added."""
+        for uses in self.sums.values():
+            for use in uses.values():
+                if use.columns is not None and use.weight > 0:
+                    use.columns /= use.weight
 
     def _of(self, name: str, use: str, new: _Sums) -> _Sums:
         return self.sums.setdefault(name, {}).setdefault(use, new)
@@ -105,6 +113,8 @@ class Sensitivity:
         moments = [(float(use.rows.sum()) / total, _moments(use, columns)) for use in uses]
         if all(found is None for _, found in moments):
             return Curvature(rows)
+        if len(moments) == 1:  # the same memory: they are as large as the model
+            return Curvature(rows, moments[0][1])
         unit = torch.eye(columns)
         return Curvature(
             rows, torch.stack([share * (unit if m is None else m) for share, m in moments]).sum(0)
@@ -125,9 +135,10 @@ def _moments(use: _Sums, columns: int) -> Tensor | None:
     """Of the columns of the matrix view: where rows are cut, the mean of all pieces."""
     if use.columns is None or len(use.columns) % columns:
         return None
+    if len(use.columns) == columns:
+        return use.columns
     pieces = use.columns.unfold(0, columns, columns).unfold(1, columns, columns)
-    mean = pieces.diagonal(dim1=0, dim2=1).mean(-1)
-    return mean / use.weight
+    return pieces.diagonal(dim1=0, dim2=1).mean(-1)
 
 
 def measure(
@@ -154,6 +165,7 @@ def measure(
             found.n_tokens += answer[..., 0].numel()
             answer.backward(sampled_gradient(kind, answer.detach(), generator))
             _add_loose(found, loose)
+    found.finish()
     return found
 
 
