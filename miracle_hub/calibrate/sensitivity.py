@@ -1,8 +1,9 @@
 """One pass forth and back over the inputs: what an error of each weight costs the model's answers."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from miracle_hub.calibrate.finite import require_finite
-from miracle_hub.calibrate.outputs import answers, sampled_gradient
+from miracle_hub.calibrate.outputs import answers, device_of, sampled_gradient
 from miracle_hub.codec.curvature import Curvature
 from miracle_hub.coding.matrix import matrix_columns
 
@@ -26,6 +27,7 @@ class _Sums:
     Attributes:
         rows: squared gradients, `[rows]`.
         columns: second moments weighted by squared gradients, `[columns, columns]`; None for the unit matrix.
+            Once everything is added, divided by the weight.
         weight: the sum of those gradients.
     """
 
@@ -51,7 +53,7 @@ class Sensitivity:
         """Inputs `[n, in]` and gradients of outputs `[n, out]` of a matrix `[out, in]`."""
         power = gradient.square()
         per_token = power.sum(1)
-        found = self._of(name, use, _Sums(torch.zeros(shape[0]), torch.zeros(shape[1], shape[1])))
+        found = self._of(name, use, lambda: _Sums(x.new_zeros(shape[0]), x.new_zeros(shape[1], shape[1])))
         assert found.columns is not None
         found.rows += power.sum(0)
         found.columns += (x * per_token[:, None]).T @ x
@@ -59,12 +61,48 @@ class Sensitivity:
 
     def add_rows(self, name: str, use: str, rows: Tensor) -> None:
         """Squared gradients of the rows of a matrix, `[rows]`, means over their columns."""
-        found = self._of(name, use, _Sums(torch.zeros_like(rows), None))
+        found = self._of(name, use, lambda: _Sums(torch.zeros_like(rows), None))
         found.rows += rows
         found.weight += float(rows.sum())
 
-    def _of(self, name: str, use: str, new: _Sums) -> _Sums:
-        return self.sums.setdefault(name, {}).setdefault(use, new)
+    def finish(self) -> None:
+        """Make means of sums, on the CPU, when everything is added."""
+        for use in self._uses():
+            use.rows = use.rows.cpu()
+            if use.columns is not None and use.weight > 0:
+                use.columns = use.columns.div_(use.weight).cpu()
+
+    def _of(self, name: str, use: str, new: Callable[[], _Sums]) -> _Sums:
+        known = self.sums.setdefault(name, {})
+        return known[use] if use in known else known.setdefault(use, new())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All sums, for a file; see `of_tensors`."""
+        found = dict[str, Tensor]()
+        for i, use in enumerate(self._uses()):
+            found[f"rows.{i}"] = use.rows
+            if use.columns is not None:
+                found[f"columns.{i}"] = use.columns
+        return found
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What there is beside tensors, as JSON has it."""
+        names = [[name, use] for name, uses in self.sums.items() for use in uses]
+        weights = [use.weight for use in self._uses()]
+        return {"n_tokens": self.n_tokens, "aliases": self.aliases, "names": names, "weights": weights}
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> "Sensitivity":
+        """What `tensors` and `facts` are of."""
+        found = cls(facts["n_tokens"], facts["aliases"])
+        for i, ((name, use), weight) in enumerate(zip(facts["names"], facts["weights"], strict=True)):
+            own = _Sums(tensors[f"rows.{i}"], tensors.get(f"columns.{i}"), weight)
+            found.sums.setdefault(name, {})[use] = own
+        return found
+
+    def _uses(self) -> Iterator[_Sums]:
+        return (use for uses in self.sums.values() for use in uses.values())
 
     def curvature(self, name: str, shape: Sequence[int]) -> Curvature | None:
         """Of a tensor in the rows and columns of its payload; None if nothing was seen of it."""
@@ -77,6 +115,8 @@ class Sensitivity:
         moments = [(float(use.rows.sum()) / total, _moments(use, columns)) for use in uses]
         if all(found is None for _, found in moments):
             return Curvature(rows)
+        if len(moments) == 1:  # the same memory: they are as large as the model
+            return Curvature(rows, moments[0][1])
         unit = torch.eye(columns)
         return Curvature(
             rows, torch.stack([share * (unit if m is None else m) for share, m in moments]).sum(0)
@@ -97,9 +137,10 @@ def _moments(use: _Sums, columns: int) -> Tensor | None:
     """Of the columns of the matrix view: where rows are cut, the mean of all pieces."""
     if use.columns is None or len(use.columns) % columns:
         return None
+    if len(use.columns) == columns:
+        return use.columns
     pieces = use.columns.unfold(0, columns, columns).unfold(1, columns, columns)
-    mean = pieces.diagonal(dim1=0, dim2=1).mean(-1)
-    return mean / use.weight
+    return pieces.diagonal(dim1=0, dim2=1).mean(-1)
 
 
 def measure(
@@ -117,7 +158,7 @@ def measure(
     Raises:
         CalibrationError: an answer or a layer's output is not finite.
     """
-    found, generator = Sensitivity(), torch.Generator().manual_seed(seed)
+    found, generator = Sensitivity(), torch.Generator(device_of(model)).manual_seed(seed)
     with _watched(model, names, found) as loose:
         for batch in tqdm(list(batches), desc="sensitivity", disable=not progress):
             with torch.enable_grad():
@@ -126,6 +167,7 @@ def measure(
             found.n_tokens += answer[..., 0].numel()
             answer.backward(sampled_gradient(kind, answer.detach(), generator))
             _add_loose(found, loose)
+    found.finish()
     return found
 
 
@@ -190,7 +232,7 @@ class _Watch:
     def add(self, module: nn.Module, x: Tensor, gradient: Tensor) -> None:
         """What one pass says."""
         if isinstance(module, nn.Embedding):
-            rows = torch.zeros(module.num_embeddings)
+            rows = torch.zeros(module.num_embeddings, device=x.device)
             rows.index_add_(0, x.flatten(), gradient.reshape(x.numel(), -1).square().mean(1).float())
             self.found.add_rows(self.name, self.path, rows)
             return
