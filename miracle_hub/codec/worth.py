@@ -13,8 +13,8 @@ from miracle_hub.format.spec import TensorSpec
 # .832, 4.09. With 2 it is the same but at 2 bits, with 8 worse at 3. Of a word table that is read only 2 is
 # worse: MiniLM loses .024, .071, .243 of cosine instead of .015, .056, .203.
 HEAD = 4.0
-# With size^0 instead of size^0.6 ResNet-20 has .118, .405, 2.25 instead of .137, .584, 3.21; with size^0.3 and
-# size^-0.3 no less. Kept apart: ResNet-44 has .050, .227, 2.91 instead of .070, .304, 3.20.
+# With size^0 instead of size^0.6 ResNet-20 has .118, .405, 2.25 instead of .137, .584, 3.21; size^0.3 and
+# size^-0.3 give no less. Kept apart: ResNet-44 has .050, .227, 2.91 instead of .070, .304, 3.20.
 _CONVOLUTION_EXPONENT = 0.0
 # Ends of the names of classes whose answers are scores of words; no masked language models, of which most are
 # used as encoders, whose word tables are worth less than their size says.
