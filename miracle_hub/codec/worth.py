@@ -14,7 +14,7 @@ from miracle_hub.format.spec import TensorSpec
 # worse: MiniLM loses .024, .071, .243 of cosine instead of .015, .056, .203.
 HEAD = 4.0
 # With size^0 instead of size^0.6 ResNet-20 has .118, .405, 2.25 instead of .137, .584, 3.21; size^0.3 and
-# size^-0.3 give no less. Kept apart: ResNet-44 has .050, .227, 2.91 instead of .070, .304, 3.20.
+# size^-0.3 give no less. Not chosen by: ResNet-44 has .050, .227, 2.91 instead of .070, .304, 3.20.
 _CONVOLUTION_EXPONENT = 0.0
 # Ends of the names of classes whose answers are scores of words; no masked language models, of which most are
 # used as encoders, whose word tables are worth less than their size says.
