@@ -25,6 +25,7 @@ from miracle_hub.codec.repository import OutputFile, total_bytes
 from miracle_hub.codec.source import SourceTensor, list_tensors, weight_files
 from miracle_hub.codec.stages import refined_files, refinement
 from miracle_hub.codec.survey import survey
+from miracle_hub.codec.worth import by_worth, worths
 from miracle_hub.codec.writer import Writer
 from miracle_hub.coding.backend import Backend, choose
 from miracle_hub.errors import BudgetError
@@ -64,7 +65,7 @@ def compress_folder(
         plans = plan_all(weights, options.modules_to_not_convert or [], coded or {}, half)
         non_finite = keep_exact(plans, known := roles(source))
         n_weights = sum(plan.source.n_weights for plan in plans.values()) + copied.n_weights
-        stages, jobs = _decide(plans, options, copied.n_bytes, n_weights, backend, half, knowledge)
+        stages, jobs = _decide(source, plans, options, copied.n_bytes, n_weights, backend, half, knowledge)
         tuned = _take(knowledge, plans, jobs, backend)
         written = Writer(temporary, plans, backend).write(stages, jobs, options.progress)
         report = replace(
@@ -168,6 +169,7 @@ def _copy_and_count(source: Path, target: Path, weights: list[Path]) -> _Copied:
 
 
 def _decide(
+    source: Path,
     plans: dict[str, Plan],
     options: CompressOptions,
     copied_bytes: int,
@@ -181,14 +183,16 @@ def _decide(
     left = {name: plan.source for name, plan in plans.items() if isinstance(plan, Coded)}
     are_coded = not left and any(isinstance(plan, Ready) for plan in plans.values())
     if not options.has_budget or are_coded:
-        plans |= {name: narrowed(Plain(source, Why.NO_BUDGET), half) for name, source in left.items()}
+        plans |= {name: narrowed(Plain(tensor, Why.NO_BUDGET), half) for name, tensor in left.items()}
         files = lay_out(plans, {}, shard_bytes, stem)
         _require_within(total_bytes(files) + copied_bytes, options, n_weights)
         return [files], [[]]
     request = Request(options.window_bits, options.rotation, options.seed, len(left), backend)
     curves, contents = survey(plans, request)
     costs = {} if knowledge is None else _curvatures(knowledge, plans, curves)
-    curves = _weighed(curves, {curve.name: plans[curve.name].source for curve in curves}, costs, request)
+    sources = {curve.name: plans[curve.name].source for curve in curves}
+    worth = worths([plan.source for plan in plans.values()], read_config(source))
+    curves = _weighed(by_worth(curves, worth), sources, costs, worth, request)
     refined = [refined_files(plans, request, stage, shard_bytes) for stage in range(2, options.stages + 1)]
     target = budget_bytes(options.bits_per_weight, options.size, n_weights)
     other_bytes = copied_bytes + sum(map(total_bytes, refined))
@@ -216,6 +220,7 @@ def _weighed(
     curves: list[Curve],
     sources: Mapping[str, SourceTensor],
     known: Mapping[str, Curvature],
+    worth: Mapping[str, float],
     request: Request,
 ) -> list[Curve]:
     """Curves by what errors cost, as far as anything is known of that."""
@@ -223,7 +228,7 @@ def _weighed(
         name: curvature.cost(sources[name].load(), request.rotation, request.backend)
         for name, curvature in known.items()
     }
-    return weighed(curves, costs, {name: source.n_weights for name, source in sources.items()})
+    return weighed(curves, costs, {name: source.n_weights for name, source in sources.items()}, worth)
 
 
 def _take(

@@ -47,9 +47,14 @@ _FLOOR = 0.1
 _SPREAD = 2.0
 
 
-def weighed(curves: Sequence[Curve], costs: Mapping[str, Tensor], sizes: Mapping[str, int]) -> list[Curve]:
-    """Curves with errors of a model that somebody ran, instead of the rule of `ladder`; several curves for a
-    tensor of whose rows ranges differ.
+def weighed(
+    curves: Sequence[Curve],
+    costs: Mapping[str, Tensor],
+    sizes: Mapping[str, int],
+    worth: Mapping[str, float] | None = None,
+) -> list[Curve]:
+    """Curves with errors of a model that somebody ran, instead of the rule of `ladder` and `worth`; several
+    curves for a tensor of whose rows ranges differ.
 
     What no answer depends on, as a layer that no input reached, is worth the median of all others.
 
@@ -57,10 +62,10 @@ def weighed(curves: Sequence[Curve], costs: Mapping[str, Tensor], sizes: Mapping
         costs: in nats per token, of a relative squared error of 1, float32 `[rows]`, of the tensors that are
             known.
         sizes: weights of all tensors.
+        worth: by which the curves' errors are multiplied already, beside the sizes.
     """
-    trusted = {
-        name: (float(cost.sum()) / sizes[name] ** SIZE_EXPONENT) ** _TRUST for name, cost in costs.items()
-    }
+    ruled = {name: sizes[name] ** SIZE_EXPONENT * (worth or {}).get(name, 1.0) for name in costs}
+    trusted = {name: (float(cost.sum()) / ruled[name]) ** _TRUST for name, cost in costs.items()}
     known = [factor for factor in trusted.values() if factor > 0]
     if not known:
         return list(curves)
