@@ -73,7 +73,7 @@ class Refits:
             for matrix in tqdm(
                 self.matrices, desc=f"code {group}/{options.groups}", disable=not self.progress
             ):
-                matrix.code(matrix.columns_at(options.share(group)))
+                matrix.code(matrix.columns if matrix.is_first else matrix.columns_at(options.share(group)))
             self._report(f"coded {options.share(group):.0%}")
             if group < options.groups and options.steps:
                 self._fit(group)

@@ -63,6 +63,20 @@ class Sensitivity:
         found.rows += rows
         found.weight += float(rows.sum())
 
+    def add_looked_up(self, name: str, use: str, ids: Tensor, gradient: Tensor, n_rows: int) -> None:
+        """Rows of a matrix that were looked up, `[n]`, and their gradients, `[n, columns]`.
+
+        An error e of a row costs (e · gradient)², so that gradients are here what inputs are elsewhere.
+        """
+        n_columns = gradient.shape[1]
+        new = _Sums(torch.zeros(n_rows), torch.zeros(n_columns, n_columns))
+        found = self._of(name, use, new)
+        assert found.columns is not None
+        rows = torch.zeros(n_rows).index_add_(0, ids, gradient.square().mean(1))
+        found.rows += rows
+        found.columns += gradient.T @ gradient
+        found.weight += float(rows.sum())
+
     def _of(self, name: str, use: str, new: _Sums) -> _Sums:
         return self.sums.setdefault(name, {}).setdefault(use, new)
 
@@ -190,9 +204,8 @@ class _Watch:
     def add(self, module: nn.Module, x: Tensor, gradient: Tensor) -> None:
         """What one pass says."""
         if isinstance(module, nn.Embedding):
-            rows = torch.zeros(module.num_embeddings)
-            rows.index_add_(0, x.flatten(), gradient.reshape(x.numel(), -1).square().mean(1).float())
-            self.found.add_rows(self.name, self.path, rows)
+            flat = gradient.reshape(x.numel(), -1).float()
+            self.found.add_looked_up(self.name, self.path, x.flatten(), flat, module.num_embeddings)
             return
         if isinstance(module, _CONVOLUTIONS):
             x, gradient = _unfolded(module, x, gradient)
