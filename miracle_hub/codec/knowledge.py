@@ -48,8 +48,8 @@ _RANGES = 16
 _SHARE = 1 / 128
 # Bits per weight that a cut must save: a choice.
 _LEAST_SAVED = 0.001
-# Rows that no input had cost this share of the mean: rare words keep a floor. As above, it is 0.080, 0.073, 0.072
-# and 0.081 with shares of 0.1, 0.3, 0.6 and 1.
+# Rows that no input had cost this share of the mean: rare words keep a floor. As above it is 0.080, 0.073,
+# 0.072 and 0.081 with shares of 0.1, 0.3, 0.6 and 1.
 _FLOOR = 0.3
 
 
