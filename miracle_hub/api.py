@@ -44,6 +44,7 @@ def compress(
     stages: int = 1,
     calibrate: str | Any | None = "self",
     effort: int = 1,
+    work: str | Path | None = None,
     backend: str = "auto",
     revision: str | None = None,
     overwrite: bool = False,
@@ -71,6 +72,8 @@ def compress(
         calibrate: what the model is run on, without labels: "self" (inputs of its own making), "none" (it is
             not run), a file or folder, a Hub id; or, in Python, texts, a data set or arrays.
         effort: of calibration, 0 to 5: each takes 4 times as long as the one before, or more.
+        work: a folder where a calibration keeps what took long: if it is killed, the same call goes on there.
+            It is emptied at the end.
         backend: "auto" (a GPU where there is one), "cpu" (numba) or "triton" (a GPU).
         revision: branch, tag or commit of a Hub id.
         overwrite: replace the output if it exists.
@@ -88,6 +91,7 @@ def compress(
         DataError: the data cannot be read, are none that the model takes, or too few.
         BudgetError: the size cannot be met; the message says the least or most possible.
         OptionError: an option is out of range; or there is not exactly one of bits_per_weight and size.
+        ResumeError: `work` is of a run with another source, other data or options.
         BackendError: the backend cannot run here.
         OutputExistsError: `out` exists. OutputWriteError: it cannot be written.
     """
@@ -105,18 +109,23 @@ def compress(
         "not_downloaded": not_downloaded(source, options.revision, folder),
     }
     if not is_asked(options.calibrate):
-        _refuse_idle(model)
+        _refuse_idle(model, options.work)
         return plainly(Path(out), options, **about_output)
     from miracle_hub.calibrate.compression import compress_calibrated
 
     return compress_calibrated(plainly, folder, Path(out), options, model=model, **about_output)
 
 
-def _refuse_idle(model: nn.Module | None) -> None:
+def _refuse_idle(model: nn.Module | None, work: str | Path | None) -> None:
     """
     Raises:
-        OptionError: a model is given that would not be run.
+        OptionError: a model is given that would not be run, or a folder that nothing would be kept in.
     """
+    if work is not None:
+        raise OptionError(
+            "work: expected none, since without calibration nothing is kept, found one; give calibrate, or "
+            "leave it out"
+        )
     if model is not None:
         raise OptionError(
             "model: expected none, since without calibration no model is run, found one; give calibrate, or "

@@ -1,6 +1,7 @@
 """What every room refuses in the same words: a value that is no choice, no whole number, or not positive."""
 
 import math
+import os
 from collections.abc import Collection
 
 from miracle_hub.errors import BudgetError, OptionError
@@ -50,6 +51,17 @@ def check_data(name: str, value: object) -> None:
             f'{name}: expected "self", "none", a path, a Hub id or data, found {value!r}; leave it out for '
             '"self"'
         )
+
+
+def check_path(name: str, value: object) -> None:
+    """Refuse what can be no path; None is none.
+
+    Raises:
+        OptionError: it is that.
+    """
+    is_path = isinstance(value, str | os.PathLike) and bool(str(value).strip())
+    if value is not None and not is_path:
+        raise OptionError(f"{name}: expected a path, found {value!r}; leave it out for none")
 
 
 def check_one_budget(where: str, **budgets: object) -> None:

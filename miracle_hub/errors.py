@@ -10,6 +10,7 @@
     ├── CalibrationError (ValueError)    a model that cannot be run here, or not on what there is
     ├── BudgetError (ValueError)         a size or rate that cannot be met
     ├── OptionError (ValueError)         a code, order or rotation that cannot exist
+    ├── ResumeError (ValueError)         a work folder of another run than the one that is to go on
     ├── BackendError (RuntimeError)      a backend that cannot run here, or not this
     ├── TrainingError (RuntimeError)     a loss or a gradient that is not finite
     ├── WrittenWeightError (RuntimeError) a weight whose posterior cannot follow what was done to it
@@ -65,6 +66,10 @@ class BudgetError(MiracleError, ValueError):
 
 class OptionError(MiracleError, ValueError):
     """A parameter of the code, the order or the rotation is out of range."""
+
+
+class ResumeError(MiracleError, ValueError):
+    """A run cannot go on from what its work folder holds: that is another run's, or no run's."""
 
 
 class BackendError(MiracleError, RuntimeError):

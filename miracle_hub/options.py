@@ -9,9 +9,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from fractions import Fraction
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol, TypeVar, get_type_hints
 
-from miracle_hub.checks import check_choice, check_data, check_integer, check_one_budget, check_positive
+from miracle_hub.checks import (
+    check_choice,
+    check_data,
+    check_integer,
+    check_one_budget,
+    check_path,
+    check_positive,
+)
 from miracle_hub.code import BACKENDS, DEFAULT_WIDTH, MAX_STAGES, MAX_WIDTH_LOG2, MAX_WINDOW_BITS
 from miracle_hub.errors import BudgetError, OptionError
 from miracle_hub.names import check_names
@@ -43,6 +51,11 @@ Calibrate = Annotated[
     str | Any | None,
     'What the model is run on, without labels: "self" (inputs of its own making), "none" (it is not run), a '
     "file or folder, a Hub id; or, in Python, texts, a data set or arrays.",
+]
+Work = Annotated[
+    str | Path | None,
+    "A folder where a calibration keeps what took long: if it is killed, the same call goes on there. It is "
+    "emptied at the end.",
 ]
 Effort = Annotated[int, "Of calibration, 0 to 5: each takes 4 times as long as the one before, or more."]
 
@@ -81,6 +94,7 @@ class CompressOptions:
     ] = 1
     calibrate: Calibrate = "self"
     effort: Effort = 1
+    work: Work = None
     backend: Backend = "auto"
     revision: Revision = None
     overwrite: Overwrite = False
@@ -100,6 +114,7 @@ class CompressOptions:
         check_integer("stages", self.stages, 1, MAX_STAGES, hint=_STAGES_HINT)
         check_data("calibrate", self.calibrate)
         check_integer("effort", self.effort, 0, 5)
+        check_path("work", self.work)
         check_names(self.modules_to_not_convert, "modules_to_not_convert")
         parse_size(self.max_shard_size, "max_shard_size")
         check_choice("backend", self.backend, BACKENDS)

@@ -17,6 +17,7 @@ from miracle_hub.calibrate.known import Known
 from miracle_hub.calibrate.recipe import knowledge_of
 from miracle_hub.codec.curvature import Curvature
 from miracle_hub.codec.jobs import Job
+from miracle_hub.codec.kept import Kept
 from miracle_hub.codec.plan import Plan
 from miracle_hub.codec.report import CALIBRATION_LOGGER
 from miracle_hub.codec.source import SourceTensor, list_tensors, weight_files
@@ -38,8 +39,10 @@ class Asking:
         unseen: names of tensors to be coded that no answer depends on.
     """
 
-    def __init__(self, folder: Path, options: CompressOptions, model: nn.Module | None = None) -> None:
-        self.folder, self.options, self.model = folder, options, model
+    def __init__(
+        self, folder: Path, options: CompressOptions, model: nn.Module | None = None, kept: Kept | None = None
+    ) -> None:
+        self.folder, self.options, self.model, self.kept = folder, options, model, kept or Kept()
         self.known: Known | None = None
         self.judge: Judge | None = None
         self.why, self.undone, self.unseen = "", "", list[str]()
@@ -118,6 +121,7 @@ class Asking:
             self.undone = "stages above the first add what is left of the source's own weights"
         effort, seed = 0 if self.undone else options.effort, options.seed % 2**32
         given = {"effort": effort, "seed": seed, "model": model, "progress": options.progress}
+        given["kept"] = self.kept
         known = knowledge_of(self.folder, options.calibrate, **given)
         if model is None:  # transformers may give tensors other names than files have
             theirs = roles_of(self.folder).parameters

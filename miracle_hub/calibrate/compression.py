@@ -12,6 +12,7 @@ from torch import nn
 from miracle_hub.calibrate.asking import Asking
 from miracle_hub.calibrate.estimate import MOST_COMPARED
 from miracle_hub.codec.report import Calibration, Report
+from miracle_hub.codec.work import work_folder
 from miracle_hub.options import CompressOptions
 
 _NAMED = 5
@@ -48,14 +49,18 @@ def compress_calibrated(
     Raises:
         CalibrationError: the model cannot be run on the data that were given.
         DataError: the data cannot be read, are none that the model takes, or too few.
+        ResumeError: the work folder is of a run with another source, other data or options.
     """
-    asking = Asking(source, options, model)
-    judged = _Judged(asking, compress)
-    try:
-        return compress(out, options, knowledge=asking, judged=judged, **also)
-    except _TakenBack as taken:
-        found = taken.found
-    return compress(out, options, judged=lambda folder, report: replace(report, calibration=found), **also)
+    with work_folder(source, out, options, model) as kept:
+        asking = Asking(source, options, model, kept)
+        judged = _Judged(asking, compress)
+        try:
+            return compress(out, options, knowledge=asking, judged=judged, **also)
+        except _TakenBack as taken:
+            found = taken.found
+        return compress(
+            out, options, judged=lambda folder, report: replace(report, calibration=found), **also
+        )
 
 
 @dataclass
@@ -82,7 +87,7 @@ class _Judged:
             known.inputs.said, known.inputs.n_tokens, asking.options.effort, tuple(known.losses), judge.unit,
             judge.divergence(folder),
         )  # fmt: skip
-        if known.options.all_steps and report.n_weights <= MOST_COMPARED:
+        if known.options.is_any and report.n_weights <= MOST_COMPARED:
             found = replace(found, data_free=self._without(asking))
             if found.data_free is not None and found.data_free < found.divergence:
                 raise _TakenBack(replace(found, divergence=found.data_free, is_taken_back=True))
@@ -101,7 +106,7 @@ class _Judged:
 def _notes(asking: Asking) -> tuple[str, ...]:
     """What to know of refits that failed, and of tensors that cost nothing."""
     found = [f"not refitted: {asking.undone}"] if asking.undone else []
-    if asking.known is not None and asking.known.options.all_steps and not asking.known.states_tuned:
+    if asking.known is not None and asking.known.options.is_any and not asking.known.states_tuned:
         found.append("norms and biases are not tuned: without a config.json nothing says so to readers")
     if names := sorted(asking.unseen):
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""

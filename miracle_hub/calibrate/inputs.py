@@ -1,7 +1,7 @@
 """What a model is run on while it is compressed: the user's own data, or inputs of its own making."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -41,6 +41,31 @@ class Inputs:
     said: str
     n_tokens: int
     digest: str
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All batches, for a file; see `of_tensors`."""
+        parts = {"batches": self.batches, "held_out": self.held_out}
+        return {
+            f"{part}.{i}.{name}": values
+            for part, batches in parts.items()
+            for i, batch in enumerate(batches)
+            for name, values in batch.items()
+        }
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What they are beside their tensors, as JSON has it: the names of every batch in their order too."""
+        names = {"batches": [list(b) for b in self.batches], "held_out": [list(b) for b in self.held_out]}
+        return {"said": self.said, "n_tokens": self.n_tokens, "digest": self.digest, **names}
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> "Inputs":
+        """What `tensors` and `facts` are of."""
+        batches, held_out = (
+            tuple({n: tensors[f"{part}.{i}.{n}"] for n in names} for i, names in enumerate(facts[part]))
+            for part in ("batches", "held_out")
+        )
+        return cls(batches, held_out, facts["said"], facts["n_tokens"], facts["digest"])
 
 
 def inputs_of(

@@ -2,18 +2,27 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor, nn
 
+from miracle_hub.calibrate.blocks import chains_of
+from miracle_hub.calibrate.by_blocks import ByBlocks
+from miracle_hub.calibrate.fitting import order
 from miracle_hub.calibrate.inputs import Inputs
+from miracle_hub.calibrate.journal import Journal
+from miracle_hub.calibrate.kept_knowledge import kept_of_jobs
+from miracle_hub.calibrate.kept_refits import KeptMaking, steps_of
 from miracle_hub.calibrate.matrix import MatrixInMaking
 from miracle_hub.calibrate.refits import RefitOptions, Refits
 from miracle_hub.calibrate.sensitivity import Sensitivity
 from miracle_hub.calibrate.teacher import Teacher, spread
 from miracle_hub.calibrate.trials import with_damping
+from miracle_hub.calibrate.tuning import Tuning
 from miracle_hub.codec.curvature import Curvature
 from miracle_hub.codec.dtypes import TORCH_DTYPES
 from miracle_hub.codec.jobs import Job
+from miracle_hub.codec.kept import Kept
 from miracle_hub.codec.plan import Plain, Plan, Why
 from miracle_hub.codec.source import SourceTensor
 from miracle_hub.coding.backend import Backend
@@ -36,7 +45,7 @@ class Known:
         states_tuned: whether readers can be told which plain tensors were tuned; else none is.
         held_out: the dense model's answers to rows that nothing is fitted to.
         tables: names of weights that are looked up and nothing else, coded before anything is refitted.
-        losses: what was done, and the divergence on these rows after it.
+        journal: what was done, and the divergence on these rows after it.
     """
 
     def __init__(
@@ -49,43 +58,77 @@ class Known:
         states_tuned: bool = True,
         seed: int = 0,
         progress: bool = False,
+        kept: Kept | None = None,
     ) -> None:
         self.sensitivity, self.model, self.inputs, self.options = sensitivity, model, inputs, options
         self.states_tuned, self.seed, self.progress = states_tuned, seed, progress
+        self.kept = kept or Kept()
         self.held_out = Teacher(model, inputs.held_out[spread(inputs.held_out, _JUDGED_TOKENS)])
         self.tables, self.tuned = tables_of(model), dict[str, Tensor]()
-        self.losses: list[tuple[str, float]] = []
+        self.journal = Journal(model, self.held_out)
+
+    @property
+    def losses(self) -> list[tuple[str, float]]:
+        """What was done, and the divergence on held-out rows after it."""
+        return self.journal.losses
 
     def curvature(self, source: SourceTensor) -> Curvature | None:
         """As the sensitivity of the model's answers has it; tables, beside refits, cost more."""
         found = self.sensitivity.curvature(source.name, source.shape)
-        if found is None or self.options.groups == 1 or source.name not in self.tables:
+        is_refitted = self.options.groups > 1 or self.options.blocks is not None
+        if found is None or not is_refitted or source.name not in self.tables:
             return found
         return replace(found, rows=_TABLE_COST * found.rows)
 
     def encode(self, plans: Mapping[str, Plan], jobs: Sequence[Job], backend: Backend) -> Mapping[str, bytes]:
         """Payloads of the model's matrices, refitted; none at an effort without refits."""
-        if not self.options.all_steps:
+        if not self.options.is_any:
             return {}
         self.model.requires_grad_(False)
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        vectors = _vectors(plans, parameters) if self.states_tuned else {}
         teacher = Teacher(self.model, self.inputs.batches[: self.options.all_steps], self.progress)
         tried = self.held_out.some(_TRIED_TOKENS)
         known = [job for job in jobs if job.source.name in parameters]
-        known = with_damping(known, self.model, parameters, tried, backend, self.progress)
-        matrices = [
-            MatrixInMaking(job, parameters[name], backend, is_first=name in self.tables)
-            for job, name in ((job, job.source.name) for job in known)
-        ]
-        vectors = _vectors(plans, parameters) if self.states_tuned else {}
-        given = (self.options, self.progress, self.seed)
-        refits = Refits(self.model, teacher, self.held_out, matrices, list(vectors.values()), *given)
-        refits.run()
-        payloads = {matrix.job.source.name: matrix.payload() for matrix in matrices}
+        kept = kept_of_jobs(self.kept, known, backend)
+        known = with_damping(known, self.model, parameters, tried, backend, self.progress, kept)
+        kept = kept.given(repr(self.options), *vectors)
+        made = self._made(known, teacher, parameters, vectors, backend, kept)
+        self._tune(teacher, made, list(vectors.values()), kept)
         for name, vector in vectors.items():
             self.tuned[name] = vector.detach().to(TORCH_DTYPES[plans[name].source.dtype], copy=True)
-        self.losses = refits.losses
-        return payloads
+        return {matrix.job.source.name: matrix.payload() for matrix in made}
+
+    def _made(
+        self, jobs: Sequence[Job], teacher: Teacher, parameters: Mapping[str, nn.Parameter],
+        vectors: Mapping[str, nn.Parameter], backend: Backend, kept: Kept,
+    ) -> list[MatrixInMaking]:  # fmt: skip
+        """Matrices, all coded: block by block, or all at once."""
+        given, blocks = (self.progress, self.seed, kept), self.options.blocks
+        if blocks and (chains := chains_of(self.model, self.inputs.batches[0])):
+            batches = self.inputs.batches[: blocks.batches]
+            making = ByBlocks(self.journal, chains, batches, parameters, vectors, blocks, backend, *given)
+            return making.run(jobs)
+        made = [
+            MatrixInMaking(job, parameters[name], backend, is_first=name in self.tables)
+            for job, name in ((job, job.source.name) for job in jobs)
+        ]
+        Refits(teacher, self.journal, made, list(vectors.values()), self.options, *given).run()
+        return made
+
+    def _tune(
+        self, teacher: Teacher, made: Sequence[MatrixInMaking], vectors: Sequence[nn.Parameter], kept: Kept
+    ) -> None:
+        """At the end; what does not help on held-out rows is undone."""
+        making = KeptMaking(kept, "tuned", made, vectors, self.losses)
+        if not self.options.end_steps or making.go_on_tuned():
+            return
+        loss = partial(teacher.divergence, self.model)
+        tuning = Tuning(made, vectors, self.options.end_rate, loss)
+        numbers = order(len(teacher), self.options.end_steps, self.seed, 0)
+        tuning.run(numbers, kept, steps_of(0), self.progress)
+        self.journal.report_or_undo("tuned", tuning.undo)
+        making.keep_tuned()
 
     def plain(self, source: SourceTensor) -> Tensor | None:
         """What refits made of it, if it is one of the model's vectors."""

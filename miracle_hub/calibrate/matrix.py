@@ -1,5 +1,6 @@
 """A matrix in the making: some of its columns are coded, the others still free to make up for them."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -40,6 +41,23 @@ class MatrixInMaking:
         """Make it what the model runs with."""
         weights = rotated_matrix(matrix, self.columns, self.rotation, self.backend)
         self.parameter.data.copy_(weights.view(self.parameter.shape))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that coding, refits and tuning have made so far, for a file; see `go_on`."""
+        found = {"parameter": self.parameter, "gains": self.gains, "n_coded": torch.tensor(self.n_coded)}
+        found |= {f"scales.{i}": scales for i, scales in enumerate(self.coder.scales)}
+        found |= {f"states.{i}": torch.cat(own) for i, own in enumerate(self.coder.states) if own}
+        return found | {f"message.{i}": message for i, message in enumerate(self.coder.messages)}
+
+    def go_on(self, found: Mapping[str, Tensor]) -> None:
+        """Be where the matrix of `tensors` was."""
+        self.parameter.data.copy_(found["parameter"])
+        self.gains, self.n_coded = found["gains"], int(found["n_coded"])
+        for i, (scales, states) in enumerate(zip(self.coder.scales, self.coder.states, strict=True)):
+            scales.copy_(found[f"scales.{i}"])
+            states[:] = [found[name].to(scales.device)] if (name := f"states.{i}") in found else []
+        n_messages = sum(name.startswith("message.") for name in found)
+        self.coder.messages = [found[f"message.{i}"] for i in range(n_messages)]
 
     def columns_at(self, share: float) -> int:
         """Whole bands that hold a share of the columns."""

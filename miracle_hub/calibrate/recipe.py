@@ -6,16 +6,19 @@ from typing import Any
 
 from torch import nn
 
+from miracle_hub.calibrate.block_refits import BlockOptions
 from miracle_hub.calibrate.inputs import SELF, Inputs, inputs_of
+from miracle_hub.calibrate.kept_knowledge import kept_inputs, kept_sensitivity
 from miracle_hub.calibrate.known import Known
 from miracle_hub.calibrate.modality import Modality, modality_of, takes_sounds, takes_texts
 from miracle_hub.calibrate.models import load_dense
 from miracle_hub.calibrate.refits import RefitOptions
 from miracle_hub.calibrate.sensitivity import measure
+from miracle_hub.codec.kept import Kept
 from miracle_hub.codec.naming import CONFIG
 
-# Multiplications and additions per second of two cores in float32: SmolLM2 read 350 tokens a second.
-_SPEED = 1e11
+# Multiplications and additions per second of two cores that multiply in bfloat16.
+_SPEED = 2e11
 # Of the dense model's answer, and of a step of the optimizer, per weight and token.
 _WORK = 8
 _STEP_TOKENS = 1024
@@ -27,9 +30,16 @@ _MOST_SELF_MADE = 64 * _STEP_TOKENS
 _STEPS_OF_OTHERS, _SEEN = 256, 4
 _WINDOW = 512
 # Smaller models have the time of one of so many weights; their steps are bounded by their number. MiniLM, of
-# 22.7 M, gets 540 steps at effort 2, of 1.2 CPU seconds each; of 2e7 it had 154.
+# 22.7 M, gets 540 steps at effort 2, of 1.2 CPU seconds each.
 _SMALL = 8e7
 _ROWS = 64
+# Refits of the whole model need so many steps between two groups; with fewer, blocks are refitted.
+_FEWEST_STEPS = 32
+_FEWEST_BLOCK_STEPS = 8
+# Of the steps, those that tune at the end, of whole models that were refitted and of others.
+_END, _END_OF_BLOCKS = 0.2, 0.4
+# Batches that go through all blocks, dense and coded; twice forth costs as much as so many steps.
+_BLOCK_BATCHES, _BLOCK_PASSES = 24, 16
 
 
 @dataclass(frozen=True)
@@ -38,26 +48,29 @@ class Effort:
 
     Attributes:
         minutes: per 100 million weights, of two cores.
+        groups: of columns, where the whole model is refitted.
         most_steps: of small models, whose steps take no time.
+        block_groups: of columns, where blocks are refitted.
     """
 
     minutes: float
     groups: int
     most_steps: int
+    block_groups: int
 
 
 EFFORTS = (
-    Effort(0, 1, 0),
-    Effort(1.5, 4, 240),
-    Effort(10, 8, 1200),
-    Effort(40, 16, 4800),
-    Effort(150, 16, 12000),
-    Effort(600, 32, 48000),
+    Effort(0, 1, 0, 1),
+    Effort(1.5, 4, 240, 2),
+    Effort(10, 8, 1200, 4),
+    Effort(40, 16, 4800, 8),
+    Effort(150, 16, 12000, 16),
+    Effort(600, 32, 48000, 16),
 )
 
 
 def refit_options(effort: int, n_weights: int, n_multiplied: int) -> RefitOptions:
-    """Groups and steps of an effort.
+    """Groups and steps of an effort: of the whole model where there is time for them, else of its blocks.
 
     Args:
         n_multiplied: weights that every token is multiplied by.
@@ -65,10 +78,17 @@ def refit_options(effort: int, n_weights: int, n_multiplied: int) -> RefitOption
     level = EFFORTS[effort]
     work = level.minutes * 60 * _SPEED * max(n_weights, _SMALL) / 1e8
     steps = min(level.most_steps, int(work / (_WORK * max(n_multiplied, 1) * _STEP_TOKENS)))
-    if steps < 2 * level.groups:
-        return RefitOptions(groups=1, steps=0, end_steps=steps)
-    end_steps = steps // 5
-    return RefitOptions(level.groups, (steps - end_steps) // (level.groups - 1), end_steps)
+    end_steps = int(steps * _END)
+    of_group = (steps - end_steps) // max(1, level.groups - 1)
+    if of_group >= _FEWEST_STEPS:
+        return RefitOptions(level.groups, of_group, end_steps)
+    end_steps = int(steps * _END_OF_BLOCKS)
+    left = steps - end_steps - _BLOCK_PASSES
+    of_group = left // max(1, level.block_groups - 1)
+    if of_group < _FEWEST_BLOCK_STEPS:
+        return RefitOptions(end_steps=steps)
+    blocks = BlockOptions(level.block_groups, of_group, _BLOCK_BATCHES)
+    return RefitOptions(end_steps=end_steps, blocks=blocks)
 
 
 def knowledge_of(
@@ -79,6 +99,7 @@ def knowledge_of(
     seed: int = 0,
     model: nn.Module | None = None,
     progress: bool = False,
+    kept: Kept | None = None,
 ) -> Known:
     """What there is to know of the model of a folder: it is run on data, or on inputs of its own making.
 
@@ -86,20 +107,26 @@ def knowledge_of(
         data: see `inputs.inputs_of`.
         effort: 0 to 5.
         model: the folder's, where transformers cannot tell; float32, in evaluation mode. It is changed.
+        kept: what a run of the same arguments has kept, and where this one keeps it.
 
     Raises:
         CalibrationError: the model cannot be run, or nothing is known that it could be run on.
         DataError: the data cannot be read, are none that the model takes, or too few.
+        ResumeError: the data are others than before.
     """
+    kept = kept or Kept()
     model = load_dense(folder) if model is None else model
     n_weights = sum(parameter.numel() for parameter in model.parameters())
     options = refit_options(effort, n_weights, _multiplied(model))
-    wanted = _tokens(modality_of(model), options.all_steps, isinstance(data, str) and data == SELF)
-    inputs = inputs_of(model, folder, data, n_tokens=wanted, seed=seed, **_batch_size(model))
+    is_self = isinstance(data, str) and data == SELF
+    asked = {"n_tokens": _tokens(modality_of(model), options.n_batches, is_self), "seed": seed}
+    asked |= _batch_size(model)
+    inputs = kept_inputs(kept, lambda: inputs_of(model, folder, data, **asked), is_self)
+    kept = kept.given(inputs.digest)
     names = {name for name, p in model.named_parameters(remove_duplicate=False) if p.dim() > 1}
     looked_at = _first(inputs, _SENSITIVITY_TOKENS)
-    found = measure(model, looked_at, names, seed, progress)
-    given = {"states_tuned": (folder / CONFIG).is_file(), "seed": seed, "progress": progress}
+    found = kept_sensitivity(kept, lambda: measure(model, looked_at, names, seed, progress))
+    given = {"states_tuned": (folder / CONFIG).is_file(), "seed": seed, "progress": progress, "kept": kept}
     return Known(found, model, inputs, options, **given)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ class _Sums:
     Attributes:
         rows: squared gradients, `[rows]`.
         columns: second moments weighted by squared gradients, `[columns, columns]`; None for the unit matrix.
+            Once everything is added, divided by the weight.
         weight: the sum of those gradients.
     """
 
@@ -77,8 +79,42 @@ class Sensitivity:
         found.columns += gradient.T @ gradient
         found.weight += float(rows.sum())
 
+    def finish(self) -> None:
+        """Make means of sums, when everything is added."""
+        for uses in self.sums.values():
+            for use in uses.values():
+                if use.columns is not None and use.weight > 0:
+                    use.columns /= use.weight
+
     def _of(self, name: str, use: str, new: _Sums) -> _Sums:
         return self.sums.setdefault(name, {}).setdefault(use, new)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All sums, for a file; see `of_tensors`."""
+        found = dict[str, Tensor]()
+        for i, use in enumerate(self._uses()):
+            found[f"rows.{i}"] = use.rows
+            if use.columns is not None:
+                found[f"columns.{i}"] = use.columns
+        return found
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What there is beside tensors, as JSON has it."""
+        names = [[name, use] for name, uses in self.sums.items() for use in uses]
+        weights = [use.weight for use in self._uses()]
+        return {"n_tokens": self.n_tokens, "aliases": self.aliases, "names": names, "weights": weights}
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> "Sensitivity":
+        """What `tensors` and `facts` are of."""
+        found = cls(facts["n_tokens"], facts["aliases"])
+        for i, ((name, use), weight) in enumerate(zip(facts["names"], facts["weights"], strict=True)):
+            found._of(name, use, _Sums(tensors[f"rows.{i}"], tensors.get(f"columns.{i}"), weight))
+        return found
+
+    def _uses(self) -> Iterator[_Sums]:
+        return (use for uses in self.sums.values() for use in uses.values())
 
     def curvature(self, name: str, shape: Sequence[int]) -> Curvature | None:
         """Of a tensor in the rows and columns of its payload; None if nothing was seen of it."""
@@ -91,6 +127,8 @@ class Sensitivity:
         moments = [(float(use.rows.sum()) / total, _moments(use, columns)) for use in uses]
         if all(found is None for _, found in moments):
             return Curvature(rows)
+        if len(moments) == 1:  # the same memory: they are as large as the model
+            return Curvature(rows, moments[0][1])
         unit = torch.eye(columns)
         return Curvature(
             rows, torch.stack([share * (unit if m is None else m) for share, m in moments]).sum(0)
@@ -111,9 +149,10 @@ def _moments(use: _Sums, columns: int) -> Tensor | None:
     """Of the columns of the matrix view: where rows are cut, the mean of all pieces."""
     if use.columns is None or len(use.columns) % columns:
         return None
+    if len(use.columns) == columns:
+        return use.columns
     pieces = use.columns.unfold(0, columns, columns).unfold(1, columns, columns)
-    mean = pieces.diagonal(dim1=0, dim2=1).mean(-1)
-    return mean / use.weight
+    return pieces.diagonal(dim1=0, dim2=1).mean(-1)
 
 
 def measure(
@@ -140,6 +179,7 @@ def measure(
             found.n_tokens += answer[..., 0].numel()
             answer.backward(sampled_gradient(kind, answer.detach(), generator))
             _add_loose(found, loose)
+    found.finish()
     return found
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from miracle_hub.calibrate.matrix import MatrixInMaking
 from miracle_hub.calibrate.teacher import Teacher
 from miracle_hub.codec.jobs import Job
+from miracle_hub.codec.kept import Kept
 from miracle_hub.coding.backend import Backend
 
 _DAMPINGS = (0.03, 0.3, 3.0, None)
@@ -38,13 +39,34 @@ def with_damping(
     held_out: Teacher,
     backend: Backend,
     progress: bool = False,
+    kept: Kept | None = None,
 ) -> list[Job]:
     """The jobs, those of each kind with the damping, or without the feedback, that diverged least."""
+    kept = kept or Kept()
+    if (found := kept.load("damping")) is None:
+        chosen = _chosen(jobs, model, parameters, held_out, backend, progress)
+        kept.save("damping", chosen=chosen)
+    else:
+        chosen = found.facts["chosen"]
+    return [
+        _damped(job, chosen[kind]) if (kind := kind_of(job.source.name)) in chosen else job for job in jobs
+    ]
+
+
+def _chosen(
+    jobs: Sequence[Job],
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    held_out: Teacher,
+    backend: Backend,
+    progress: bool,
+) -> dict[str, float | None]:
+    """Of every kind of matrices that was tried."""
     kinds: dict[str, list[Job]] = {}
     for job in jobs:
         if job.curvature is not None and job.curvature.columns is not None:
             kinds.setdefault(kind_of(job.source.name), []).append(job)
-    chosen = {}
+    chosen = dict[str, float | None]()
     for kind, own in tqdm(kinds.items(), desc="feedback", disable=not progress):
         picked = [own[i] for i in sorted({0, len(own) // 2, len(own) - 1})][:_TRIED]
         if sum(job.source.n_weights for job in picked) <= _TRIED * _MOST_WEIGHTS:
@@ -53,9 +75,7 @@ def with_damping(
                 for d in _DAMPINGS
             }
             chosen[kind] = min(tried, key=lambda damping: tried[damping])
-    return [
-        _damped(job, chosen[kind]) if (kind := kind_of(job.source.name)) in chosen else job for job in jobs
-    ]
+    return chosen
 
 
 def _damped(job: Job, damping: float | None) -> Job:

@@ -38,7 +38,8 @@ class BandCoder:
 
     Attributes:
         scales: of the prior, one tensor for every segment, before the rotation's factor.
-        states: windows of the message so far, int32, for every segment by band.
+        states: windows of the message so far, int32, for every segment by band; none when all is coded.
+        messages: one for every segment, when all is coded.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class BandCoder:
         self.width = band_columns(matrix.shape[1])
         self.scales = [_prior_scales(rows, segment) for rows, segment in self._by_segment(matrix)]
         self.states: list[list[Tensor]] = [[] for _ in segments]
+        self.messages: list[Tensor] = []
 
     def code(self, matrix: Float32[Tensor, "rows columns"], first: int, until: int) -> None:
         """Code columns [first, until) of a matrix in place; those after them make up for the errors.
@@ -70,6 +72,15 @@ class BandCoder:
             matrix[:, band] = found
         rest = slice(until, matrix.shape[1])
         matrix[:, rest] += self._asked(errors, rest, first)
+        if until == matrix.shape[1]:
+            self._finish()
+
+    def _finish(self) -> None:
+        """Pack the messages; windows, and the factor, take more memory than the matrix."""
+        windows = [torch.cat(own).long().cpu().numpy() for own in self.states]
+        pairs = zip(windows, self.segments, strict=True)
+        self.messages = [pack_states(own, segment.code) for own, segment in pairs]
+        self.states, self.factor = [[] for _ in self.segments], None
 
     def _asked(self, errors: Tensor, band: slice, first: int) -> Tensor | float:
         """What errors of the columns from the first to a band ask of it: times U_{<b,b}·U_bb⁻¹.
@@ -99,11 +110,7 @@ class BandCoder:
     def parts(self, scales: Sequence[Tensor], rotation: int) -> list[CodedRows]:
         """What is coded, when that is all columns, with other scales for the same candidates."""
         words = [rounded_scales(own / math.sqrt(rotation)).bfloat16() for own in scales]
-        messages = [
-            pack_states(torch.cat(states).long().numpy(), segment.code)
-            for segment, states in zip(self.segments, self.states, strict=True)
-        ]
-        parts = zip(self.segments, words, messages, strict=True)
+        parts = zip(self.segments, words, self.messages, strict=True)
         return [CodedRows(segment.rows, segment.code, own, message) for segment, own, message in parts]
 
     def _by_segment(self, matrix: Tensor) -> list[tuple[Tensor, Segment]]:

@@ -96,8 +96,11 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path, instead: str = "another output") -> Iterator[None]:
     """Make a folder, if there is none, that no other run may use until the block ends.
+
+    Args:
+        instead: what to choose where another run uses it.
 
     Raises:
         OutputExistsError: another run uses it.
@@ -110,7 +113,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     except BlockingIOError:
         raise OutputExistsError(
             f"{folder}: expected no other run that uses this folder, found one; wait for its end, or choose "
-            "another output"
+            f"{instead}"
         ) from None
     except OSError:  # there are no locks here
         lock = None

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miracle_hub.errors import OptionError
+from miracle_hub.files.sealed import crc_of, read_sealed, write_sealed
 from miracle_hub.training.convert import posterior_mean
-from miracle_hub.training.sealed import crc_of, read_sealed, write_sealed
 
 # A batch says more of hidden states than of its few outputs, whose gradients are large and rare. MiniLM on
 # SST-2 at 1 bit, after 15 of 31 groups with 30 refits each, KL of outputs in nats and error of hidden states:

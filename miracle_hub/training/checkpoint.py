@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from miracle_hub.errors import OptionError
+from miracle_hub.files.sealed import read_sealed, write_sealed
 from miracle_hub.files.whole import clear_up
 from miracle_hub.training.journal import Row
-from miracle_hub.training.sealed import read_sealed, write_sealed
 from miracle_hub.training.stream import BEGUN
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from miracle_hub.errors import TrainingError
+from miracle_hub.files.sealed import crc_of
 from miracle_hub.training.activations import measure_curvature
 from miracle_hub.training.checkpoint import (
     Checkpoint,
@@ -29,7 +30,6 @@ from miracle_hub.training.noise import generator
 from miracle_hub.training.processes import Processes, all_processes
 from miracle_hub.training.rounding import round_as_written
 from miracle_hub.training.schedule import Schedule
-from miracle_hub.training.sealed import crc_of
 from miracle_hub.training.wrapping import own_reduction, refuse_sharded
 
 _LOGGER = logging.getLogger("miracle_hub")

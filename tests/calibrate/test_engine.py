@@ -1,5 +1,6 @@
 """What errors cost, feedback, refits and tuning: that each does what it is for, and touches nothing else."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertForMaskedLM, GPT2LMHeadModel
 
+from miracle_hub.calibrate.journal import Journal
 from miracle_hub.calibrate.matrix import MatrixInMaking
 from miracle_hub.calibrate.models import load_dense
 from miracle_hub.calibrate.outputs import divergence
@@ -15,9 +17,11 @@ from miracle_hub.calibrate.refits import RefitOptions, Refits
 from miracle_hub.calibrate.sensitivity import measure
 from miracle_hub.calibrate.teacher import Teacher
 from miracle_hub.calibrate.trials import kind_of, with_damping
+from miracle_hub.calibrate.tuning import Tuning
 from miracle_hub.code import Code
 from miracle_hub.codec.curvature import Curvature
 from miracle_hub.codec.jobs import Job
+from miracle_hub.codec.kept import Kept
 from miracle_hub.codec.knowledge import weighed
 from miracle_hub.codec.rates import Choice, Curve, Option
 from miracle_hub.codec.source import SourceTensor, list_tensors
@@ -130,40 +134,49 @@ def test_what_is_coded_stays_while_the_rest_is_fitted(layers: Any) -> None:
     assert not torch.allclose(matrix.rotated()[:, matrix.n_coded :], coded, atol=0.1)
 
 
-def refits_of(layers: Any, options: RefitOptions) -> Refits:
+def making(layers: Any, options: RefitOptions) -> tuple[Refits, Tuning]:
+    """Refits of the layers, and the tuning after them, without feedback."""
     model, sources, batches = layers
     model.requires_grad_(False)
     matrices = [
         MatrixInMaking(job_of(sources[f"{name}.weight"], None), getattr(model, name).weight, BACKEND)
         for name in ("first", "second")
     ]
-    vectors = [model.first.bias, model.second.bias]
-    return Refits(model, Teacher(model, batches[:6]), Teacher(model, batches[6:]), matrices, vectors, options)
+    vectors, teacher = [model.first.bias, model.second.bias], Teacher(model, batches[:6])
+    refits = Refits(teacher, Journal(model, Teacher(model, batches[6:])), matrices, vectors, options)
+    return refits, Tuning(matrices, vectors, options.end_rate, partial(teacher.divergence, model))
 
 
-def test_refits_and_tuning_bring_answers_nearer(layers: Any) -> None:
+def test_refits_and_tuning_each_bring_answers_nearer(layers: Any) -> None:
     model, before = layers[0], {n: v.clone() for n, v in layers[0].state_dict().items()}
-    plain = refits_of(layers, RefitOptions())
+    plain, _ = making(layers, RefitOptions())
     plain.run()
     model.load_state_dict(before)
-    refitted = refits_of(layers, RefitOptions(groups=4, steps=40, end_steps=40, end_rate=0.01))
-    refitted.run()
-    assert refitted.losses[-1][1] < 0.7 * plain.losses[-1][1]
-    assert refitted.losses[-1][0].startswith("tuned")
+    refits, tuning = making(layers, RefitOptions(groups=4, steps=40, end_rate=0.01))
+    refits.run()
+    tuning.run(list(range(6)) * 7, Kept(), "")
+    refits.journal.report_or_undo("tuned", tuning.undo)
+    (_, without), (_, refitted), (what, tuned) = plain.journal.losses[-1], *refits.journal.losses[-2:]
+    assert refitted < 0.9 * without and tuned < 0.7 * without and what == "tuned"
+    assert refits.matrices[0].gains.ne(1).all()
 
 
-def test_refits_that_do_not_help_are_undone_and_said(layers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    refits = refits_of(layers, RefitOptions(groups=2, steps=4, end_steps=4))
+def test_refits_and_tuning_that_do_not_help_are_undone_and_said(
+    layers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refits, tuning = making(layers, RefitOptions(groups=2, steps=4))
     rising = iter(range(100))
     monkeypatch.setattr(Teacher, "mean_divergence", lambda teacher, model: float(next(rising)))
     biases = [vector.clone() for vector in refits.vectors]
     refits.run()
-    assert [what for what, _ in refits.losses if what.endswith("undone")] == [
-        "refitted after 75%: undone",
-        "tuned: undone",
-    ]
+    coded = [matrix.parameter.clone() for matrix in refits.matrices]
+    tuning.run([0, 1, 2, 3], Kept(), "")
+    refits.journal.report_or_undo("tuned", tuning.undo)
+    undone = [what for what, _ in refits.journal.losses if what.endswith("undone")]
+    assert undone == ["refitted after 75%: undone", "tuned: undone"]
     assert all(torch.equal(a, b) for a, b in zip(biases, refits.vectors, strict=True))
     assert all(torch.equal(matrix.gains, torch.ones(64)) for matrix in refits.matrices)
+    assert all(torch.allclose(a, m.parameter) for a, m in zip(coded, refits.matrices, strict=True))
 
 
 def test_trials_choose_a_damping_and_leave_the_model_as_it_was(layers: Any) -> None:

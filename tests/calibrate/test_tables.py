@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import BertForMaskedLM, BertModel, GPT2LMHeadModel, LlamaForCausalLM
 
 from miracle_hub.calibrate.inputs import inputs_of
+from miracle_hub.calibrate.journal import Journal
 from miracle_hub.calibrate.known import tables_of
 from miracle_hub.calibrate.matrix import MatrixInMaking
 from miracle_hub.calibrate.outputs import divergence
@@ -120,7 +121,7 @@ def test_tables_are_coded_before_anything_is_refitted(table: tuple[SourceTensor,
         parameter = nn.Parameter(source.load(), False)
         matrix = MatrixInMaking(job_of(source, curvature), parameter, BACKEND, is_first=True)
         model.table.weight, teacher = parameter, Teacher(model, batches)
-        Refits(model, teacher, teacher, [matrix], [model.out.bias], RefitOptions(groups, 4)).run()
+        Refits(teacher, Journal(model, teacher), [matrix], [model.out.bias], RefitOptions(groups, 4)).run()
         payloads.append(matrix.payload())
     assert payloads[0] == payloads[1]
 

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, BertTokenizer
 
 from miracle_hub.errors import OptionError
+from miracle_hub.files.sealed import crc_of
 from miracle_hub.finetune.trainer import MiracleTrainer
-from miracle_hub.training.sealed import crc_of
 from tests.hub.test_trainer import ROWS, arguments, classifier
 from tests.training.test_processes import launched
 

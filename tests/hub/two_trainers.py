@@ -16,7 +16,7 @@ import torch
 
 import miracle_hub
 from miracle_hub import CodingOptions, MiracleTrainer, code_model, compress_model, posterior_mean
-from miracle_hub.training.sealed import crc_of
+from miracle_hub.files.sealed import crc_of
 from tests.hub.test_trainer import ROWS, arguments, classifier
 from tests.workers import caught
 

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from miracle_hub.errors import FormatError, MiracleError, OptionError, OutputWriteError, TrainingError
-from miracle_hub.training import checkpoint, sealed
+from miracle_hub.files import sealed
+from miracle_hub.training import checkpoint
 from miracle_hub.training.checkpoint import Checkpoint, RunState
 from miracle_hub.training.coder import CodingOptions, code_model
 from miracle_hub.training.journal import Journal

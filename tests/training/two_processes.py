@@ -19,11 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import miracle_hub
+from miracle_hub.files.sealed import crc_of
 from miracle_hub.training.checkpoint import Checkpoint
 from miracle_hub.training.coder import CodingOptions, code_model
 from miracle_hub.training.journal import Journal
 from miracle_hub.training.model import kl_penalty
-from miracle_hub.training.sealed import crc_of
 from tests.training.networks import IMAGES, conv_net, loss_of, variational_net
 from tests.workers import caught
 

@@ -1,6 +1,7 @@
 """Safetensors files with a checksum of all that is in them, which are replaced as a whole or not at all."""
 
 import json
+import os
 import zlib
 from pathlib import Path
 
@@ -23,6 +24,7 @@ def write_sealed(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as whole:
             save_file(tensors, whole, {**metadata, "crc": crc_of(tensors, metadata)})
+            _onto_disk(whole)  # before it has its name
     except (OSError, SafetensorError) as error:
         raise OutputWriteError(
             f"{path}: the checkpoint could not be written ({error}); the one before is still there: "
@@ -52,6 +54,14 @@ def read_sealed(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{crc_of(tensors, metadata)}; the file is damaged or not ours: delete it to start anew"
         )
     return tensors, metadata
+
+
+def _onto_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def crc_of(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
