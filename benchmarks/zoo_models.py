@@ -24,6 +24,7 @@ import zoo_encoder
 import zoo_language
 import zoo_speech
 import zoo_vision
+from lenet import LeNet5
 from record import DATA, ROOT
 from torch import Tensor, nn
 from transformers import (
@@ -152,8 +153,8 @@ MODELS: dict[str, Entry] = {
     "lenet5": Entry(
         "LeNet-5 (Caffe), MNIST",
         "vision",
-        _plain("lenet5", zoo_vision.lenet_state),
-        zoo_vision.CaffeLeNet5,
+        _plain("lenet5-caffe", zoo_vision.lenet_state),
+        lambda: LeNet5(rectifies=False),
         zoo_vision.measure_mnist,
         "accuracy",
         "agreement",

@@ -3,7 +3,8 @@
 ResNet-20 and ResNet-44 (akamaster/pytorch_resnet_cifar10): agreement and KL on 10,000 JPEG images of CIFAR-10
 (test images; for dev the first 2,000 training images), accuracy on the raw subset (1,000 test images; for dev
 the first 1,000 training images). JPEG images are not the raw ones: the dense nets lose ten points on them, so
-accuracy is told of raw images only. LeNet-5 (Caffe): MNIST test, or the last 10,000 training images for dev.
+accuracy is told of raw images only. LeNet-5 (Caffe), whose pixels are / 256: MNIST test, or the last 10,000
+training images for dev.
 """
 
 import io
@@ -62,20 +63,6 @@ def _stage(n: int, width_in: int, width: int, stride: int) -> nn.Sequential:
     return nn.Sequential(_Block(width_in, width, stride), *(_Block(width, width, 1) for _ in range(n - 1)))
 
 
-class CaffeLeNet5(nn.Module):
-    """Caffe's LeNet-5; pixels / 256 [n, 1, 28, 28] → logits [n, 10]. Pools alone follow the convolutions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(1, 20, 5), nn.Conv2d(20, 50, 5)
-        self.ip1, self.ip2 = nn.Linear(800, 500), nn.Linear(500, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for convolution in (self.conv1, self.conv2):
-            x = F.max_pool2d(convolution(x), 2, 2, ceil_mode=True)
-        return self.ip2(F.relu(self.ip1(x.flatten(1))))
-
-
 def resnet_state(depth: int) -> dict[str, Tensor]:
     """The state dict of a checkpoint in the data."""
     (path,) = (DATA / "resnet_cifar10").glob(f"resnet{depth}-*.th")
@@ -84,9 +71,9 @@ def resnet_state(depth: int) -> dict[str, Tensor]:
 
 
 def lenet_state() -> dict[str, Tensor]:
-    """The state dict of Caffe's file."""
+    """The state dict of Caffe's file, for LeNet5(rectifies=False); its linear layers are named ip there."""
     found = np.load(DATA / "lenet5_mnist" / "lenet5.npz")
-    return {name: torch.from_numpy(found[name].copy()) for name in found.files}
+    return {name.replace("ip", "fc"): torch.from_numpy(found[name].copy()) for name in found.files}
 
 
 def write_folder(folder: Path, state: dict[str, Tensor]) -> None:

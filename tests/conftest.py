@@ -7,7 +7,8 @@ Where tests run in several processes, each has one thread: threads of many would
 
 import importlib.util
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -47,3 +48,30 @@ def as_users_have_it(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
         from miracle_hub.calibrate.asked import is_asked
 
         monkeypatch.setattr(api, "is_asked", is_asked)
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """`miracle ARGUMENTS…` in this process: its status, standard output and standard error."""
+    from miracle_hub import cli
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["miracle", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """Of tiny tensors' threads most wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -32,20 +32,6 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`miracle ARGUMENTS…` in this process: its status, standard output and standard error."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["miracle", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return call
-
-
 def test_the_verbs_are_those_of_the_package() -> None:
     names = [command.callback.__name__ for command in cli.app.registered_commands if command.callback]
     assert tuple(names) == VERBS and set(VERBS) < set(miracle_hub.__all__)

@@ -5,7 +5,6 @@ import inspect
 import json
 import re
 import runpy
-import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from miracle_hub.coding.quantiles import QUANTILES_SHA256
 from miracle_hub.coding.scales import LARGEST_SCALE, SMALLEST_SCALE
 from miracle_hub.format import network, payload
 from miracle_hub.options import CompressOptions, LoadOptions
+from tests import forks
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "kernels").glob("*.md")])
@@ -31,7 +31,7 @@ TROUBLES = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 CODE = [
     path for folder in ("miracle_hub", "kernels", "tests") for path in sorted((ROOT / folder).rglob("*.py"))
 ]
-# Every block in a namespace of its own, and all in one process: torch is imported once a page.
+# Every block in a namespace of its own, and all in one process.
 RUN = """
 import json, sys
 for block in json.load(sys.stdin):
@@ -67,12 +67,8 @@ def with_python() -> list[Path]:
 
 @pytest.mark.parametrize("page", with_python(), ids=name)
 def test_every_snippet_runs_in_the_order_of_its_page(page: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "error::DeprecationWarning", "-c", RUN],
-        input=json.dumps(blocks(page, "python")),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
+    done = forks.run(
+        RUN, given=json.dumps(blocks(page, "python")), folder=tmp_path, refused=DeprecationWarning
     )
     assert done.returncode == 0, done.stderr
 

@@ -21,7 +21,7 @@ from miracle_hub.codec.kept import Kept
 from miracle_hub.codec.plan import Plan
 from miracle_hub.codec.report import CALIBRATION_LOGGER
 from miracle_hub.codec.source import SourceTensor, list_tensors, weight_files
-from miracle_hub.coding.backend import Backend
+from miracle_hub.coding.backend import Backend, choose
 from miracle_hub.errors import CalibrationError, MiracleError
 from miracle_hub.options import CompressOptions
 from miracle_hub.plugin.roles import roles_of
@@ -121,7 +121,7 @@ class Asking:
             self.undone = "stages above the first add what is left of the source's own weights"
         effort, seed = 0 if self.undone else options.effort, options.seed % 2**32
         given = {"effort": effort, "seed": seed, "model": model, "progress": options.progress}
-        given["kept"] = self.kept
+        given |= {"kept": self.kept, "device": choose(options.backend).device}
         known = knowledge_of(self.folder, options.calibrate, **given)
         if model is None:  # transformers may give tensors other names than files have
             theirs = roles_of(self.folder).parameters

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from miracle_hub.calibrate.outputs import device_of
 from miracle_hub.errors import CalibrationError
 
 
@@ -37,7 +38,7 @@ def first_not_finite(model: nn.Module, batch: Mapping[str, Tensor]) -> str | Non
         for name, module in model.named_modules()
     ]
     try:
-        model(**batch)
+        model(**{name: values.to(device_of(model)) for name, values in batch.items()})
     finally:
         for handle in handles:
             handle.remove()

@@ -66,7 +66,9 @@ class KeptMaking:
         """Be where tuning had ended; whether it had."""
         if (found := self.kept.load(self.step)) is None:
             return False
-        Tuning.set_gains(self.matrices, [found.tensors[f"gains.{i}"] for i in range(len(self.matrices))])
+        Tuning.set_gains(
+            self.matrices, [found.tensors[f"gains.{i}"].to(m.gains) for i, m in enumerate(self.matrices)]
+        )
         self._be(found.tensors, found.facts)
         return True
 

@@ -96,7 +96,7 @@ class Known:
         made = self._made(known, teacher, parameters, vectors, backend, kept)
         self._tune(teacher, made, list(vectors.values()), kept)
         for name, vector in vectors.items():
-            self.tuned[name] = vector.detach().to(TORCH_DTYPES[plans[name].source.dtype], copy=True)
+            self.tuned[name] = vector.detach().cpu().to(TORCH_DTYPES[plans[name].source.dtype], copy=True)
         return {matrix.job.source.name: matrix.payload() for matrix in made}
 
     def _made(

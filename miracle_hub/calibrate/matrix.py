@@ -31,7 +31,8 @@ class MatrixInMaking:
         self.segments = segments_of(job.choice)
         factor = None if job.curvature is None else job.curvature.factor(self.rotation, backend)
         self.coder = BandCoder(self.rotated(), self.segments, factor, backend)
-        self.n_coded, self.gains = 0, torch.ones(sum(segment.n_scales for segment in self.segments))
+        n_scales = sum(segment.n_scales for segment in self.segments)
+        self.n_coded, self.gains = 0, torch.ones(n_scales, device=parameter.device)
 
     def rotated(self) -> Tensor:
         """The rotated matrix, `[rows, columns]`."""
@@ -52,7 +53,7 @@ class MatrixInMaking:
     def go_on(self, found: Mapping[str, Tensor]) -> None:
         """Be where the matrix of `tensors` was."""
         self.parameter.data.copy_(found["parameter"])
-        self.gains, self.n_coded = found["gains"], int(found["n_coded"])
+        self.gains, self.n_coded = found["gains"].to(self.gains), int(found["n_coded"])
         for i, (scales, states) in enumerate(zip(self.coder.scales, self.coder.states, strict=True)):
             scales.copy_(found[f"scales.{i}"])
             states[:] = [found[name].to(scales.device)] if (name := f"states.{i}") in found else []

@@ -13,13 +13,19 @@ _NAMES = ("logits", "logits_per_image", "last_hidden_state")
 _COSINE_WEIGHT = 10.0
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's weights are; the CPU for one without any."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
 def answers(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[str, Tensor]:
     """What a model answers to a batch, and what that is: "logits" or "states", `[..., d]`.
 
     Raises:
         CalibrationError: it is no tensor.
     """
-    found: Any = model(**batch)
+    device = device_of(model)
+    found: Any = model(**{name: values.to(device) for name, values in batch.items()})
     for name in _NAMES:
         value = getattr(found, name, None)
         if isinstance(value, Tensor):
@@ -48,6 +54,9 @@ def divergence(kind: str, found: Tensor, dense: Tensor) -> Tensor:
 def sampled_gradient(kind: str, found: Tensor, generator: torch.Generator) -> Tensor:
     """A gradient of answers whose mean square is twice the second-order term of the sum of `divergence`.
 
+    Args:
+        generator: on the device of the answers.
+
     Of logits p - one_hot(y), y drawn from the model's own p, so that no labels are needed; of states normal
     noise over their length.
 
@@ -67,7 +76,7 @@ def sampled_gradient(kind: str, found: Tensor, generator: torch.Generator) -> Te
 
 def _noise(values: Tensor, generator: torch.Generator) -> Tensor:
     length = values.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    return torch.randn(values.shape, generator=generator) / length
+    return torch.randn(values.shape, generator=generator, device=values.device) / length
 
 
 def _pooled(states: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from miracle_hub.calibrate.block_refits import BlockOptions
@@ -100,6 +101,7 @@ def knowledge_of(
     model: nn.Module | None = None,
     progress: bool = False,
     kept: Kept | None = None,
+    device: torch.device | str = "cpu",
 ) -> Known:
     """What there is to know of the model of a folder: it is run on data, or on inputs of its own making.
 
@@ -108,6 +110,7 @@ def knowledge_of(
         effort: 0 to 5.
         model: the folder's, where transformers cannot tell; float32, in evaluation mode. It is changed.
         kept: what a run of the same arguments has kept, and where this one keeps it.
+        device: where the model runs.
 
     Raises:
         CalibrationError: the model cannot be run, or nothing is known that it could be run on.
@@ -115,7 +118,7 @@ def knowledge_of(
         ResumeError: the data are others than before.
     """
     kept = kept or Kept()
-    model = load_dense(folder) if model is None else model
+    model = (load_dense(folder) if model is None else model).to(device)
     n_weights = sum(parameter.numel() for parameter in model.parameters())
     options = refit_options(effort, n_weights, _multiplied(model))
     is_self = isinstance(data, str) and data == SELF

@@ -1,7 +1,7 @@
 """One pass forth and back over the inputs: what an error of each weight costs the model's answers."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from miracle_hub.calibrate.finite import require_finite
-from miracle_hub.calibrate.outputs import answers, sampled_gradient
+from miracle_hub.calibrate.outputs import answers, device_of, sampled_gradient
 from miracle_hub.codec.curvature import Curvature
 from miracle_hub.coding.matrix import matrix_columns
 
@@ -53,7 +53,7 @@ class Sensitivity:
         """Inputs `[n, in]` and gradients of outputs `[n, out]` of a matrix `[out, in]`."""
         power = gradient.square()
         per_token = power.sum(1)
-        found = self._of(name, use, _Sums(torch.zeros(shape[0]), torch.zeros(shape[1], shape[1])))
+        found = self._of(name, use, lambda: _Sums(x.new_zeros(shape[0]), x.new_zeros(shape[1], shape[1])))
         assert found.columns is not None
         found.rows += power.sum(0)
         found.columns += (x * per_token[:, None]).T @ x
@@ -61,7 +61,7 @@ class Sensitivity:
 
     def add_rows(self, name: str, use: str, rows: Tensor) -> None:
         """Squared gradients of the rows of a matrix, `[rows]`, means over their columns."""
-        found = self._of(name, use, _Sums(torch.zeros_like(rows), None))
+        found = self._of(name, use, lambda: _Sums(torch.zeros_like(rows), None))
         found.rows += rows
         found.weight += float(rows.sum())
 
@@ -70,24 +70,24 @@ class Sensitivity:
 
         An error e of a row costs (e · gradient)², so that gradients are here what inputs are elsewhere.
         """
-        n_columns = gradient.shape[1]
-        new = _Sums(torch.zeros(n_rows), torch.zeros(n_columns, n_columns))
-        found = self._of(name, use, new)
+        rows = gradient.new_zeros(n_rows).index_add_(0, ids, gradient.square().mean(1))
+        moments = gradient.T @ gradient
+        found = self._of(name, use, lambda: _Sums(torch.zeros_like(rows), torch.zeros_like(moments)))
         assert found.columns is not None
-        rows = torch.zeros(n_rows).index_add_(0, ids, gradient.square().mean(1))
         found.rows += rows
-        found.columns += gradient.T @ gradient
+        found.columns += moments
         found.weight += float(rows.sum())
 
     def finish(self) -> None:
-        """Make means of sums, when everything is added."""
-        for uses in self.sums.values():
-            for use in uses.values():
-                if use.columns is not None and use.weight > 0:
-                    use.columns /= use.weight
+        """Make means of sums, on the CPU, when everything is added."""
+        for use in self._uses():
+            use.rows = use.rows.cpu()
+            if use.columns is not None and use.weight > 0:
+                use.columns = use.columns.div_(use.weight).cpu()
 
-    def _of(self, name: str, use: str, new: _Sums) -> _Sums:
-        return self.sums.setdefault(name, {}).setdefault(use, new)
+    def _of(self, name: str, use: str, new: Callable[[], _Sums]) -> _Sums:
+        known = self.sums.setdefault(name, {})
+        return known[use] if use in known else known.setdefault(use, new())
 
     def tensors(self) -> dict[str, Tensor]:
         """All sums, for a file; see `of_tensors`."""
@@ -110,7 +110,8 @@ class Sensitivity:
         """What `tensors` and `facts` are of."""
         found = cls(facts["n_tokens"], facts["aliases"])
         for i, ((name, use), weight) in enumerate(zip(facts["names"], facts["weights"], strict=True)):
-            found._of(name, use, _Sums(tensors[f"rows.{i}"], tensors.get(f"columns.{i}"), weight))
+            own = _Sums(tensors[f"rows.{i}"], tensors.get(f"columns.{i}"), weight)
+            found.sums.setdefault(name, {})[use] = own
         return found
 
     def _uses(self) -> Iterator[_Sums]:
@@ -170,7 +171,7 @@ def measure(
     Raises:
         CalibrationError: an answer or a layer's output is not finite.
     """
-    found, generator = Sensitivity(), torch.Generator().manual_seed(seed)
+    found, generator = Sensitivity(), torch.Generator(device_of(model)).manual_seed(seed)
     with _watched(model, names, found) as loose:
         for batch in tqdm(list(batches), desc="sensitivity", disable=not progress):
             with torch.enable_grad():

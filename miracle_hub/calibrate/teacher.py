@@ -26,9 +26,9 @@ class _Answer:
 
     def divergence(self, found: Tensor) -> Tensor:
         if self.classes is None:
-            return divergence(self.kind, found, self.values.float())
-        log_q = found.float().log_softmax(-1).gather(-1, self.classes.long())
-        return _kl(self.values.float(), log_q).mean()
+            return divergence(self.kind, found, self.values.to(found.device).float())
+        log_q = found.float().log_softmax(-1).gather(-1, self.classes.to(found.device).long())
+        return _kl(self.values.to(found.device).float(), log_q).mean()
 
 
 class Teacher:
@@ -64,9 +64,9 @@ class Teacher:
 
 def _kept(kind: str, found: Tensor) -> _Answer:
     if kind != "logits" or found.shape[-1] <= 4 * _KEPT:
-        return _Answer(kind, found)
+        return _Answer(kind, found.cpu())
     log_p, classes = found.float().log_softmax(-1).topk(_KEPT)
-    return _Answer(kind, log_p.half(), classes.int())
+    return _Answer(kind, log_p.half().cpu(), classes.int().cpu())
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -51,7 +51,8 @@ class BandCoder:
             matrix: as it is before anything is coded; scales are its own.
             factor: U, float64 `[columns, columns]`; see above. None means no feedback.
         """
-        self.segments, self.factor, self.backend = segments, factor, backend
+        self.segments, self.backend = segments, backend
+        self.factor = None if factor is None else factor.to(matrix.device)
         self.width = band_columns(matrix.shape[1])
         self.scales = [_prior_scales(rows, segment) for rows, segment in self._by_segment(matrix)]
         self.states: list[list[Tensor]] = [[] for _ in segments]

@@ -1,6 +1,6 @@
 """Tiny models beside tokenizers of a few words, and texts for them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +62,8 @@ def saved(tmp_path: Path) -> Callable[..., tuple[Any, Path]]:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+def one_thread(one_torch_thread: None) -> None:
     """Threads of tiny models wait for each other most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

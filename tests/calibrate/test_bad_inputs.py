@@ -27,10 +27,10 @@ from tests.sweep.tiny import filled, tiny_config
 Saved = Callable[..., tuple[Any, Path]]
 
 
-@pytest.fixture
-def files(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of data of many kinds."""
-    folder = tmp_path / "data"
+    folder = tmp_path_factory.mktemp("files") / "data"
     for name in ("photos", "sounds", "one", "nothing"):
         (folder / name).mkdir(parents=True)
     for i in range(12):
@@ -68,16 +68,6 @@ OF_TEXTS = {
     "broken.wav": "takes texts, found a file that ends in '.wav'",
     "nothing": "expected a file",
 }
-
-
-@pytest.mark.parametrize("name", OF_TEXTS)
-def test_an_encoder_refuses(name: str, saved: Saved, files: Path) -> None:
-    model, folder = saved(BertModel)
-    with pytest.raises(DataError) as caught:
-        inputs_of(model, folder, files / name, n_tokens=1000)
-    assert OF_TEXTS[name] in str(caught.value) and ";" in str(caught.value)
-
-
 OF_IMAGES = {
     "one": "expected rows that differ, found 12 equal ones",
     "nan.npz": "expected finite numbers, found 15360 of 15360 that are NaN or infinite",
@@ -86,30 +76,34 @@ OF_IMAGES = {
     "numbers.csv": "takes images, found a file that ends in '.csv'",
     "sounds": "found no image",
 }
-
-
-@pytest.mark.parametrize("name", OF_IMAGES)
-def test_a_vision_net_refuses(name: str, saved: Saved, files: Path) -> None:
-    model, folder = saved(ViTForImageClassification)
-    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
-    with pytest.raises(DataError) as caught:
-        inputs_of(model, folder, files / name, n_tokens=10**6)
-    assert OF_IMAGES[name] in str(caught.value) and ";" in str(caught.value)
-
-
 OF_SOUNDS = {
     "photos": "expected sounds (a wav file, or a folder of them), found none",
     "texts.txt": "expected sounds (a wav file, or a folder of them), found none",
     "broken.wav": "expected a wav of whole numbers (PCM)",
     "sounds": "expected at least 8 rows that differ",
 }
+REFUSED = {"an encoder": OF_TEXTS, "a vision net": OF_IMAGES, "a speech model": OF_SOUNDS}
 
 
-@pytest.mark.parametrize("name", OF_SOUNDS)
-def test_a_speech_model_refuses(name: str, speech: Any, files: Path) -> None:
+def model_of(kind: str, request: pytest.FixtureRequest) -> tuple[Any, Path]:
+    if kind == "a speech model":
+        return request.getfixturevalue("speech")
+    model, folder = request.getfixturevalue("saved")(
+        BertModel if kind == "an encoder" else ViTForImageClassification
+    )
+    if kind == "a vision net":
+        ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return model, folder
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in REFUSED for name in REFUSED[kind]])
+def test_data_of_another_kind_are_refused(
+    kind: str, name: str, files: Path, request: pytest.FixtureRequest
+) -> None:
+    n_tokens = 10**6 if kind == "a vision net" else 1000
     with pytest.raises(DataError) as caught:
-        inputs_of(speech[0], speech[1], files / name, n_tokens=1000)
-    assert OF_SOUNDS[name] in str(caught.value) and ";" in str(caught.value)
+        inputs_of(*model_of(kind, request), files / name, n_tokens=n_tokens)
+    assert REFUSED[kind][name] in str(caught.value) and ";" in str(caught.value)
 
 
 def test_texts_below_eight_windows_of_eight_tokens_are_too_short(saved: Saved, files: Path) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, BertModel, LlamaForCausalLM
 
 import miracle_hub
-from miracle_hub import CompressOptions, cli
+from miracle_hub import CompressOptions
 from miracle_hub.calibrate import compression, estimate, recipe
 from miracle_hub.calibrate.judge import Judge
 from miracle_hub.calibrate.teacher import Teacher
@@ -137,19 +137,14 @@ def test_a_plain_module_is_calibrated_and_stays_as_it_is(net: tuple[Net, Path], 
 
 
 def test_the_command_line_says_how_long_it_takes_and_what_came_of_it(
-    llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    llama: Path, text_file: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]
 ) -> None:
-    out = tmp_path / "out"
-    options = ["--bits-per-weight", "8", "--window-bits", "8", "--effort", "0", "--no-progress"]
-    command = ["miracle", "compress", str(llama), str(out), "--calibrate", str(text_file), *options]
-    monkeypatch.setattr("sys.argv", command)
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    shown = capsys.readouterr()
-    assert ended.value.code == 0
-    assert "calibration with effort 0: about a minute of two cores and 0.0 GB of memory" in shown.err
-    assert "calibrated with effort 0 on texts.txt: 200 lines" in shown.out
-    assert "expected loss (KL to the dense model, nats per token): " in shown.out
+    options = ["--bits-per-weight", 8, "--window-bits", 8, "--effort", 0, "--no-progress"]
+    status, out, err = run("compress", llama, tmp_path / "out", "--calibrate", text_file, *options)
+    assert status == 0
+    assert "calibration with effort 0: about a minute of two cores and 0.0 GB of memory" in err
+    assert "calibrated with effort 0 on texts.txt: 200 lines" in out
+    assert "expected loss (KL to the dense model, nats per token): " in out
 
 
 def test_the_card_has_what_was_found_and_keeps_it(llama: Path, tmp_path: Path) -> None:

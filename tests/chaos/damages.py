@@ -1,6 +1,7 @@
 """Damaged files: every reader raises a named error, or gives what was there before."""
 
-from ..codec.flips import quiet, subjects, sweep
+from ..codec.flips import quiet, sweep
+from ..codec.subjects import subjects
 from .environment import WORK
 
 

@@ -7,7 +7,8 @@ import os
 import tempfile
 from pathlib import Path
 
-from ..hub.loopback import TOKEN, LoopbackHub
+from ..hub.loopback import LoopbackHub
+from ..hub.loopback_parts import TOKEN
 
 WORK = Path(tempfile.mkdtemp(prefix="miracle-chaos-"))
 HUB = LoopbackHub()

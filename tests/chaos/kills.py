@@ -16,7 +16,7 @@ from pathlib import Path
 
 from miracle_hub.errors import OutputExistsError
 
-from ..hub.loopback import Answer, Fault
+from ..hub.loopback_parts import Answer, Fault
 from .children import CALLS, KILLED, Child
 from .environment import HUB, WORK
 from .verbs import VERBS, Tree, Verb, compress, is_hidden, tree

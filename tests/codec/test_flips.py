@@ -14,21 +14,8 @@ import miracle_hub
 from miracle_hub.errors import FormatError, MiracleError
 
 from ..training.networks import SMALL
-from .flips import (
-    LOUD,
-    TRANSFORMERS,
-    Found,
-    Reader,
-    Subject,
-    coded,
-    copy_of,
-    found_in,
-    outcome_of,
-    quiet,
-    subjects,
-    sweep,
-    verified,
-)
+from .flips import LOUD, TRANSFORMERS, outcome_of, quiet, sweep
+from .subjects import Found, Reader, Subject, coded, copy_of, found_in, subjects, verified
 
 NAMES = [
     "bert",

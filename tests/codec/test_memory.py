@@ -1,6 +1,5 @@
 """Memory grows with the largest tensor, not with the model."""
 
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.limits import HANG_SECONDS
+from tests import forks
 
 # VmHWM is this process's own peak; getrusage would hand down the peak of the process that started it.
 SCRIPT = """
@@ -36,8 +35,8 @@ def test_a_model_of_128_mb_needs_hardly_more_memory_than_one_of_48_mb(
     for n_tensors in (24, 64):
         tensors = {f"layer.{i}.weight": torch.randn(512, 1024, generator=generator) for i in range(n_tensors)}
         source = save_anywhere(tmp_path / f"model{n_tensors}", tensors, shards=5)
-        out = [str(tmp_path / f"{name}{n_tensors}") for name in ("small", "dense")]
-        command = [sys.executable, "-c", SCRIPT, str(source), *out]
-        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=HANG_SECONDS)
+        out = [tmp_path / f"{name}{n_tensors}" for name in ("small", "dense")]
+        done = forks.run(SCRIPT, source, *out)
+        assert done.returncode == 0, done.stderr
         peaks[n_tensors] = int(done.stdout) * 1024
     assert peaks[64] - peaks[24] < 40 * MEGABYTE  # the models differ by 80 MB

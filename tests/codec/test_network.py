@@ -1,4 +1,4 @@
-"""A network's stream and its file: committed bits, a second decoder, named errors for whatever is wrong."""
+"""A network's stream: committed bits, a second decoder, named errors for whatever is wrong."""
 
 import json
 import runpy
@@ -11,28 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from miracle_hub.code import Code, SplitCode
-from miracle_hub.codec.dtypes import DTYPE_NAMES, TORCH_DTYPES
-from miracle_hub.codec.network import (
-    decode_stream_entry,
-    encode_stream_entry,
-    read_network,
-    spec_of,
-    write_network,
-)
-from miracle_hub.coding.scales import rounded_scales
+from miracle_hub.codec.dtypes import TORCH_DTYPES
+from miracle_hub.codec.network import decode_stream_entry, encode_stream_entry, spec_of
 from miracle_hub.coding.sharing import KINDS, Sharing
-from miracle_hub.errors import ChecksumError, FormatError, OutputWriteError, TruncatedPayloadError
+from miracle_hub.errors import ChecksumError, FormatError, TruncatedPayloadError
 from miracle_hub.format.network import NetworkHeader, SharedSpec, decode_network, encode_network
 from miracle_hub.format.payload import DTYPES
+from tests.codec.network_streams import CODE_5, CODES, HEADER, TENSORS, bits, made_up, small
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "network.json").read_text(encoding="utf-8"))
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case["tensors"][0][0])
-CODES = [Code(8, 2, 1, seed=5), Code(12, 12, 9, seed=2**64 - 1), Code(10, 3, 17, seed=1), Code(1, 1, 256)]
 
 
 @pytest.fixture(scope="session")
@@ -47,11 +38,6 @@ def specs_of(case: dict[str, Any]) -> tuple[SharedSpec, ...]:
         SharedSpec(name, dtype, tuple(shape), 0, int(np.prod(shape)))
         for name, dtype, shape in case["tensors"]
     )
-
-
-def bits(weights: Tensor) -> Tensor:
-    """-0 and 0 are different bits."""
-    return weights.float().flatten().view(torch.int32)
 
 
 @cases
@@ -104,23 +90,6 @@ def test_the_independent_decoder_is_short_and_imports_nothing_of_ours() -> None:
     assert imports == ["import zlib", "from pathlib import Path", "import numpy as np"]
 
 
-def made_up(code: Code, seed: int) -> tuple[bytes, tuple[SharedSpec, ...], dict[str, Tensor]]:
-    """A stream of a random network, its tensors and its float32 weights."""
-    rng, tensors = np.random.default_rng(seed), []
-    for i in range(int(rng.integers(1, 9))):
-        shape = tuple(rng.integers(1, 7, rng.integers(0, 5)).tolist())
-        n_weights, kind = int(np.prod(shape)), int(rng.integers(0, 3))
-        n_values = int(rng.integers(1, n_weights + 1)) if kind else n_weights
-        dtype = str(rng.choice(list(TORCH_DTYPES)))
-        tensors.append(SharedSpec(f"layer.{i}", dtype, shape, kind, n_values))
-    header = NetworkHeader(code, tuple(tensors))
-    message = rng.integers(0, 256, code.message_bytes(header.n_values)).astype(np.uint8)
-    message[-1] &= 0xFF << (-code.message_bits(header.n_values) % 8) & 0xFF
-    scales = rounded_scales(torch.from_numpy(rng.random(len(tensors))).float())
-    data, weights = encode_stream_entry(header, scales, torch.from_numpy(message))
-    return data, header.tensors, weights
-
-
 @pytest.mark.parametrize("code", CODES, ids=str)
 @pytest.mark.parametrize("seed", range(5))
 def test_both_decoders_give_back_what_was_coded(
@@ -152,78 +121,6 @@ def test_shared_weights_take_their_values_with_the_tensors_scale() -> None:
         places, signs = sharing.places(code.seed, number)
         assert torch.equal(shared[name].flatten(), values[name][places] * signs)
     assert torch.equal(shared["c"], values["c"]) and shared["c"].shape == ()
-
-
-def plain_tensors() -> dict[str, Tensor]:
-    """What a state dict can hold: every dtype that there is a name for, no dimension, nothing, strides."""
-    generator = torch.Generator().manual_seed(0)
-    tensors = {f"{dtype}": torch.randn(3, 5, generator=generator).to(dtype) for dtype in DTYPE_NAMES}
-    tensors |= {f"{d}": torch.arange(7).to(d) for d in (torch.int64, torch.int32, torch.int16, torch.int8)}
-    strides = torch.randn(4, 6, generator=generator).T[::2]
-    return tensors | {
-        "bytes": torch.arange(5, dtype=torch.uint8),
-        "flags": torch.tensor([True, False, True]),
-        "count": torch.tensor(2**40),
-        "nothing": torch.zeros(0, 3),
-        "strides": strides,
-        "parameter": torch.nn.Parameter(torch.ones(2)),
-    }
-
-
-def test_a_file_gives_back_its_stream_and_every_other_tensor(tmp_path: Path) -> None:
-    data, tensors, _ = made_up(CODES[0], 1)
-    path, plain = tmp_path / "net.safetensors", plain_tensors()
-    write_network(path, {"miracle": data}, plain)
-    stream, others = read_network(path)
-    assert stream is not None and stream == data and others.keys() == plain.keys()
-    for name, tensor in plain.items():
-        assert others[name].dtype == tensor.dtype and others[name].shape == tensor.shape
-        assert torch.equal(others[name], tensor)
-    assert decode_stream_entry(stream, tensors, "net").keys() == {t.name for t in tensors}
-    assert [entry.name for entry in tmp_path.iterdir()] == ["net.safetensors"]
-    assert load_file(path).keys() == {*plain, "miracle"}  # a file that safetensors itself reads
-
-
-def test_a_file_without_a_stream_says_so(tmp_path: Path) -> None:
-    write_network(tmp_path / "f", {"fc.weight": b"MRCL payload"}, {"bias": torch.ones(3)})
-    stream, tensors = read_network(tmp_path / "f")
-    assert stream is None and torch.equal(tensors["bias"], torch.ones(3))
-    assert tensors["fc.weight"].numpy().tobytes() == b"MRCL payload"
-
-
-LENET_5 = ((20, 1, 5, 5), (20,), (50, 20, 5, 5), (50,), (500, 800), (500,), (10, 500), (10,))
-
-
-@pytest.mark.parametrize("code", [Code(14, 1, 50), Code(12, 12, 256), Code(20, 1, 256, seed=2**20)], ids=str)
-@pytest.mark.parametrize("shared", [False, True])
-def test_a_file_of_lenet_5_is_message_and_scales_and_120_bytes(
-    code: Code, shared: bool, tmp_path: Path
-) -> None:
-    names = [f"{layer}.{part}" for layer in ("conv1", "conv2", "fc1", "fc2") for part in ("weight", "bias")]
-    tensors = [
-        spec_of(
-            name,
-            torch.empty(shape, device="meta"),
-            Sharing("hash", 6250, 400_000) if shared and name == "fc1.weight" else None,
-        )
-        for name, shape in zip(names, LENET_5, strict=True)
-    ]
-    header = NetworkHeader(code, tuple(tensors))
-    message = bytes(code.message_bytes(header.n_values))
-    data = encode_network(header, bytes(2 * 8), message)
-    write_network(tmp_path / "lenet", {"miracle": data}, {})
-    assert (tmp_path / "lenet").stat().st_size <= len(message) + 2 * 8 + 120
-
-
-TENSORS = (SharedSpec("a", "F32", (3, 4), 1, 5), SharedSpec("b", "BF16", (8,), 0, 8))
-CODE = Code(6, 3, 2, seed=1)
-HEADER = NetworkHeader(CODE, TENSORS)  # 7 steps: 24 bits; 13 values
-CODE_5 = Code(7, 3, 2, seed=1)  # 25 bits
-
-
-def small(code: Code = CODE) -> bytes:
-    message = torch.tensor([0b10110100, 77, 200, 0b10000000][: code.message_bytes(13)], dtype=torch.uint8)
-    return encode_stream_entry(NetworkHeader(code, TENSORS), torch.tensor([0.5, 3.0]), message)[0]
 
 
 def sealed(data: bytes) -> bytes:
@@ -339,63 +236,4 @@ def test_a_dtype_that_cannot_be_coded_is_named() -> None:
         spec_of("w", torch.zeros(3, dtype=torch.int32))
     assert str(raised.value) == (
         f"w: expected one of {', '.join(DTYPES)}, found torch.int32; cast the module to one of them"
-    )
-
-
-def test_a_dtype_that_cannot_be_stored_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FormatError) as raised:
-        write_network(tmp_path / "f", {}, {"phase": torch.zeros(3, dtype=torch.complex64)})
-    assert str(raised.value).startswith("phase: expected one of F64, F32, F16, BF16, I64, ")
-    assert str(raised.value).endswith(
-        "found torch.complex64; cast it, or make it a buffer that is not persistent"
-    )
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_tensor_of_the_streams_name_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FormatError) as raised:
-        write_network(tmp_path / "f", {"miracle": small()}, {"miracle": torch.zeros(3)})
-    assert str(raised.value) == (
-        "miracle: this name is that of the stream; give the module's tensor another one"
-    )
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_file_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
-    for path in (tmp_path / "none" / "f", tmp_path / "folder"):
-        with pytest.raises(OutputWriteError, match=f"{path.name}.*: cannot be written: "):
-            write_network(path, {"miracle": small()}, {"b": torch.ones(3)})
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
-
-
-def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "f"
-    write_network(path, {"miracle": small()}, {})
-    before = path.read_bytes()
-    with pytest.raises(FormatError):
-        write_network(path, {"miracle": small()}, {"phase": torch.zeros(3, dtype=torch.complex64)})
-    assert path.read_bytes() == before
-    write_network(path, {}, {"b": torch.ones(3)})
-    assert read_network(path)[0] is None
-
-
-def test_no_truncated_file_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "f"
-    write_network(path, {"miracle": small()}, {"b": torch.ones(3)})
-    data = path.read_bytes()
-    for length in range(len(data)):
-        path.write_bytes(data[:length])
-        with pytest.raises(FormatError, match=f"f: expected a safetensors file, found {length} bytes"):
-            read_network(path)
-
-
-@pytest.mark.parametrize("stream", [torch.zeros(30), torch.tensor(7, dtype=torch.uint8), torch.zeros(0)])
-def test_anything_else_under_the_streams_name_is_no_stream(stream: Tensor, tmp_path: Path) -> None:
-    save_file({"miracle": stream}, tmp_path / "f")
-    with pytest.raises(FormatError) as raised:
-        read_network(tmp_path / "f")
-    assert str(raised.value) == (
-        f"{tmp_path / 'f'}: miracle: expected a stream, a vector of bytes, found {stream.dtype} of shape "
-        f"{tuple(stream.shape)}; the file is damaged or was not written by miracle-hub"
     )

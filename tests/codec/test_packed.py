@@ -6,6 +6,7 @@ import copy
 import os
 import subprocess
 import sys
+from functools import cache
 from typing import Any
 
 import pytest
@@ -64,6 +65,12 @@ def payload_of(weights: Tensor, segments: list[Segment], **options: Any) -> Tens
 
 
 def make(case: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A copy: tests may damage it."""
+    return _made(case, dtype).clone()
+
+
+@cache
+def _made(case: str, dtype: torch.dtype) -> Tensor:
     shape, segments, options = CASES[case]
     weights = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     return payload_of(weights.to(dtype), segments, **options)

@@ -5,7 +5,7 @@ no part of the format, so neither they nor their gradients need equal anything b
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import mpmath
@@ -27,19 +27,13 @@ from miracle_kernels.draws import noise_torch
 from miracle_kernels.reparameterize import reparameterize_backward_torch
 from miracle_kernels.reparameterize_mean_kl import reparameterize_mean_kl_backward_torch
 
+# The references are long chains of small tensors: idle threads only wait.
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 SEED, STREAM_ID = 2**40 + 5, 9
 LOG_SCALE = torch.tensor(-3.0)
 SIZES = [1, 7, 1003]
 RATES = [1.0, 20.0]
-
-
-@pytest.fixture(autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    """The references are long chains of small tensors: idle threads only wait."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def normal(n: int, seed: int) -> Tensor:

@@ -6,7 +6,7 @@ control of each is an importance weight without the ½ of the prior's term, q/p�
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -19,20 +19,14 @@ from miracle_hub.coding import reference
 from miracle_hub.coding.encode import encode_states, encode_stream
 from miracle_hub.coding.posterior import Cost, Posterior, Prior, importance_cost, kl_nats
 
+# Thousands of tiny products are ten times slower while idle threads wait for work.
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 # A right encoder fails one case in ten thousand; a wrong one must be rejected far beyond chance.
 FALSE_ALARM = 1e-4
 REJECTED = 1e-9
 SCALE = 0.3
 weights_of = pytest.mark.parametrize("is_right", [True, False], ids=["q/p", "q/p²"])
-
-
-@pytest.fixture(autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    """Thousands of tiny products are ten times slower while idle threads wait for work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def cost_of(posterior: Posterior, prior: Prior, is_right: bool) -> Cost:

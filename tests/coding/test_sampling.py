@@ -4,7 +4,7 @@ Every verdict is a chi-square test whose false-alarm rate is stated; seeds are f
 changes between runs. Controls show that a wrong factor in the exponent is rejected by the same test.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -15,24 +15,17 @@ from miracle_hub.code import Code
 from miracle_hub.coding import block, reference, sliding
 from miracle_hub.coding.encode import encode_stream
 from miracle_hub.coding.posterior import Cost, Posterior, Prior, importance_cost
+from tests.chi_square import p_value
+
+# Thousands of tiny products are ten times slower while idle threads wait for work.
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 # A right encoder fails one case in ten thousand; a wrong one must be rejected far beyond chance.
 FALSE_ALARM = 1e-4
 REJECTED = 1e-9
-# Below this the chi-square approximation is poor, and cells are merged.
-LEAST_EXPECTED = 5
 # (L, k, V, n): sliding windows, then blocks; n is not always a multiple of V.
 TINY = [(3, 1, 1, 5), (4, 2, 2, 5), (5, 2, 9, 12), (3, 3, 2, 4), (4, 4, 3, 5), (6, 6, 4, 4)]
 tiny_codes = pytest.mark.parametrize(("L", "k", "V", "n"), TINY)
-
-
-@pytest.fixture(autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    """Thousands of tiny products are ten times slower while idle threads wait for work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def random_case(n: int, seed: int) -> tuple[Posterior, Prior]:
@@ -67,19 +60,6 @@ def draw_messages(cost: Cost, code: Code, n_draws: int, seed: int) -> np.ndarray
     return counts
 
 
-def p_value(counts: np.ndarray, expected: np.ndarray) -> float:
-    """Of Pearson's chi-square; rare cells are merged into one, with the least of the others if need be."""
-    order = np.argsort(expected)
-    counts, expected = counts[order], expected[order]
-    merged = int(np.searchsorted(np.cumsum(expected), LEAST_EXPECTED)) + 1
-    merged = max(merged, int((expected < LEAST_EXPECTED).sum()))
-    counts = np.append(counts[merged:], counts[:merged].sum())
-    expected = np.append(expected[merged:], expected[:merged].sum())
-    assert expected.min() >= LEAST_EXPECTED and expected.size > 4
-    statistic = ((counts - expected) ** 2 / expected).sum()
-    return float(chi2.sf(statistic, expected.size - 1))
-
-
 def scaled(cost: Cost, factor: float) -> Cost:
     return Cost(factor * cost.quadratic, factor * cost.linear)
 
@@ -95,7 +75,7 @@ def test_messages_are_drawn_in_proportion_to_their_importance_weight(
     law = probabilities(posterior, prior, every_message(code, n))
     n_draws = 4000
     counts = draw_messages(scaled(importance_cost(posterior, prior), factor), code, n_draws, seed=n)
-    p = p_value(counts, n_draws * law)
+    p = p_value(counts, n_draws * law, 5)
     assert p > FALSE_ALARM if right else p < REJECTED
 
 
@@ -122,7 +102,8 @@ def test_the_law_of_blocks_does_not_depend_on_tiles(
     monkeypatch.setattr(block, "_TILE_CANDIDATES", tile_candidates)
     monkeypatch.setattr(block, "_TILE_BLOCKS", 1)
     counts = draw_messages(importance_cost(posterior, prior), code, n_draws, seed=tile_candidates)
-    assert p_value(counts, n_draws * probabilities(posterior, prior, every_message(code, n))) > FALSE_ALARM
+    expected = n_draws * probabilities(posterior, prior, every_message(code, n))
+    assert p_value(counts, expected, 5) > FALSE_ALARM
 
 
 def state_marginals(posterior: Posterior, prior: Prior, code: Code) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Columns, splits and files of data: right, or refused in one line with a status that says so."""
 
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import save_file
 from transformers import BertConfig
 
-from miracle_hub import cli
 from miracle_hub.errors import DataError
 from miracle_hub.evaluate.data import read_examples, read_split, read_texts
 
@@ -156,17 +155,12 @@ def test_the_command_line_says_one_line_of_odd_data(
     content: str,
     source: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    run: Callable[..., tuple[int, str, str]],
 ) -> None:
     path = written(tmp_path / name, content)
-    arguments = ["fit", str(source), str(tmp_path / "out"), "--data", str(path), "--rate", "1"]
-    monkeypatch.setattr(sys, "argv", ["miracle", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    said = capsys.readouterr()
-    assert ended.value.code == 1 and said.out == "" and list(tmp_path.iterdir()) == [path]
-    assert said.err.startswith(f"miracle: {path}: ") and said.err.count("\n") == 1 and ", found " in said.err
+    status, out, err = run("fit", source, tmp_path / "out", "--data", path, "--rate", 1)
+    assert status == 1 and out == "" and list(tmp_path.iterdir()) == [path]
+    assert err.startswith(f"miracle: {path}: ") and err.count("\n") == 1 and ", found " in err
 
 
 def test_a_misspelled_path_is_refused_with_what_is_there(tmp_path: Path) -> None:

@@ -3,12 +3,11 @@
 import json
 import os
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.limits import HANG_SECONDS
+from tests import forks
 
 from .loopback import LoopbackHub
 
@@ -20,22 +19,22 @@ class Client:
     endpoint: str
     home: Path
 
-    def start(self, command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(self, code: str, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run code where huggingface_hub has not been imported yet."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
         ours = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(self.home), "HF_HUB_DISABLE_XET": "1"}
         ours |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"}
-        environment = kept | ours | environment
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS)
+        return forks.run(code, *arguments, environment=kept | ours | environment)
 
     def python(self, code: str, *arguments: str | Path, **environment: str) -> Any:
-        """Run code in a fresh interpreter; its last line of output is JSON."""
-        done = self.start([sys.executable, "-c", code, *map(str, arguments)], **environment)
+        """Run code whose last line of output is JSON."""
+        done = self.run(code, *arguments, **environment)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 
     def miracle(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        command = Path(sys.executable).with_name("miracle")
-        return self.start([str(command), *map(str, arguments)])
+        """The command line; tests/test_cli.py has the installed script."""
+        return self.run("from miracle_hub.cli import main; main()", *arguments)
 
 
 def stopped_url() -> str:

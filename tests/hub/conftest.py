@@ -1,6 +1,8 @@
 """Tiny random models of many architectures, compressed and decompressed once per session."""
 
 import copy
+import fcntl
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,8 +144,10 @@ def random_model(architecture: str, dtype: torch.dtype) -> PreTrainedModel:
 
 @pytest.fixture(scope="session")
 def repositories(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Repository]:
-    """`repositories(architecture, dtype, ...)`, made once for the same arguments."""
-    made: dict[tuple, Repository] = {}
+    """`repositories(architecture, dtype, ...)`, made once for the same arguments, by whatever process."""
+    root = tmp_path_factory.getbasetemp()
+    root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "repositories"
+    root.mkdir(exist_ok=True)
 
     def make(
         architecture: str,
@@ -151,22 +155,17 @@ def repositories(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Repo
         source_shard: str = "5GB",
         shard: str = "5GB",
     ) -> Repository:
-        key = (architecture, dtype, source_shard, shard)
-        if key not in made:
-            folder = tmp_path_factory.mktemp(architecture)
-            auto = getattr(transformers, ARCHITECTURES[architecture][1])
-            made[key] = Repository(folder / "source", folder / "out", folder / "dense", auto)
-            random_model(architecture, dtype).save_pretrained(folder / "source", max_shard_size=source_shard)
-            miracle_hub.compress(
-                folder / "source",
-                folder / "out",
-                bits_per_weight=7,
-                window_bits=8,
-                max_shard_size=shard,
-                progress=False,
-            )
-            miracle_hub.decompress(folder / "out", folder / "dense", progress=False)
-        return made[key]
+        folder = root / f"{architecture}-{dtype}-{source_shard}-{shard}"
+        auto = getattr(transformers, ARCHITECTURES[architecture][1])
+        made = Repository(folder / "source", folder / "out", folder / "dense", auto)
+        with open(f"{folder}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made.decompressed.exists():  # what is made last
+                random_model(architecture, dtype).save_pretrained(made.source, max_shard_size=source_shard)
+                options: Any = {"bits_per_weight": 7, "window_bits": 8, "max_shard_size": shard}
+                miracle_hub.compress(made.source, made.compressed, **options, progress=False)
+                miracle_hub.decompress(made.compressed, made.decompressed, progress=False)
+        return made
 
     return make
 

@@ -8,136 +8,20 @@ uploads needs HF_HUB_DISABLE_XET=1. Set HF_ENDPOINT to `LoopbackHub.url` before 
 import base64
 import hashlib
 import json
-import math
 import re
-import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from email.message import Message
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-TOKEN = "hf_loopback"  # the one token that may write, and see private repositories
-DROP_CONNECTION = 0  # as a fault, instead of a status
+from .loopback_parts import Answer, Blob, Fault, HubError, Repository, Request
+from .loopback_server import Server
+
 _LFS_SUFFIXES = (".safetensors", ".bin", ".onnx", ".h5", ".pt")
 _DATE = "2026-01-01T00:00:00.000Z"
-
-
-class HubError(Exception):
-    """An answer that is no success; the client reads `code` from a header of its own."""
-
-    def __init__(self, status: int, code: str, message: str, *, commit: str = "", url: str = "") -> None:
-        super().__init__(message)
-        self.status = status
-        self.body = {"error": message, "url": url}
-        self.headers = {"X-Error-Code": code, "X-Error-Message": message}
-        if commit:  # lets the client remember that a file is absent from this commit
-            self.headers["X-Repo-Commit"] = commit
-
-
-@dataclass(frozen=True)
-class Blob:
-    """The content of one file, and whether it is stored through LFS."""
-
-    data: bytes
-    is_lfs: bool
-
-    @property
-    def git_id(self) -> str:
-        return hashlib.sha1(b"blob %d\0" % len(self.data) + self.data).hexdigest()
-
-    @property
-    def oid(self) -> str:
-        """SHA-256 for LFS, git's id otherwise: the ETag, and what tells the client a file is unchanged."""
-        return hashlib.sha256(self.data).hexdigest() if self.is_lfs else self.git_id
-
-    def listed_as(self, path: str) -> dict[str, Any]:
-        entry: dict[str, Any] = {"type": "file", "path": path, "size": len(self.data), "oid": self.git_id}
-        if self.is_lfs:
-            entry["lfs"] = {"oid": self.oid, "size": len(self.data), "pointerSize": 134}
-        return entry
-
-
-@dataclass
-class Repository:
-    """Commits (path → blob) by id, and the branches and tags that name some of them."""
-
-    repo_id: str
-    private: bool = False
-    commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
-    branches: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
-
-    def commit(self, branch: str, files: dict[str, Blob]) -> str:
-        commit = hashlib.sha1(f"{self.repo_id} {len(self.commits)}".encode()).hexdigest()
-        self.commits[commit] = files
-        self.branches[branch] = commit
-        return commit
-
-    def find(self, revision: str) -> str:
-        """The commit that a branch, a tag or its own id names."""
-        commit = self.branches.get(revision) or self.tags.get(revision) or revision
-        if commit not in self.commits:
-            raise HubError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-        return commit
-
-    def files(self, revision: str = "main") -> dict[str, Blob]:
-        return self.commits[self.find(revision)]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a route needs: `fields` are the parts of the path that its pattern names."""
-
-    method: str
-    fields: dict[str, str]
-    query: dict[str, str]
-    headers: Message
-    body: bytes
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.body) if self.body else {}
-
-    @property
-    def has_token(self) -> bool:
-        return self.headers.get("Authorization") == f"Bearer {TOKEN}"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """
-    Attributes:
-        headers: Content-Length is that of the body unless it is here.
-        sent: bytes of the body after which the connection breaks; None for all, and it stays.
-    """
-
-    body: bytes = b""
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
-    sent: int | None = None
-
-    @classmethod
-    def of_json(cls, value: Any) -> Self:
-        return cls(json.dumps(value).encode(), headers={"Content-Type": "application/json"})
-
-
-@dataclass
-class Fault:
-    """What becomes of the answers to the next requests; then all is well again.
-
-    Attributes:
-        times: how many requests.
-        method: of requests; None for all.
-    """
-
-    change: Callable[[Answer], Answer]
-    times: float = math.inf
-    method: str | None = "GET"
 
 
 class LoopbackHub:
@@ -158,7 +42,7 @@ class LoopbackHub:
         self.without_ranges: set[str] = set()
         self.uploads: dict[str, bytes] = {}
         self._lock = threading.Lock()
-        self._server = _server(self)
+        self._server = Server(self)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def start(self) -> None:
@@ -387,58 +271,3 @@ _ROUTES: list[tuple[str, re.Pattern[str], Callable[[LoopbackHub, Request], Answe
         ("POST", "/api/models/{repo}/commit/{revision}", LoopbackHub._commit),
     )
 ]
-
-
-def _server(hub: LoopbackHub) -> ThreadingHTTPServer:
-    class Handler(BaseHTTPRequestHandler):
-        """HTTP only: what to answer is the hub's affair."""
-
-        protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True  # an answer is two writes; 40 ms would pass between them
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-        def _body(self) -> bytes:
-            if self.headers.get("Transfer-Encoding") != "chunked":
-                return self._read(int(self.headers.get("Content-Length") or 0))
-            chunks = []
-            while size := int(self.rfile.readline() or self._read(1), 16):
-                chunks.append(self._read(size))
-                self.rfile.readline()
-            self.rfile.readline()
-            return b"".join(chunks)
-
-        def _read(self, size: int) -> bytes:
-            """So many bytes; a client that is killed sends fewer, and what it wanted does not happen."""
-            if len(found := self.rfile.read(size)) < size:
-                raise ConnectionResetError
-            return found
-
-        def _serve(self) -> None:
-            body = self._body()
-            fault = hub.take_fault(self.command, self.path)
-            if fault == DROP_CONNECTION:
-                self.close_connection = True
-                return
-            answer = hub.answer(self.command, self.path, self.headers, body)
-            if fault is not None:
-                answer = fault.change(answer) if isinstance(fault, Fault) else Answer(status=fault)
-            hub.requests.append((self.command, urlsplit(self.path).path, answer.status))
-            self.send_response(answer.status)
-            for name, value in ({"Content-Length": str(len(answer.body))} | answer.headers).items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(answer.body[: answer.sent])
-            if answer.sent is not None:
-                self.close_connection = True
-
-        do_GET = do_HEAD = do_POST = do_PUT = _serve
-
-    class Server(ThreadingHTTPServer):
-        def handle_error(self, request: Any, client_address: Any) -> None:
-            if not isinstance(sys.exception(), ConnectionError):
-                super().handle_error(request, client_address)
-
-    return Server(("127.0.0.1", 0), Handler)

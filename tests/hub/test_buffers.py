@@ -1,10 +1,7 @@
 """Buffers keep every bit in transformers and every verb; compress, verify and push agree on infinities."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,7 @@ import miracle_hub
 from miracle_hub.codec.report import Report
 from miracle_hub.errors import NonFiniteWeightError
 from miracle_hub.plugin.roles import roles_of
-from tests.limits import HANG_SECONDS
+from tests import forks
 
 CAUSAL = torch.tril(torch.ones(64, 64))
 
@@ -123,11 +120,8 @@ def test_a_reader_of_before_refuses_a_repository_with_exact_tensors(masked: tupl
         "    except MiracleError as error: print(type(error).__name__)\n"
     )
     out = masked[0] / "out"
-    command = [sys.executable, "-c", program, str(out), str(out / "model.safetensors")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=HANG_SECONDS, env=environment, check=True
-    )
+    done = forks.run(program, out, out / "model.safetensors")
+    assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["UnsupportedVersionError", "ChecksumError"]
 
 

@@ -4,7 +4,6 @@ import hashlib
 import json
 import random
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from transformers import (
 )
 
 import miracle_hub
-from miracle_hub import Certificate, CodingOptions, cli
+from miracle_hub import Certificate, CodingOptions
 from miracle_hub.errors import ChecksumError, DataError, OptionError, SourceError
 from miracle_hub.evaluate.certify import count_errors
 
@@ -57,18 +56,6 @@ def source(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compressed") / "bert"
     miracle_hub.compress(dense, folder, bits_per_weight=7, window_bits=8, progress=False)
     return folder
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["miracle", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 def rows(n: int) -> list[tuple[str, str]]:

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import random
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertTokenizer, LlamaConfig, LlamaForCausalLM
 
 import miracle_hub
-from miracle_hub import TokenCertificate, cli
+from miracle_hub import TokenCertificate
 from miracle_hub.errors import DataError, OptionError, SourceError
 from miracle_hub.evaluate.tokens import token_probabilities
 
@@ -123,18 +122,6 @@ def test_windows_are_no_longer_than_the_model_and_the_statement_says_how_long(
     assert found[0] == found[1] and " in windows of 64, at " in found[0].statement
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["miracle", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, " ".join(captured.err.split())
-
-    return call
-
-
 def test_the_command_line_certifies_a_language_model(run: Any, source: Path, tmp_path: Path) -> None:
     data = lines(tmp_path / "t.txt", texts(9))
     status, out, _ = run("certify", source, "--data", data, "--held-out", "--no-progress")
@@ -152,7 +139,7 @@ def test_both_flags_are_named_where_not_exactly_one_is_given(
 ) -> None:
     """The parser alone would take the last of two, and ask for the first of none."""
     status, out, err = run("certify", source, "--data", "d.tsv", *flags)
-    err = err.replace("│ ", "").replace(" │", "")
+    err = " ".join(err.split()).replace("│ ", "").replace(" │", "")
     assert status == 2 and out == ""
     assert "expected either --fitted" in err and "--held-out (it was not)" in err
     assert f"found {what}; give one of them" in err

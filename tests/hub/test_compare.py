@@ -3,7 +3,6 @@
 import functools
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from transformers import (
 )
 
 import miracle_hub
-from miracle_hub import cli
 from miracle_hub.errors import DataError, PickleRefusedError, SourceError
 
 from .conftest import random_model
@@ -281,17 +279,12 @@ def test_data_without_anything_to_compare_are_refused(pairs: Any, tmp_path: Path
 
 
 def test_the_command_line_says_what_the_function_says(
-    pairs: Any, texts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    pairs: Any, texts: Path, run: Callable[..., tuple[int, str, str]]
 ) -> None:
     for name in ("bert-classifier", "bert"):
         a, b = pairs(name)
         found = compare((a, b), texts)
-        arguments = ["miracle", "compare", str(a), str(b), "--data", str(texts), "--no-progress"]
-        monkeypatch.setattr(sys, "argv", arguments)
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        assert not ended.value.code
+        status, out, _ = run("compare", a, b, "--data", texts, "--no-progress")
         sizes = f"A {a}: {found.bytes_a:,} bytes\nB {b}: {found.bytes_b:,} bytes\n"
-        assert capsys.readouterr().out == f"{sizes}{found.statement}\n"
+        assert (status, out) == (0, f"{sizes}{found.statement}\n")
     assert "40 rows, 40 predictions (embedding): mean cosine similarity 0." in found.statement

@@ -2,9 +2,6 @@
 
 import json
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,7 @@ import miracle_hub
 from miracle_hub.errors import BudgetError, DataError, OptionError, OutputExistsError
 from miracle_hub.files.whole import alone_in
 from miracle_hub.finetune.trainer import MiracleTrainer
-from tests.limits import HANG_SECONDS
+from tests.forks import Fork
 
 pytest.importorskip("datasets", reason="fit needs the package datasets: pip install '.[fit]'")
 WORDS = ["good", "bad", "film", "a", "the", "very", "movie", "is", "awful", "nice"]
@@ -101,14 +98,8 @@ print(miracle_hub.fit(source, out, data=data, **options).report.digest)
 """
 
 
-def start(source: Path, out: Path, data: Path, resume: bool) -> subprocess.Popen[str]:
-    arguments = [sys.executable, "-c", "import miracle_hub.training.checkpoint\n" + SCRIPT]
-    return subprocess.Popen(
-        [*arguments, str(source), str(out), str(data), str(resume)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(source: Path, out: Path, data: Path, resume: bool) -> Fork:
+    return Fork("import miracle_hub.training.checkpoint\n" + SCRIPT, source, out, data, str(resume))
 
 
 def test_a_fit_that_is_killed_while_coding_goes_on_to_the_same_file(
@@ -118,15 +109,14 @@ def test_a_fit_that_is_killed_while_coding_goes_on_to_the_same_file(
     reference = start(source, whole, tsv, False)
     killed = start(source, stopped, tsv, False)
     checkpoint = tmp_path / "stopped-fit" / "coding.safetensors"
-    while not checkpoint.exists() and killed.poll() is None:
+    while not checkpoint.exists() and not killed.has_ended():
         time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    _, complaint = killed.communicate(timeout=HANG_SECONDS)
+    killed.kill()
+    complaint = killed.wait().stderr
     assert checkpoint.exists() and not stopped.exists(), complaint
-    digest, complaint = reference.communicate(timeout=HANG_SECONDS)
-    assert reference.returncode == 0, complaint
-    again, complaint = start(source, stopped, tsv, True).communicate(timeout=HANG_SECONDS)
-    assert again.splitlines()[-1] == digest.splitlines()[-1], complaint
+    once, again = reference.wait(), start(source, stopped, tsv, True).wait()
+    assert once.returncode == again.returncode == 0, once.stderr + again.stderr
+    assert again.stdout.splitlines()[-1] == once.stdout.splitlines()[-1]
     assert (stopped / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 

@@ -23,7 +23,8 @@ from miracle_hub.codec.report import Report
 from miracle_hub.hub.card import write_card
 
 from .client import Client, stopped_url
-from .loopback import TOKEN, LoopbackHub
+from .loopback import LoopbackHub
+from .loopback_parts import TOKEN
 
 SOURCE_CARD = """---
 license: cc-by-4.0

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from .client import Client, stopped_url
-from .loopback import DROP_CONNECTION, Fault, LoopbackHub
+from .loopback import LoopbackHub
+from .loopback_parts import DROP_CONNECTION, Fault
 
 TRY = """
 import json, sys, time

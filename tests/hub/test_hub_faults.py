@@ -19,7 +19,8 @@ from transformers import BertConfig, BertModel
 import miracle_hub
 
 from .client import Client, stopped_url
-from .loopback import Answer, Blob, Fault, LoopbackHub
+from .loopback import LoopbackHub
+from .loopback_parts import Answer, Blob, Fault
 from .proxy import LoopbackProxy
 
 # The client's patience with one answer: many times what an answer takes on a loaded machine.

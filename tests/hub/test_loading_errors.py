@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -29,6 +28,8 @@ from miracle_hub.plugin.config import MiracleConfig
 from miracle_hub.plugin.conversion import DecodePayloads, decode_leftovers
 from miracle_hub.plugin.decoder import Decoder, Expected
 from miracle_hub.plugin.quantizer import MiracleQuantizer, register
+
+from .damaged import change_config
 
 if TYPE_CHECKING:
     from tests.hub.conftest import Repository
@@ -65,18 +66,6 @@ def change(folder: Path, edit: Callable[[bytes], bytes | None], name: str = _NAM
     if payload is not None:
         tensors[name] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
     save_file(tensors, path, {"format": "pt", "narrowed_from_F32": "*"})
-
-
-def change_config(folder: Path, **values: object) -> None:
-    """As who does so on purpose: without its guard, and without any where payloads are others."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    facts = config["quantization_config"]
-    del facts["guard"]["config"]
-    if "digest" in values:
-        del facts["guard"]
-    facts |= values
-    path.write_text(json.dumps(config))
 
 
 def flip(payload: bytes, at: int, bit: int = 1) -> bytes:

@@ -14,7 +14,8 @@ from huggingface_hub.errors import (
 )
 from safetensors.torch import save_file
 
-from .loopback import TOKEN, LoopbackHub
+from .loopback import LoopbackHub
+from .loopback_parts import TOKEN
 
 
 @pytest.fixture(scope="module")

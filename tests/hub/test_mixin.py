@@ -17,7 +17,8 @@ from miracle_hub.errors import ChecksumError, FormatError, MissingWeightsError, 
 
 from .client import Client
 from .here import UPLOADS_WARN, use_here
-from .loopback import TOKEN, LoopbackHub
+from .loopback import LoopbackHub
+from .loopback_parts import TOKEN
 
 
 class Digits(nn.Module, MiracleHubMixin, library_name="digits", tags=["small"], license="apache-2.0"):

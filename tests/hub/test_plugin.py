@@ -1,4 +1,4 @@
-"""The plug-in in fresh processes: found without an import, harmless when it cannot work."""
+"""The plug-in in processes of its own: found without an import, harmless when it cannot work."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
+from tests import forks
 from tests.limits import HANG_SECONDS
 
 if TYPE_CHECKING:
@@ -58,15 +59,19 @@ def digest_line(folder: Path) -> str:
     return f"loaded {hashlib.sha256(values).hexdigest()}"
 
 
+def environment_of_a_user(**more: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in _NO_AUTOLOAD}
+    return {**kept, "HF_HUB_OFFLINE": "1", **more}
+
+
 def run(
     code: str, folder: Path, *options: str, python: Path | str = sys.executable, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run `code` in `folder`, which is outside of the repository."""
-    kept = {name: value for name, value in os.environ.items() if name not in _NO_AUTOLOAD}
+    """Run `code` in a new interpreter and in `folder`, which is outside of the repository."""
     return subprocess.run(
         [str(python), *options, "-c", code],
         cwd=folder,
-        env={**kept, "HF_HUB_OFFLINE": "1", **environment},
+        env=environment_of_a_user(**environment),
         capture_output=True,
         text=True,
         timeout=HANG_SECONDS,
@@ -108,7 +113,7 @@ print(*sys.modules)
     assert not {"numba", "miracle_hub.codec", "miracle_hub.coding", "miracle_hub.api"} & set(imported)
 
 
-def test_activating_again_is_harmless(tmp_path: Path) -> None:
+def test_activating_again_is_harmless() -> None:
     code = """
 import sys, torch
 from miracle_hub._autoload import activate
@@ -120,7 +125,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 activate(); activate()
 assert waiting() == 0 and "miracle" in AUTO_QUANTIZER_MAPPING
 """
-    done = run(code, tmp_path, "-W", "error")
+    done = forks.run(code, environment=environment_of_a_user(), refused=Warning)
     assert done.returncode == 0, done.stderr
 
 
@@ -157,11 +162,11 @@ def test_in_an_environment_without_the_package_loading_fails(load: str, tmp_path
         for entry in path.iterdir():
             if "miracle" not in entry.name and not (site_packages / entry.name).exists():
                 (site_packages / entry.name).symlink_to(entry)
-    assert run("import torch, miracle_hub", tmp_path, "-I", python=python).returncode != 0
-    assert_size_mismatch(run(load, tmp_path, "-I", python=python))
+    is_absent = "import importlib.util\nassert importlib.util.find_spec('miracle_hub') is None\n"
+    assert_size_mismatch(run(is_absent + load, tmp_path, "-I", python=python))
 
 
-def test_a_plug_in_that_cannot_be_imported_only_warns(llama: Repository, tmp_path: Path) -> None:
+def test_a_plug_in_that_cannot_be_imported_only_warns(llama: Repository) -> None:
     code = f"""
 import sys
 class Break:
@@ -173,7 +178,7 @@ from transformers import AutoModel
 AutoModel.from_pretrained({str(llama.decompressed)!r})
 print("dense models load")
 """
-    done = run(code, tmp_path)
+    done = forks.run(code, environment=environment_of_a_user())
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "dense models load"
     assert "RuntimeWarning: miracle-hub could not register with transformers" in done.stderr

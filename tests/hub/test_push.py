@@ -3,7 +3,6 @@
 import functools
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from email.message import Message
 from pathlib import Path
@@ -23,7 +22,8 @@ from miracle_hub.errors import (
 
 from .client import Client, stopped_url
 from .here import UPLOADS_WARN, use_here
-from .loopback import TOKEN, Answer, Blob, LoopbackHub
+from .loopback import LoopbackHub
+from .loopback_parts import TOKEN, Answer, Blob
 
 if TYPE_CHECKING:
     from .conftest import Repository
@@ -346,7 +346,7 @@ def test_the_command_line_pushes_and_verifies_and_transformers_loads(out: Path, 
         lines = done.stdout.splitlines()
         assert lines[0].startswith(f"{running.url}/user/small/commit/") and " files, " in lines[1]
         assert lines[2] == f"digest {miracle_hub.inspect(out).digest}"
-        done = client.start([sys.executable, "-c", LOAD])
+        done = client.run(LOAD)
     expected = miracle_hub.load_state_dict(out)["bert.encoder.layer.0.output.dense.weight"]
     assert [json.loads(line) for line in done.stdout.splitlines()] == [float(expected.double().sum()), 0]
     assert f"user/small: every byte agrees\n{lines[2]}" in done.stderr

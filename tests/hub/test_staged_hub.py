@@ -9,7 +9,8 @@ import pytest
 import miracle_hub
 
 from .client import Client
-from .loopback import TOKEN, LoopbackHub
+from .loopback import LoopbackHub
+from .loopback_parts import TOKEN
 
 if TYPE_CHECKING:
     from .conftest import Repository

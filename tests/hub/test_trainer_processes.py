@@ -1,4 +1,4 @@
-"""Two processes with a Trainer each, as torchrun starts them: what they write, and what they end with."""
+"""Two processes with a Trainer each, in torchrun's environment: what they write, and what they end with."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from miracle_hub.errors import OptionError
 from miracle_hub.files.sealed import crc_of
 from miracle_hub.finetune.trainer import MiracleTrainer
 from tests.hub.test_trainer import ROWS, arguments, classifier
-from tests.training.test_processes import launched
+from tests.workers import run_in_two
 
 pytest.importorskip("datasets", reason="fit needs the package datasets: pip install '.[fit]'")
 WORDS = ["good", "bad", "film", "a", "the", "very"]
@@ -37,8 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(folder: Path) -> list[dict[str, Any]]:
     """What each of the processes found."""
-    done = launched(Path(__file__).parent / "two_trainers.py", folder)
-    assert done.returncode == 0, done.stderr
+    run_in_two(Path(__file__).with_name("two_trainers.py"), folder)
     return [json.loads((folder / f"found-{rank}.json").read_text()) for rank in (0, 1)]
 
 

@@ -1,4 +1,4 @@
-"""What each of two processes does in test_trainer_processes.py, started by torchrun: it writes what it found.
+"""What each of two processes does in test_trainer_processes.py, which writes what it found.
 
 Arguments: a folder with a model in `source` and rows in `train.tsv`.
 """

@@ -1,10 +1,11 @@
 """Where kernels run in the tests, and memory that is poisoned before they write it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from bounds import check_addresses
+from slides import MODULE, set_tiles
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +28,23 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore[reportAttributeAccessIssue]
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def cut_into(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """`cut_into(n)`: streams are cut into n pieces, or into as many as are two margins long."""
+
+    def cut(n_pieces: int) -> None:
+        def count(n_steps: int, margin: int, wanted: int) -> int:
+            return max(1, min(n_pieces, n_steps // (2 * margin)))
+
+        monkeypatch.setattr(MODULE, "count_pieces", count)
+
+    return cut
+
+
+@pytest.fixture
+def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU only: the interpreter takes longer for many tiles than for one of 2^16 states."""
+    if not torch.cuda.is_available():
+        set_tiles(monkeypatch, TILE_NODES=1 << 16)

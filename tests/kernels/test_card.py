@@ -1,15 +1,13 @@
 """The card of the kernel repository: its example runs, and its table has the ops as they are."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import miracle_kernels
-from tests.limits import HANG_SECONDS
+from tests import forks
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 CARD = (KERNELS / "README.md").read_text(encoding="utf-8")
@@ -18,8 +16,7 @@ OPS = sorted(name.removesuffix("_torch") for name in miracle_kernels.__all__ if 
 
 def test_the_example_runs_and_prints_the_rate_it_says(tmp_path: Path) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", CARD, re.DOTALL)
-    command = [sys.executable, "-W", "error", "-c", example]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS)
+    done = forks.run(example, folder=tmp_path, refused=Warning)
     assert done.returncode == 0, done.stderr
     (said,) = re.findall(r"print\(.*bits per weight.*# (.*)", example)
     assert done.stdout.startswith(f"{said} bits per weight")

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chi2
 from streams import generator, signed
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +22,7 @@ from miracle_hub.coding.quantiles import quantiles
 from miracle_kernels import KernelInputError, select, select_torch
 from miracle_kernels.select import select_triton
 from miracle_kernels.tuning import tiles
+from tests.chi_square import p_value
 
 # The package's attribute `select` is the op.
 MODULE: Any = importlib.import_module("miracle_kernels.select")
@@ -31,8 +31,6 @@ SEED, STREAM_ID = 2**63 + 5, 2**31 + 9
 # A right encoder fails one case in ten thousand; a wrong one must be rejected far beyond chance.
 FALSE_ALARM = 1e-4
 REJECTED = 1e-6
-# Below this the chi-square approximation is poor, and cells are merged.
-LEAST_EXPECTED = 5
 # Blocks of a large case.
 MANY = 1311 if torch.cuda.is_available() else 321
 
@@ -200,18 +198,6 @@ def test_the_best_candidate_does_not_depend_on_tiles_and_splits(
     assert torch.equal(indices[0], indices[1]) and torch.equal(indices[0], indices[2])
 
 
-def p_value(counts: np.ndarray, law: np.ndarray) -> float:
-    """Of Pearson's chi-square; rare cells are merged into one, with the least of the others if need be."""
-    order = np.argsort(law)
-    counts, expected = counts[order], counts.sum() * law[order]
-    merged = int(np.searchsorted(np.cumsum(expected), LEAST_EXPECTED)) + 1
-    merged = max(merged, int((expected < LEAST_EXPECTED).sum()))
-    counts = np.append(counts[merged:], counts[:merged].sum())
-    expected = np.append(expected[merged:], expected[:merged].sum())
-    assert expected.min() >= LEAST_EXPECTED and expected.size > 2
-    return float(chi2.sf(((counts - expected) ** 2 / expected).sum(), expected.size - 1))
-
-
 # Eight tiles of sixteen candidates, each of which matters.
 LAW = dict(quadratic=torch.tensor([[-0.5, -0.3, 0.7]]), linear=torch.tensor([[1.3, -1.0, 1.5]]))
 LAW_BITS = 7
@@ -224,10 +210,11 @@ def check_law(index: Tensor) -> None:
     for factor in (1.0, 2.0, 0.5):
         law = np.exp(factor * (log_weights - log_weights.max()))
         law /= law.sum()
-        p = p_value(counts, law)
+        p = p_value(counts, counts.sum() * law, 3)
         if factor == 1:
             assert p > FALSE_ALARM
-            assert p_value(counts.reshape(-1, 16).sum(1), law.reshape(-1, 16).sum(1)) > FALSE_ALARM
+            tiles = (counts.reshape(-1, 16).sum(1), counts.sum() * law.reshape(-1, 16).sum(1))
+            assert p_value(*tiles, 3) > FALSE_ALARM
         else:
             assert p < REJECTED
 

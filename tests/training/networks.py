@@ -131,3 +131,12 @@ def assert_same_state(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert list(found) == list(expected)
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
+
+
+def snapshot(model: nn.Module) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Of every stream, what is coded, where, and the scales."""
+    found = []
+    for stream in streams_of(model):
+        message = message_in(stream)
+        found.append((message.values.clone(), message.is_coded.clone(), stream.scales().clone()))
+    return found

@@ -3,8 +3,6 @@
 import errno
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from miracle_hub.training import checkpoint
 from miracle_hub.training.checkpoint import Checkpoint, RunState
 from miracle_hub.training.coder import CodingOptions, code_model
 from miracle_hub.training.journal import Journal
-from tests.limits import HANG_SECONDS
+from tests import forks
 
 from .networks import IMAGES, assert_same_state, loss_of, posterior_of, streams_of, variational_net
 
@@ -76,13 +74,8 @@ print(json.dumps([kills, sorted(path.name for path in folder.iterdir())]))
 
 
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_file(tmp_path: Path) -> None:
-    root = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, "-c", WORKER, root, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=HANG_SECONDS,
-    )
+    root = Path(__file__).parents[2]
+    done = forks.run(WORKER, root, tmp_path)
     assert done.returncode == 0, done.stderr
     kills, files = json.loads(done.stdout.splitlines()[-1])
     # It was killed in the middle, at several places, and each time it was further.

@@ -3,8 +3,6 @@
 import copy
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from miracle_hub.training.layout import Joint
 from miracle_hub.training.message import Message
 from miracle_hub.training.model import anneal, kl_penalty
 from miracle_hub.training.posteriors.mean_kl import MeanKL
-from tests.limits import HANG_SECONDS
+from tests import forks
 
 from .networks import (
     IMAGES,
@@ -237,11 +235,8 @@ print(json.dumps([errors, spread]))
 
 
 def test_distributed_processes_draw_different_noise_and_share_gradients(tmp_path: Path) -> None:
-    root = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, "-c", WORKER, root, str(tmp_path / "meeting")],
-        capture_output=True, text=True, timeout=HANG_SECONDS,
-    )  # fmt: skip
+    root = Path(__file__).parents[2]
+    done = forks.run(WORKER, root, tmp_path / "meeting")
     assert done.returncode == 0, done.stderr
     errors, spread = json.loads(done.stdout.splitlines()[-1])
     assert len(errors) == 3 and max(errors.values()) < 1e-5

@@ -17,11 +17,11 @@ from tests.training.networks import conv_net, loss_of, variational_net
 WORKER = Path(__file__).parent / "two_processes.py"
 
 
-def launched(worker: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+def launched(folder: Path) -> subprocess.CompletedProcess[str]:
     """Two processes by torchrun."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     return subprocess.run(
-        [*torchrun, str(worker), str(folder)], capture_output=True, text=True, timeout=HANG_SECONDS
+        [*torchrun, str(WORKER), str(folder)], capture_output=True, text=True, timeout=HANG_SECONDS
     )
 
 
@@ -29,7 +29,7 @@ def launched(worker: Path, folder: Path) -> subprocess.CompletedProcess[str]:
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of the processes found."""
     folder = tmp_path_factory.mktemp("two")
-    done = launched(WORKER, folder)
+    done = launched(folder)
     files = [folder / f"found-{rank}.json" for rank in (0, 1)]
     assert all(file.exists() for file in files), done.stderr
     assert done.returncode != 0  # one of them ended in the middle, on purpose
