@@ -24,6 +24,14 @@ class Knowledge(Protocol):
         """What errors of a tensor cost; None if that is not known."""
         ...
 
+    def is_estimated(self, name: str) -> bool:
+        """Whether a tensor is a statistic of the model's inputs, which may change with what is coded."""
+        ...
+
+    def is_tuned(self, name: str) -> bool:
+        """Whether a tensor may change with what is coded if it is plain."""
+        ...
+
     def encode(self, plans: Mapping[str, Plan], jobs: Sequence[Job], backend: Backend) -> Mapping[str, bytes]:
         """Payloads of some of the jobs, each as long as its job's own, by name of the tensor."""
         ...
