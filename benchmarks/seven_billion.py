@@ -108,7 +108,7 @@ def main() -> None:
     a = parser.parse_args()
     found: dict[str, Any] = {"n_weights": _WEIGHTS, "predicted": [predicted(effort) for effort in range(4)]}
     if a.run:
-        found["run"] = run(*a.run, a.bits, a.effort)
+        found["run"] = run(a.run[0], a.run[1], a.bits, a.effort)
     print(json.dumps(found, indent=1))
     record.record("seven_billion", found)
 

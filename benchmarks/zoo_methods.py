@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from record import ROOT
-from zoo_models import ZOO, calibration, dense_folder
+from zoo_models import ZOO, calibration, dense_folder, module_to_run
 from zoo_rounding import copy_companions, round_folder
 
 import miracle_hub
@@ -63,7 +63,9 @@ def ours(
         **options,
         **budget,
     }
-    report = miracle_hub.compress(dense_folder(name), out, options=CompressOptions(progress=False, **given))
+    model = None if method == "data-free" else module_to_run(name)
+    chosen = CompressOptions(progress=False, **given)
+    report = miracle_hub.compress(dense_folder(name), out, model=model, options=chosen)
     told = {key: value for key, value in given.items() if key not in ("bits_per_weight", "size", "calibrate")}
     return report.compressed_bytes, "miracle-hub " + json.dumps(told)
 

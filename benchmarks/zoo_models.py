@@ -94,11 +94,11 @@ def _stories() -> Path:
 
 
 def _plain(name: str, tensors: Callable[[], dict[str, Tensor]]) -> Callable[[], Path]:
-    """A folder that holds a state dict and nothing else of a model."""
+    """A folder that holds a state dict, and a config.json by which readers are told what was tuned."""
 
     def folder() -> Path:
         path = ZOO / name
-        if not (path / "model.safetensors").exists():
+        if not (path / "config.json").exists():
             zoo_vision.write_folder(path, tensors())
         return path
 
@@ -184,6 +184,11 @@ def as_module(name: str, candidate: Candidate) -> nn.Module:
     if _is_of_transformers(network):
         return network.from_pretrained(candidate, dtype=torch.float32).eval()
     return _with_state(network(), _state_of(Path(candidate)))
+
+
+def module_to_run(name: str) -> nn.Module | None:
+    """The dense model, where transformers has no class for it."""
+    return None if _is_of_transformers(MODELS[name].network) else as_module(name, dense_folder(name))
 
 
 def _is_of_transformers(network: Any) -> bool:

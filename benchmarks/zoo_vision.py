@@ -8,6 +8,7 @@ training images for dev.
 """
 
 import io
+import json
 from functools import cache
 from pathlib import Path
 
@@ -77,9 +78,10 @@ def lenet_state() -> dict[str, Tensor]:
 
 
 def write_folder(folder: Path, state: dict[str, Tensor]) -> None:
-    """A folder with one safetensors file."""
+    """A folder with one safetensors file and a config.json that names no class of transformers."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({"model": folder.name}, indent=2) + "\n")
 
 
 @cache

@@ -69,6 +69,14 @@ class Asking:
             self.unseen.append(source.name)
         return found
 
+    def is_estimated(self, name: str) -> bool:
+        """Whether it is a statistic of a batch norm."""
+        return self.known is not None and self.known.is_estimated(name)
+
+    def is_tuned(self, name: str) -> bool:
+        """Whether it is a parameter that may be tuned."""
+        return self.known is not None and self.known.is_tuned(name)
+
     def encode(self, plans: Mapping[str, Plan], jobs: Sequence[Job], backend: Backend) -> Mapping[str, bytes]:
         """What refits made of the jobs.
 
@@ -123,6 +131,8 @@ class Asking:
         given = {"effort": effort, "seed": seed, "model": model, "progress": options.progress}
         given |= {"kept": self.kept, "device": choose(options.backend).device}
         known = knowledge_of(self.folder, options.calibrate, **given)
+        if options.stages > 1:  # statistics would suit the first alone
+            known.norms = None
         if model is None:  # transformers may give tensors other names than files have
             theirs = roles_of(self.folder).parameters
             _require_names(known.model, [tensor for tensor in tensors if tensor.name in theirs])

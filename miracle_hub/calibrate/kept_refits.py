@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from miracle_hub.calibrate.matrix import MatrixInMaking
 from miracle_hub.calibrate.tuning import Tuning
@@ -26,7 +26,7 @@ class KeptMaking:
     kept: Kept
     step: str
     matrices: Sequence[MatrixInMaking]
-    vectors: Sequence[nn.Parameter]
+    vectors: Sequence[Tensor]
     losses: list[tuple[str, float]]
 
     def keep(self, done: int) -> None:
@@ -90,5 +90,5 @@ def steps_of(phase: int) -> str:
     return f"{_STEPS_OF_PHASE}-{phase}"
 
 
-def _of_vectors(vectors: Sequence[nn.Parameter]) -> dict[str, Tensor]:
+def _of_vectors(vectors: Sequence[Tensor]) -> dict[str, Tensor]:
     return {f"vector.{i}": vector for i, vector in enumerate(vectors)}

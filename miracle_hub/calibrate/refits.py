@@ -12,6 +12,7 @@ from miracle_hub.calibrate.fitting import Fit, order
 from miracle_hub.calibrate.journal import Journal
 from miracle_hub.calibrate.kept_refits import KeptMaking, steps_of
 from miracle_hub.calibrate.matrix import MatrixInMaking
+from miracle_hub.calibrate.norms import Norms
 from miracle_hub.calibrate.teacher import Teacher
 from miracle_hub.codec.kept import Kept
 
@@ -75,10 +76,12 @@ class Refits:
     progress: bool = False
     seed: int = 0
     kept: Kept = field(default_factory=Kept)
+    norms: Norms | None = None
 
     def run(self) -> None:
         """Code everything, with refits between groups."""
-        kept = KeptMaking(self.kept, "refits", self.matrices, self.vectors, self.journal.losses)
+        plain = [*self.vectors, *(self.norms.buffers.values() if self.norms else ())]
+        kept = KeptMaking(self.kept, "refits", self.matrices, plain, self.journal.losses)
         done = kept.go_on()
         for number, phase in enumerate(self._phases(), 1):
             if number > done:
@@ -95,8 +98,10 @@ class Refits:
     def _code(self, group: int) -> None:
         share, desc = self.options.share(group), f"code {group}/{self.options.groups}"
         for matrix in tqdm(self.matrices, desc=desc, disable=not self.progress):
-            matrix.code(matrix.columns_at(share))
+            matrix.code(matrix.columns if matrix.is_first else matrix.columns_at(share))
         self.journal.report(f"coded {share:.0%}")
+        if self.norms:
+            self.norms.estimate_or_undo(self.journal)
 
     def _fit(self, group: int) -> None:
         """Fit the columns that are not coded, and vectors; what does not help on held-out rows is undone."""

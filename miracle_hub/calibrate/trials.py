@@ -15,6 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from miracle_hub.calibrate.matrix import MatrixInMaking
+from miracle_hub.calibrate.norms import Norms
 from miracle_hub.calibrate.teacher import Teacher
 from miracle_hub.codec.jobs import Job
 from miracle_hub.codec.kept import Kept
@@ -40,11 +41,16 @@ def with_damping(
     backend: Backend,
     progress: bool = False,
     kept: Kept | None = None,
+    norms: Norms | None = None,
 ) -> list[Job]:
-    """The jobs, those of each kind with the damping, or without the feedback, that diverged least."""
+    """The jobs, those of each kind with the damping, or without the feedback, that diverged least.
+
+    Args:
+        norms: whose statistics are estimated anew in every trial, as they will be.
+    """
     kept = kept or Kept()
     if (found := kept.load("damping")) is None:
-        chosen = _chosen(jobs, model, parameters, held_out, backend, progress)
+        chosen = _chosen(jobs, model, parameters, held_out, backend, progress, norms)
         kept.save("damping", chosen=chosen)
     else:
         chosen = found.facts["chosen"]
@@ -60,6 +66,7 @@ def _chosen(
     held_out: Teacher,
     backend: Backend,
     progress: bool,
+    norms: Norms | None,
 ) -> dict[str, float | None]:
     """Of every kind of matrices that was tried."""
     kinds: dict[str, list[Job]] = {}
@@ -71,7 +78,7 @@ def _chosen(
         picked = [own[i] for i in sorted({0, len(own) // 2, len(own) - 1})][:_TRIED]
         if sum(job.source.n_weights for job in picked) <= _TRIED * _MOST_WEIGHTS:
             tried = {
-                d: _diverged([_damped(j, d) for j in picked], model, parameters, held_out, backend)
+                d: _diverged([_damped(j, d) for j in picked], model, parameters, held_out, backend, norms)
                 for d in _DAMPINGS
             }
             chosen[kind] = min(tried, key=lambda damping: tried[damping])
@@ -93,15 +100,19 @@ def _diverged(
     parameters: Mapping[str, nn.Parameter],
     held_out: Teacher,
     backend: Backend,
+    norms: Norms | None,
 ) -> float:
     """The divergence of the model with these matrices coded; they are as they were afterwards."""
     own = [parameters[job.source.name] for job in jobs]
-    before = [parameter.detach().clone() for parameter in own]
+    changed = [*own, *(norms.buffers.values() if norms else ())]
+    before = [values.detach().clone() for values in changed]
     try:
         for job, parameter in zip(jobs, own, strict=True):
             matrix = MatrixInMaking(job, parameter, backend)
             matrix.code(matrix.columns)
+        if norms:
+            norms.estimate()
         return held_out.mean_divergence(model)
     finally:
-        for parameter, values in zip(own, before, strict=True):
-            parameter.copy_(values)
+        for own_values, values in zip(changed, before, strict=True):
+            own_values.copy_(values)

@@ -28,6 +28,7 @@ from miracle_hub.codec.survey import survey
 from miracle_hub.codec.worth import by_worth, worths
 from miracle_hub.codec.writer import Writer
 from miracle_hub.coding.backend import Backend, choose
+from miracle_hub.coding.narrowing import half_holds
 from miracle_hub.errors import BudgetError
 from miracle_hub.files.whole import output_folder, refuse_overlap, writing
 from miracle_hub.options import CompressOptions, budget_bytes, parse_size
@@ -190,6 +191,7 @@ def _decide(
     request = Request(options.window_bits, options.rotation, options.seed, len(left), backend)
     curves, contents = survey(plans, request)
     costs = {} if knowledge is None else _curvatures(knowledge, plans, curves)
+    plans |= {} if knowledge is None else _changing(knowledge, plans)
     sources = {curve.name: plans[curve.name].source for curve in curves}
     worth = worths([plan.source for plan in plans.values()], read_config(source))
     curves = _weighed(by_worth(curves, worth), sources, costs, worth, request)
@@ -214,6 +216,20 @@ def _curvatures(
 ) -> dict[str, Curvature]:
     found = {curve.name: knowledge.curvature(plans[curve.name].source) for curve in curves}
     return {name: curvature for name, curvature in found.items() if curvature is not None}
+
+
+def _changing(knowledge: Knowledge, plans: Mapping[str, Plan]) -> dict[str, Plan]:
+    """What may change, statistics and small matrices, is plain, and has 16 bits where those hold it."""
+    found: dict[str, Plan] = {}
+    for name, plan in plans.items():
+        if not isinstance(plan, Plain | Exact) or plan.why is Why.EXCLUDED:
+            continue
+        is_statistic = knowledge.is_estimated(name)
+        if is_statistic or (plan.why is Why.SMALL and knowledge.is_tuned(name)):
+            why = Why.STATISTICS if is_statistic else Why.SMALL
+            fits = plan.source.dtype == "F32" and half_holds(plan.source.load())
+            found[name] = Plain(plan.source, why, fits)
+    return found
 
 
 def _weighed(

@@ -40,6 +40,7 @@ class Why(Enum):
     WHOLE = "whole numbers, kept exact"
     FEW = "few different values, kept exact"
     TABLE = "a table, kept exact"
+    STATISTICS = "statistics of a batch norm"
 
     def text(self, dtype: str) -> str:
         """For people."""
