@@ -7,6 +7,7 @@ import re
 
 from figures import PEERS, load, write_figures
 from record import ROOT
+from size_rule_report import section as size_rule
 from zoo_report import section
 
 RESULTS_PAGE = ROOT / "docs" / "results.md"
@@ -284,7 +285,8 @@ def summary() -> str:
 
 def results_page() -> str:
     """docs/results.md."""
-    parts = (_HEAD, minilm(), stories(), section(), fine_tuning(), lenet(), rate_distortion(), speed(), gpu())
+    models = (minilm(), stories(), section(), size_rule())
+    parts = (_HEAD, *models, fine_tuning(), lenet(), rate_distortion(), speed(), gpu())
     return "\n\n".join(parts) + "\n"
 
 

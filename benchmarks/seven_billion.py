@@ -5,8 +5,8 @@
 
 Counted are the products of every pass of an effort, there and back, and codes at the floor of the trellis's
 kernel (results/gpu-floors.json), without the work of bands around it. What a GPU reaches of its speed is
-assumed, since no machine here has one. The model has 32 blocks of 4,096 states and 11,008 between them, 32,000 words and
-a head of its own.
+assumed, since no machine here has one. The model has 32 blocks of 4,096 states and 11,008 between them,
+32,000 words and a head of its own.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def main() -> None:
     a = parser.parse_args()
     found: dict[str, Any] = {"n_weights": _WEIGHTS, "predicted": [predicted(effort) for effort in range(4)]}
     if a.run:
-        found["run"] = run(*a.run, a.bits, a.effort)
+        found["run"] = run(a.run[0], a.run[1], a.bits, a.effort)
     print(json.dumps(found, indent=1))
     record.record("seven_billion", found)
 

@@ -24,7 +24,8 @@ def side_by_side(
     names: tuple[str, str], first: Callable[[], Seconds], second: Callable[[], Seconds]
 ) -> dict[str, Any]:
     """Medians of both, and of the second over the first."""
-    first(), second()  # fill the cache of pages, and numba's
+    for each in (first, second):
+        each()  # fills the cache of pages, and numba's
     pairs = [(first(), second()) for _ in range(ROUNDS)]
     results: dict[str, Any] = {"rounds": ROUNDS}
     for key in pairs[0][0]:

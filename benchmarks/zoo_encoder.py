@@ -27,10 +27,11 @@ def sentences(split: str) -> list[str]:
 
 @cache
 def _dense_embeddings(dense: nn.Module, folder: Path, split: str) -> Tensor:
-    return _embed(dense, folder, sentences(split))
+    return embeddings(dense, folder, sentences(split))
 
 
-def _embed(model: nn.Module, folder: Path, texts: list[str]) -> Tensor:
+def embeddings(model: nn.Module, folder: Path, texts: list[str]) -> Tensor:
+    """Of sentences, [n, hidden]; see `sts.embed`."""
     return embed(model, AutoTokenizer.from_pretrained(folder), texts)  # pyright: ignore[reportArgumentType]
 
 
@@ -38,12 +39,12 @@ def measure(model: nn.Module, dense: nn.Module, folder: Path, split: str, quick:
     """100 × Spearman on STS-B, and mean 1 − cosine to the dense sentence embedding."""
     n = QUICK_SENTENCES if quick else SENTENCES
     there = _dense_embeddings(dense, folder, split)[:n]
-    cosine = (there * _embed(model, folder, sentences(split)[:n])).sum(1)
+    cosine = (there * embeddings(model, folder, sentences(split)[:n])).sum(1)
     return {"spearman": _spearman(model, folder, split), "distance": float(1 - cosine.mean())}
 
 
 def _spearman(model: nn.Module, folder: Path, split: str) -> float:
     gold, left, right = read_pairs(DATA / "stsb" / f"sts-{split}.csv")
-    cosine = (_embed(model, folder, left) * _embed(model, folder, right)).sum(1)
+    cosine = (embeddings(model, folder, left) * embeddings(model, folder, right)).sum(1)
     ranks = torch.from_numpy(np.stack([rankdata(gold), rankdata(cosine.numpy())]))
     return 100 * float(torch.corrcoef(ranks)[0, 1])

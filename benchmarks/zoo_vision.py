@@ -118,12 +118,13 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:
 @cache
 def _dense_logits(dense: nn.Module, which: str, split: str, n: int) -> Tensor:
     images = (
-        jpeg_images("train" if split == "dev" else "test", n) if which == "cifar" else _digits(split, n)[0]
+        jpeg_images("train" if split == "dev" else "test", n) if which == "cifar" else digits(split, n)[0]
     )
     return logits(dense, images)
 
 
-def _compared(here: Tensor, there: Tensor) -> dict[str, float]:
+def compared(here: Tensor, there: Tensor) -> dict[str, float]:
+    """Logits beside the dense model's: agreement of the likeliest class, and KL(dense ‖ here) in nats."""
     same = (here.argmax(1) == there.argmax(1)).float().mean()
     p, q = torch.log_softmax(there, 1), torch.log_softmax(here, 1)
     return {"agreement": 100 * float(same), "kl": float((p.exp() * (p - q)).sum(1).mean())}
@@ -140,11 +141,12 @@ def measure_cifar(
     n = _QUICK_IMAGES if quick else (_DEV_IMAGES if split == "dev" else 10_000)
     here = logits(model, jpeg_images("train" if split == "dev" else "test", n))
     raw = _raw_images("train" if split == "dev" else "test")
-    return _compared(here, _dense_logits(dense, "cifar", split, n)) | {"accuracy": _accuracy(model, *raw)}
+    return compared(here, _dense_logits(dense, "cifar", split, n)) | {"accuracy": _accuracy(model, *raw)}
 
 
 @cache
-def _digits(split: str, n: int) -> tuple[Tensor, Tensor]:
+def digits(split: str, n: int) -> tuple[Tensor, Tensor]:
+    """Images of MNIST / 256 and their labels, of the split's 10,000."""
     images, labels = mnist("train" if split == "dev" else "t10k")
     return images[-10_000:][:n].float() / 256, labels[-10_000:][:n]
 
@@ -153,8 +155,8 @@ def measure_mnist(
     model: nn.Module, dense: nn.Module, folder: Path, split: str, quick: bool
 ) -> dict[str, float]:
     """Agreement, KL and accuracy on digits."""
-    images, labels = _digits(split, _QUICK_IMAGES if quick else 10_000)
-    found = _compared(logits(model, images), _dense_logits(dense, "mnist", split, len(images)))
+    images, labels = digits(split, _QUICK_IMAGES if quick else 10_000)
+    found = compared(logits(model, images), _dense_logits(dense, "mnist", split, len(images)))
     return found | {"accuracy": _accuracy(model, images, labels)}
 
 

@@ -102,10 +102,9 @@ def compress(
 
     options.require_budget()  # before a Hub source is downloaded
     folder = local_folder(source, options.revision, taken=TO_COMPRESS)
-    base_model = None if Path(source).exists() else str(source)
     plainly = partial(compress_folder, folder, roles=roles_of)
     about_output: dict[str, Any] = {
-        "card": lambda target, report: write_card(target, report, folder, base_model),
+        "card": lambda target, report: write_card(target, report, folder, _hub_id(source)),
         "not_downloaded": not_downloaded(source, options.revision, folder),
     }
     if not is_asked(options.calibrate):
@@ -114,6 +113,10 @@ def compress(
     from miracle_hub.calibrate.compression import compress_calibrated
 
     return compress_calibrated(plainly, folder, Path(out), options, model=model, **about_output)
+
+
+def _hub_id(source: str | Path) -> str | None:
+    return None if Path(source).exists() else str(source)
 
 
 def _refuse_idle(model: nn.Module | None, work: str | Path | None) -> None:

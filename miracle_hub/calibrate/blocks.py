@@ -12,6 +12,7 @@ from miracle_hub.calibrate.outputs import answers
 
 Batch = Mapping[str, Tensor]
 _FEWEST = 2
+_TOKENS_OF_ROWS = 3  # dimensions of states
 # Arguments in which a block keeps what later tokens need: it could not be called twice.
 _CACHES = ("past_key_values", "past_key_value", "cache_params")
 
@@ -67,7 +68,7 @@ def chains_of(model: nn.Module, batch: Batch) -> list[Chain]:
     """Lists of modules of one class that hand states from one to the next, as a batch shows.
 
     None is inside another. Lists of whose modules any is called twice, not at all, or with what others
-    changed in between are none.
+    changed in between are none, nor are those of filters: states are `[rows, tokens, d]`.
     """
     found = list[Chain]()
     for path, module in model.named_modules():
@@ -84,6 +85,8 @@ def _chain_of(model: nn.Module, path: str, blocks: Sequence[nn.Module], batch: B
     with _recording(blocks, None) as seen, _without_cache(model), torch.no_grad():
         answers(model, batch)
     if [one.block for one in seen] != list(blocks) or (key := _key_of(seen)) is None:
+        return None
+    if any(one.output.dim() != _TOKENS_OF_ROWS for one in seen):
         return None
     first, *others = ({k: v for k, v in one.values.items() if k != key} for one in seen)
     is_uniform = all(own.keys() == first.keys() and all(own[k] is first[k] for k in own) for own in others)

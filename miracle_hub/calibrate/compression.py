@@ -53,14 +53,12 @@ def compress_calibrated(
     """
     with work_folder(source, out, options, model) as kept:
         asking = Asking(source, options, model, kept)
-        judged = _Judged(asking, compress)
         try:
-            return compress(out, options, knowledge=asking, judged=judged, **also)
+            return compress(out, options, knowledge=asking, judged=_Judged(asking, compress), **also)
         except _TakenBack as taken:
             found = taken.found
-        return compress(
-            out, options, judged=lambda folder, report: replace(report, calibration=found), **also
-        )
+        told: Callable[[Path, Report], Report] = lambda _, report: replace(report, calibration=found)  # noqa: E731
+        return compress(out, options, judged=told, **also)
 
 
 @dataclass

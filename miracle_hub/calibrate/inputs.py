@@ -1,7 +1,7 @@
 """What a model is run on while it is compressed: the user's own data, or inputs of its own making."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from miracle_hub.calibrate.given import rows_of
 from miracle_hub.calibrate.modality import inputs_by_name, modality_of, takes_sounds, takes_texts
-from miracle_hub.calibrate.rows import Found, Row, tokens_of
+from miracle_hub.calibrate.rows import Found, Row, order_of, tokens_of
 from miracle_hub.calibrate.self_made import self_made
 from miracle_hub.errors import CalibrationError, DataError
 
@@ -76,6 +76,7 @@ def inputs_of(
     n_tokens: int,
     max_length: int | None = None,
     batch_rows: int = 8,
+    batch_tokens: int | None = None,
     seed: int = 0,
 ) -> Inputs:
     """Inputs of a model, and some of them held out. The same arguments give the same inputs.
@@ -91,6 +92,7 @@ def inputs_of(
         max_length: tokens of a text at most; by default 512 of given texts and 256 of self-made ones, and
             never more than the model has positions.
         batch_rows: rows of a batch at most.
+        batch_tokens: of a batch of several rows at most.
 
     Raises:
         CalibrationError: it is not known how inputs of this model are made, or it does not run on them.
@@ -109,7 +111,7 @@ def inputs_of(
         ) from error
     where = SELF if is_self else found.where
     kept, held_out, twice = _split(found, seed, where, kind)
-    batches, aside = tuple(_batches(kept, batch_rows)), tuple(_batches(held_out, batch_rows))
+    batches, aside = (_batches(rows, batch_rows, batch_tokens, seed) for rows in (kept, held_out))
     _require_run(model, batches[0], where, kind)
     return Inputs(
         batches, aside, _said(model, found, kept, held_out, twice), sum(map(tokens_of, kept)),
@@ -140,15 +142,21 @@ def _split(found: Found, seed: int, where: str, kind: Refusal) -> tuple[list[Row
     return [rows[i] for i in kept], [rows[i] for i in aside], len(found.rows) - len(rows)
 
 
-def _batches(rows: Sequence[Row], batch_rows: int) -> Iterator[dict[str, Tensor]]:
-    """Rows of equal shapes together."""
+def _batches(
+    rows: Sequence[Row], batch_rows: int, batch_tokens: int | None, seed: int
+) -> tuple[dict[str, Tensor], ...]:
+    """Rows of equal shapes together, in an order drawn at random: the first ones have all shapes."""
     alike: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         key = tuple((name, tuple(x.shape), x.dtype) for name, x in row.items())
         alike.setdefault(key, []).append(row)
+    found = []
     for group in alike.values():
-        for some in (group[start : start + batch_rows] for start in range(0, len(group), batch_rows)):
-            yield {name: torch.stack([row[name] for row in some]) for name in some[0]}
+        fitting = batch_rows if batch_tokens is None else batch_tokens // tokens_of(group[0])
+        n = max(1, min(batch_rows, fitting))
+        parts = (group[start : start + n] for start in range(0, len(group), n))
+        found += [{name: torch.stack([row[name] for row in some]) for name in some[0]} for some in parts]
+    return tuple(found[i] for i in (order_of(len(found), seed) if len(alike) > 1 else range(len(found))))
 
 
 @torch.no_grad()

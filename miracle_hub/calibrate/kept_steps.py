@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from miracle_hub.codec.kept import Kept, Saved
 
-# Of a minute and more that a step may take; keeping SmolLM2's parameters and two moments takes seconds.
+# A choice: writing three floats for each weight takes seconds.
 _EVERY_SECONDS = 300.0
 
 

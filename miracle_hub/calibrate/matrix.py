@@ -21,11 +21,12 @@ class MatrixInMaking:
     Attributes:
         parameter: what the model runs with; of its rotated columns the first `n_coded` are those of the file.
         gains: by which tuning multiplied the scales, float32 `[scales]`.
+        is_first: whether all of it is coded before anything is refitted.
     """
 
-    def __init__(self, job: Job, parameter: nn.Parameter, backend: Backend) -> None:
+    def __init__(self, job: Job, parameter: nn.Parameter, backend: Backend, is_first: bool = False) -> None:
         recipe: Recipe = job.choice.option.recipe
-        self.job, self.parameter, self.backend = job, parameter, backend
+        self.job, self.parameter, self.backend, self.is_first = job, parameter, backend, is_first
         self.columns, self.rotation = recipe.columns, recipe.rotation
         self.segments = segments_of(job.choice)
         factor = None if job.curvature is None else job.curvature.factor(self.rotation, backend)

@@ -45,6 +45,7 @@ def divergence(kind: str, found: Tensor, dense: Tensor) -> Tensor:
     if kind == "logits":
         log_p, log_q = dense.float().log_softmax(-1), found.float().log_softmax(-1)
         return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    found = found.float()
     error = (found - dense).square().sum(-1) / dense.square().sum(-1).clamp(min=1e-12)
     cosine = nn.functional.cosine_similarity(_pooled(found), _pooled(dense), dim=-1)
     return error.mean() + _COSINE_WEIGHT * (1 - cosine).mean()

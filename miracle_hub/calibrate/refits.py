@@ -98,7 +98,7 @@ class Refits:
     def _code(self, group: int) -> None:
         share, desc = self.options.share(group), f"code {group}/{self.options.groups}"
         for matrix in tqdm(self.matrices, desc=desc, disable=not self.progress):
-            matrix.code(matrix.columns_at(share))
+            matrix.code(matrix.columns if matrix.is_first else matrix.columns_at(share))
         self.journal.report(f"coded {share:.0%}")
         if self.norms:
             self.norms.estimate_or_undo(self.journal)

@@ -65,6 +65,19 @@ class Sensitivity:
         found.rows += rows
         found.weight += float(rows.sum())
 
+    def add_looked_up(self, name: str, use: str, ids: Tensor, gradient: Tensor, n_rows: int) -> None:
+        """Rows of a matrix that were looked up, `[n]`, and their gradients, `[n, columns]`.
+
+        An error e of a row costs (e · gradient)², so that gradients are here what inputs are elsewhere.
+        """
+        rows = gradient.new_zeros(n_rows).index_add_(0, ids, gradient.square().mean(1))
+        moments = gradient.T @ gradient
+        found = self._of(name, use, lambda: _Sums(torch.zeros_like(rows), torch.zeros_like(moments)))
+        assert found.columns is not None
+        found.rows += rows
+        found.columns += moments
+        found.weight += float(rows.sum())
+
     def finish(self) -> None:
         """Make means of sums, on the CPU, when everything is added."""
         for use in self._uses():
@@ -232,9 +245,8 @@ class _Watch:
     def add(self, module: nn.Module, x: Tensor, gradient: Tensor) -> None:
         """What one pass says."""
         if isinstance(module, nn.Embedding):
-            rows = torch.zeros(module.num_embeddings, device=x.device)
-            rows.index_add_(0, x.flatten(), gradient.reshape(x.numel(), -1).square().mean(1).float())
-            self.found.add_rows(self.name, self.path, rows)
+            flat = gradient.reshape(x.numel(), -1).float()
+            self.found.add_looked_up(self.name, self.path, x.flatten(), flat, module.num_embeddings)
             return
         if isinstance(module, _CONVOLUTIONS):
             x, gradient = _unfolded(module, x, gradient)

@@ -6,8 +6,9 @@ bits diverge by 0.77 without it, and by 1.67, 1.11, 0.62 and 0.38 with dampings 
 queries by 0.21, and by 0.041, 0.041, 0.050 and 0.057.
 """
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,6 +22,7 @@ from miracle_hub.codec.jobs import Job
 from miracle_hub.codec.kept import Kept
 from miracle_hub.coding.backend import Backend
 
+# From the most feedback to none, as far as it gets better: with damping divergences fall, then rise.
 _DAMPINGS = (0.03, 0.3, 3.0, None)
 # Of one kind: the first, the middle and the last, in models of many layers.
 _TRIED = 3
@@ -77,12 +79,20 @@ def _chosen(
     for kind, own in tqdm(kinds.items(), desc="feedback", disable=not progress):
         picked = [own[i] for i in sorted({0, len(own) // 2, len(own) - 1})][:_TRIED]
         if sum(job.source.n_weights for job in picked) <= _TRIED * _MOST_WEIGHTS:
-            tried = {
-                d: _diverged([_damped(j, d) for j in picked], model, parameters, held_out, backend, norms)
-                for d in _DAMPINGS
-            }
-            chosen[kind] = min(tried, key=lambda damping: tried[damping])
+            given = (model, parameters, held_out, backend, norms)
+            damped = ([_damped(job, damping) for job in picked] for damping in _DAMPINGS)
+            chosen[kind] = _DAMPINGS[_first_least(_diverged(jobs, *given) for jobs in damped)]
     return chosen
+
+
+def _first_least(values: Iterable[float]) -> int:
+    """The place of the least value; none is asked for after one that is larger than the one before."""
+    least, place = math.inf, 0
+    for i, value in enumerate(values):
+        if value >= least:
+            break
+        least, place = value, i
+    return place
 
 
 def _damped(job: Job, damping: float | None) -> Job:

@@ -51,16 +51,21 @@ class Tuning:
         optimizer = Adam([{"params": gains, "lr": self.rate}, *vectors], betas=BETAS)
         schedule = LambdaLR(optimizer, lambda i: 1 - 0.9 * i / len(numbers))
         asked = [*(matrix.parameter for matrix in self.matrices), *self.vectors]
-        fitted = [*gains, *self.vectors]
         with asking(asked), self._gradients(gains):
-            then = partial(self.set_gains, self.matrices, gains)
+            # With matrices as they are, whose last bits depend on all gains that they had.
+            fitted, then = [*gains, *asked], partial(self._have, gains)
             left = kept_steps(kept, step, numbers, optimizer, schedule, fitted, then)
             for number in tqdm(left, desc="tune", total=len(numbers), disable=not progress):
                 backward(self.loss, number, asked[0].device)
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
-                then()
+                self.set_gains(self.matrices, gains)
+
+    def _have(self, gains: Sequence[Tensor]) -> None:
+        """State the gains by which matrices are multiplied already."""
+        for matrix, gain in zip(self.matrices, gains, strict=True):
+            matrix.gains = gain.detach().clone()
 
     def undo(self) -> None:
         """Make everything what it was before the run."""

@@ -25,6 +25,7 @@ from miracle_hub.codec.repository import OutputFile, total_bytes
 from miracle_hub.codec.source import SourceTensor, list_tensors, weight_files
 from miracle_hub.codec.stages import refined_files, refinement
 from miracle_hub.codec.survey import survey
+from miracle_hub.codec.worth import by_worth, worths
 from miracle_hub.codec.writer import Writer
 from miracle_hub.coding.backend import Backend, choose
 from miracle_hub.coding.narrowing import half_holds
@@ -65,7 +66,7 @@ def compress_folder(
         plans = plan_all(weights, options.modules_to_not_convert or [], coded or {}, half)
         non_finite = keep_exact(plans, known := roles(source))
         n_weights = sum(plan.source.n_weights for plan in plans.values()) + copied.n_weights
-        stages, jobs = _decide(plans, options, copied.n_bytes, n_weights, backend, half, knowledge)
+        stages, jobs = _decide(source, plans, options, copied.n_bytes, n_weights, backend, half, knowledge)
         tuned = _take(knowledge, plans, jobs, backend)
         written = Writer(temporary, plans, backend).write(stages, jobs, options.progress)
         report = replace(
@@ -169,6 +170,7 @@ def _copy_and_count(source: Path, target: Path, weights: list[Path]) -> _Copied:
 
 
 def _decide(
+    source: Path,
     plans: dict[str, Plan],
     options: CompressOptions,
     copied_bytes: int,
@@ -182,7 +184,7 @@ def _decide(
     left = {name: plan.source for name, plan in plans.items() if isinstance(plan, Coded)}
     are_coded = not left and any(isinstance(plan, Ready) for plan in plans.values())
     if not options.has_budget or are_coded:
-        plans |= {name: narrowed(Plain(source, Why.NO_BUDGET), half) for name, source in left.items()}
+        plans |= {name: narrowed(Plain(tensor, Why.NO_BUDGET), half) for name, tensor in left.items()}
         files = lay_out(plans, {}, shard_bytes, stem)
         _require_within(total_bytes(files) + copied_bytes, options, n_weights)
         return [files], [[]]
@@ -190,7 +192,9 @@ def _decide(
     curves, contents = survey(plans, request)
     costs = {} if knowledge is None else _curvatures(knowledge, plans, curves)
     plans |= {} if knowledge is None else _changing(knowledge, plans)
-    curves = _weighed(curves, {curve.name: plans[curve.name].source for curve in curves}, costs, request)
+    sources = {curve.name: plans[curve.name].source for curve in curves}
+    worth = worths([plan.source for plan in plans.values()], read_config(source))
+    curves = _weighed(by_worth(curves, worth), sources, costs, worth, request)
     refined = [refined_files(plans, request, stage, shard_bytes) for stage in range(2, options.stages + 1)]
     target = budget_bytes(options.bits_per_weight, options.size, n_weights)
     other_bytes = copied_bytes + sum(map(total_bytes, refined))
@@ -218,9 +222,10 @@ def _changing(knowledge: Knowledge, plans: Mapping[str, Plan]) -> dict[str, Plan
     """What may change, statistics and small matrices, is plain, and has 16 bits where those hold it."""
     found: dict[str, Plan] = {}
     for name, plan in plans.items():
-        is_statistic = isinstance(plan, Plain | Exact) and knowledge.is_estimated(name)
-        is_matrix = isinstance(plan, Plain) and plan.why is Why.SMALL and knowledge.is_tuned(name)
-        if (is_statistic and plan.why is not Why.EXCLUDED) or is_matrix:
+        if not isinstance(plan, Plain | Exact) or plan.why is Why.EXCLUDED:
+            continue
+        is_statistic = knowledge.is_estimated(name)
+        if is_statistic or (plan.why is Why.SMALL and knowledge.is_tuned(name)):
             why = Why.STATISTICS if is_statistic else Why.SMALL
             fits = plan.source.dtype == "F32" and half_holds(plan.source.load())
             found[name] = Plain(plan.source, why, fits)
@@ -231,6 +236,7 @@ def _weighed(
     curves: list[Curve],
     sources: Mapping[str, SourceTensor],
     known: Mapping[str, Curvature],
+    worth: Mapping[str, float],
     request: Request,
 ) -> list[Curve]:
     """Curves by what errors cost, as far as anything is known of that."""
@@ -238,7 +244,7 @@ def _weighed(
         name: curvature.cost(sources[name].load(), request.rotation, request.backend)
         for name, curvature in known.items()
     }
-    return weighed(curves, costs, {name: source.n_weights for name, source in sources.items()})
+    return weighed(curves, costs, {name: source.n_weights for name, source in sources.items()}, worth)
 
 
 def _take(

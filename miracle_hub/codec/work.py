@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from miracle_hub.codec.companions import of_source
 from miracle_hub.codec.detector import TO_COMPRESS, require
 from miracle_hub.codec.jobs import ENCODER
 from miracle_hub.codec.kept import Kept, step_of
-from miracle_hub.codec.naming import CONFIG
 from miracle_hub.codec.source import list_tensors, weight_files
 from miracle_hub.coding.backend import choose
 from miracle_hub.errors import OptionError, ResumeError
@@ -69,12 +69,12 @@ class Run:
             SourceError: the source cannot be read.
         """
         weights = weight_files(source)
-        files = [*weights, *(path for path in [source / CONFIG] if path.is_file())]
+        files = [*weights, *(source / path for path in of_source(source, weights).travel)]
         stated: dict[str, str] = {"format of the folder": str(_FORMAT), "miracle-hub": version("miracle-hub")}
-        stated |= {path.name: f"of SHA-256 {sha256_of(path)[:16]}…" for path in files}
+        stated |= {str(path.relative_to(source)): _short(sha256_of(path)) for path in files}
         stated |= {name: _said(getattr(options, name)) for name in _OF_MODEL}
         if model is not None:
-            stated["model"] = f"of SHA-256 {_module_digest(model, weights)[:16]}…"
+            stated["model"] = _short(_module_digest(model, weights))
         of_file = {name: _said(getattr(options, name)) for name in _OF_FILE}
         excluded = options.modules_to_not_convert
         of_file |= {"modules_to_not_convert": json.dumps(excluded)} if isinstance(excluded, list) else {}
@@ -224,6 +224,10 @@ def _said(value: Any) -> str:
     if value is None or isinstance(value, str | int | float | os.PathLike):
         return "none" if value is None else str(value)
     return type(value).__name__
+
+
+def _short(digest: str) -> str:
+    return f"SHA-256 {digest[:16]}…"
 
 
 def _module_digest(model: nn.Module, weights: list[Path]) -> str:

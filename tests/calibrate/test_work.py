@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 import miracle_hub
 from miracle_hub.calibrate import kept_steps, recipe
 from miracle_hub.calibrate.inputs import Inputs
-from miracle_hub.codec import kept, work
+from miracle_hub.codec import compress, kept, work
 from miracle_hub.errors import (
     BudgetError,
     MiracleError,
@@ -31,17 +31,24 @@ Tree = dict[str, bytes]
 QUICK: dict[str, Any] = {"bits_per_weight": 8.0, "window_bits": 8, "progress": False}
 
 
+def llama_of(saved: Saved, layers: int) -> Path:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "num_hidden_layers": layers}
+    return saved(LlamaForCausalLM, tie_word_embeddings=True, **sizes)[1]
+
+
 @pytest.fixture
 def llama(saved: Saved) -> Path:
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
-    return saved(LlamaForCausalLM, tie_word_embeddings=True, **sizes)[1]
+    return llama_of(saved, 1)
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps after each of four groups, and two of tuning; all are kept."""
-    monkeypatch.setattr(recipe, "EFFORTS", tuple(replace(each, most_steps=10) for each in recipe.EFFORTS))
+    """Two steps after each of two groups, and three of tuning; all are kept."""
+    monkeypatch.setattr(
+        recipe, "EFFORTS", tuple(replace(each, most_steps=8, groups=3) for each in recipe.EFFORTS)
+    )
     monkeypatch.setattr(recipe, "_FEWEST_STEPS", 2)
+    monkeypatch.setattr(recipe, "_END", 0.4)
     monkeypatch.setattr(recipe, "_SENSITIVITY_TOKENS", 1024)
     monkeypatch.setattr(recipe, "_MOST_SELF_MADE", 1024)
     monkeypatch.setattr(kept_steps, "_EVERY_SECONDS", 0.0)
@@ -74,28 +81,51 @@ def kept_in(folder: Path) -> set[str]:
     return {path.name.rpartition("-")[0] or path.name for path in folder.iterdir()}
 
 
+def cache_of(make: Callable[..., Any]) -> Callable[..., Any]:
+    found: list[Any] = []
+
+    def once(*given: Any) -> Any:
+        found.extend([] if found else [make(*given)])
+        return found[0]
+
+    return once
+
+
+# Inputs, sensitivity and damping; three groups and two refits of two steps, of which one is kept; or what is
+# in no block, and two blocks; and three steps of tuning, of which the last is the whole.
+WHOLE = (1, {}, 1, 3 + 3 + 2 * 2 + 3, {"refits", *(f"steps-{phase}" for phase in range(3))})
+SHORT_BLOCKS = {"_FEWEST_STEPS": 99, "_FEWEST_BLOCK_STEPS": 2, "_BLOCK_PASSES": 0}
+BLOCKS = (2, SHORT_BLOCKS, 3, 3 + 3 + 3, {"outside", "block-0-0", "block-0-1"})
+
+
 @pytest.mark.calibrated
+@pytest.mark.parametrize(
+    ("layers", "lengths", "at_once", "n_kept", "steps"), [WHOLE, BLOCKS], ids=["whole", "blocks"]
+)
 def test_a_run_goes_on_from_everything_that_it_keeps_and_writes_the_same_bytes(
-    llama: Path, tmp_path: Path, interrupt: list[int]
-) -> None:
-    """Every run keeps one thing more and is interrupted before it has kept the next."""
+    layers: int, lengths: dict[str, int], at_once: int, n_kept: int, steps: set[str], saved: Saved,
+    tmp_path: Path, interrupt: list[int], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Every run keeps one thing more, or three, and is interrupted before it has kept the next."""
+    llama = llama_of(saved, layers)
+    for name, value in lengths.items():
+        monkeypatch.setattr(recipe, name, value)
+    monkeypatch.setattr(compress, "survey", cache_of(compress.survey))  # which takes most of the time
     before = interrupt[0]
     report = miracle_hub.compress(llama, tmp_path / "whole", **QUICK)
     assert before == interrupt[0] and report.calibration is not None
     folder, n_runs, seen = tmp_path / "work", 0, set[str]()
     while not (tmp_path / "out").exists():
-        interrupt[0], n_runs = 1, n_runs + 1
+        interrupt[0], n_runs = at_once, n_runs + 1
         try:
             resumed = miracle_hub.compress(llama, tmp_path / "out", work=folder, **QUICK)
+            assert resumed.calibration == report.calibration
         except Interrupted:
             seen |= kept_in(folder)
             assert not (tmp_path / "out").exists()
-    # Inputs, sensitivity, damping; four groups, three refits of two steps, of which one is kept; tuning.
-    assert n_runs == 3 + 4 + 3 * 2 + 2
-    steps = {f"steps-{phase}" for phase in range(4)}
-    assert seen == {"run.json", "inputs", "sensitivity", "damping", "refits"} | steps
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
-    assert resumed.calibration == report.calibration
+    assert {"run.json", "inputs", "sensitivity", "damping"} | steps <= seen | {"steps-0"}
+    assert n_runs == -(-n_kept // at_once)
     assert not list(folder.iterdir())
 
 
@@ -104,19 +134,15 @@ def test_a_process_that_is_killed_goes_on_and_writes_the_same_bytes(llama: Path,
     given = {**QUICK, "calibrate": TEXTS}
     miracle_hub.compress(llama, tmp_path / "whole", **given)
     run = lambda: miracle_hub.compress(llama, tmp_path / "out", work=tmp_path / "work", **given)  # noqa: E731
-    ends = []
-    for fatal in (9, 30, 75, 150, 0):
-        ends.append(Child(run, fatal).ended())
-        if ends[-1] != KILLED:
-            break
-    assert set(ends[:-1]) == {KILLED} and ends[-1] == "" and len(ends) > 3
+    assert [Child(run, fatal).ended() for fatal in (25, 100, 0)] == [KILLED, KILLED, ""]
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
     assert not list((tmp_path / "work").iterdir())
 
 
 @pytest.fixture
-def begun(llama: Path, tmp_path: Path, interrupt: list[int]) -> Path:
+def begun(llama: Path, tmp_path: Path, interrupt: list[int], monkeypatch: pytest.MonkeyPatch) -> Path:
     """The work folder of a run that was interrupted after its first group."""
+    monkeypatch.setattr(compress, "survey", cache_of(compress.survey))
     interrupt[0] = 4
     with pytest.raises(Interrupted):
         miracle_hub.compress(llama, tmp_path / "out", work=tmp_path / "work", calibrate=TEXTS, **QUICK)
@@ -145,8 +171,10 @@ def test_a_run_of_other_things_is_refused_and_says_of_which(
     cases: list[tuple[Any, dict[str, Any], str]] = [(None, *case) for case in CHANGED]
     weights = llama / "model.safetensors"
     sound = weights.read_bytes()
-    cases.append((lambda: weights.write_bytes(sound[:-1] + b"\1"), {}, "model.safetensors of SHA-256 "))
+    cases.append((lambda: weights.write_bytes(sound[:-1] + b"\1"), {}, "model.safetensors SHA-256 "))
     cases.append((lambda: weights.write_bytes(sound), {"calibrate": TEXTS[:150]}, "expected the data that"))
+    cases.append((lambda: (llama / "more.txt").touch(), {}, "more.txt none instead of SHA-256 "))
+    cases.append(((llama / "more.txt").unlink, {"seed": 3}, "seed 0 instead of 3; run it"))
     cases.append(
         (lambda: monkeypatch.setattr("miracle_hub.codec.work._FORMAT", 0), {}, "format of the folder 1")
     )
