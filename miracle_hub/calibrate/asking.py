@@ -15,6 +15,7 @@ from miracle_hub.calibrate.estimate import estimated, require_memory
 from miracle_hub.calibrate.judge import Judge, tensors_of
 from miracle_hub.calibrate.known import Known
 from miracle_hub.calibrate.recipe import knowledge_of
+from miracle_hub.codec.config import read_config
 from miracle_hub.codec.curvature import Curvature
 from miracle_hub.codec.jobs import Job
 from miracle_hub.codec.kept import Kept
@@ -106,7 +107,7 @@ class Asking:
         """
         try:
             tensors = list_tensors(weight_files(self.folder))
-            estimate = estimated(tensors, self.options.effort)
+            estimate = estimated(tensors, self.options.effort, read_config(self.folder))
             _LOGGER.info("%s: calibration with effort %d: %s", self.folder, self.options.effort, estimate)
             if self.is_optional:
                 require_memory(estimate)

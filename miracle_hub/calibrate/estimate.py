@@ -1,23 +1,28 @@
 """How long a calibrated compression takes and how much memory, as it is said before the work begins."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from miracle_hub.calibrate.recipe import refit_options
+from miracle_hub.calibrate.recipe import SPEED, STEP_TOKENS, WORK, refit_options, steps_of
 from miracle_hub.codec.source import SourceTensor
+from miracle_hub.codec.worth import head_of, is_convolutional, tables_in
 from miracle_hub.coding.matrix import matrix_columns
 from miracle_hub.errors import CalibrationError
 
-# Seconds per weight of two cores: once through the encoder, with feedback; a step of 1,024 tokens, there and
-# back, at the speed that `recipe` counts with; and one look at all inputs before.
-_CODING = 3e-6
-_STEP = 8 * 1024 / 1e11
-_LOOK = 16 * _STEP
+# Seconds per weight of two cores: once through the encoder, with windows of 14 bits.
+_CODING = 2e-6
+# In steps: one look at all inputs in float32, and trials of feedback on a dozen kinds of matrices.
+_LOOK, _TRIALS = 24, 30
 # The file without calibration is made too, beside all but the largest models, whose time it would double.
 MOST_COMPARED = 300_000_000
-# Copies of all weights in float32: the model, its gradients, two moments of Adam, and what tuning may undo.
-_COPIES, _COPIES_OF_REFITS = 2, 7
+# Copies of all weights in float32: the model, and what is decoded of it; with refits of the whole model its
+# gradients, two moments of Adam, and what may be undone.
+_COPIES, _COPIES_OF_REFITS = 2, 6
+# Copies of the answers to one batch there and back, in float32, and bytes of what runs all this. SmolLM2,
+# whose blocks are refitted, is said to take 3.6 GB and took 4.0.
+_COPIES_OF_ANSWERS, _PROGRAM = 6, 8e8
 
 
 @dataclass(frozen=True)
@@ -32,15 +37,21 @@ class Estimate:
         return f"about {minutes} of two cores and {self.n_bytes / 1e9:.1f} GB of memory"
 
 
-def estimated(tensors: Sequence[SourceTensor], effort: int) -> Estimate:
-    """Of a model with these tensors."""
+def estimated(tensors: Sequence[SourceTensor], effort: int, config: Mapping[str, Any]) -> Estimate:
+    """Of a model with these tensors and this config.json."""
     n_weights = sum(tensor.n_weights for tensor in tensors)
-    steps = refit_options(effort, n_weights, n_weights).all_steps
+    tables, head = tables_in(tensors, config), head_of(tensors, config)
+    looked_up = sum(tensor.n_weights for tensor in tensors if tensor.name in tables and tensor.name != head)
+    given = (effort, n_weights, n_weights - looked_up, is_convolutional(tensors))
+    steps = steps_of(*given)
     passes = 2 if steps and n_weights <= MOST_COMPARED else 1
-    seconds = n_weights * (passes * _CODING + _LOOK + steps * _STEP)
+    all_steps = _LOOK + (steps + _TRIALS if steps else 0)
+    seconds = n_weights * passes * _CODING + all_steps * WORK * STEP_TOKENS * (n_weights - looked_up) / SPEED
+    copies = _COPIES_OF_REFITS if refit_options(*given).steps else _COPIES
     columns = [matrix_columns(tensor.shape) for tensor in tensors if len(tensor.shape) > 1]
-    copies = _COPIES_OF_REFITS if steps else _COPIES
-    return Estimate(seconds / 60, 4 * (copies * n_weights + sum(n * n for n in columns)))
+    answers = 0 if head is None else max(t.shape[0] for t in tensors if t.name == head) * STEP_TOKENS
+    n_floats = copies * n_weights + sum(n * n for n in columns) + _COPIES_OF_ANSWERS * answers
+    return Estimate(seconds / 60, 4 * n_floats + int(_PROGRAM))
 
 
 def require_memory(estimate: Estimate) -> None:

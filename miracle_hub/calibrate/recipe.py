@@ -19,20 +19,20 @@ from miracle_hub.calibrate.sensitivity import measure
 from miracle_hub.codec.kept import Kept
 from miracle_hub.codec.naming import CONFIG
 
-# Multiplications and additions per second of two cores that multiply in bfloat16.
-_SPEED = 2e11
+# Multiplications and additions per second of two cores that multiply in bfloat16: MiniLM's steps of 1,024
+# tokens take 0.8 CPU seconds, SmolLM2's 9.
+SPEED = 2e11
 # Of the dense model's answer, and of a step of the optimizer, per weight and token.
-_WORK = 8
-_STEP_TOKENS = 1024
-_SENSITIVITY_TOKENS = 16 * _STEP_TOKENS
+WORK = 8
+STEP_TOKENS = 1024
+_SENSITIVITY_TOKENS = 16 * STEP_TOKENS
 # Whoever has no more tokens sees them again: 1,000 that SmolLM2 wrote took 5.6 CPU seconds.
-_MOST_SELF_MADE = 64 * _STEP_TOKENS
+_MOST_SELF_MADE = 64 * STEP_TOKENS
 # Steps that see other texts each, and how often texts are seen by more steps: the dense model's answers to
 # them take a third of a step. A choice.
 _STEPS_OF_OTHERS, _SEEN = 256, 4
 _WINDOW = 512
-# Smaller models have the time of one of so many weights; their steps are bounded by their number. MiniLM, of
-# 22.7 M, gets 674 steps at effort 2, of about 0.9 CPU seconds each where bfloat16 is fast.
+# Smaller models have the time of one of so many weights; their steps are bounded by their number.
 _SMALL = 1e8
 _ROWS = 64
 # Of pictures, which have 64 tokens and more each. ResNet-20 at 2 bits, of dev: 640 steps of 16 pictures end
@@ -72,11 +72,23 @@ class Effort:
 EFFORTS = (
     Effort(0, 1, 0, 1),
     Effort(1.5, 4, 240, 2),
-    Effort(10, 8, 1200, 4),
+    Effort(10, 8, 960, 4),
     Effort(40, 16, 4800, 8),
     Effort(150, 16, 12000, 16),
     Effort(600, 32, 48000, 16),
 )
+
+
+def steps_of(effort: int, n_weights: int, n_multiplied: int, takes_pictures: bool = False) -> int:
+    """Through the whole model, that an effort has time for.
+
+    Args:
+        n_multiplied: weights that every token is multiplied by.
+    """
+    level = EFFORTS[effort]
+    work = level.minutes * 60 * SPEED * max(n_weights, _SMALL) / 1e8
+    most = level.most_steps * (_STEPS_OF_PICTURES if takes_pictures else 1)
+    return min(most, int(work / (WORK * max(n_multiplied, 1) * STEP_TOKENS)))
 
 
 def refit_options(
@@ -87,10 +99,7 @@ def refit_options(
     Args:
         n_multiplied: weights that every token is multiplied by.
     """
-    level = EFFORTS[effort]
-    work = level.minutes * 60 * _SPEED * max(n_weights, _SMALL) / 1e8
-    most = level.most_steps * (_STEPS_OF_PICTURES if takes_pictures else 1)
-    steps = min(most, int(work / (_WORK * max(n_multiplied, 1) * _STEP_TOKENS)))
+    level, steps = EFFORTS[effort], steps_of(effort, n_weights, n_multiplied, takes_pictures)
     end_steps = int(steps * _END)
     of_group = (steps - end_steps) // max(1, level.groups - 1)
     if of_group >= _FEWEST_STEPS:
@@ -151,7 +160,7 @@ def _tokens(modality: Modality, steps: int, is_self_made: bool) -> int:
     """To calibrate on. Words drawn for an encoder cost nothing."""
     if takes_texts(modality):
         steps = min(steps, max(_STEPS_OF_OTHERS, steps // _SEEN))
-    wanted = max(_SENSITIVITY_TOKENS, steps * _STEP_TOKENS)
+    wanted = max(_SENSITIVITY_TOKENS, steps * STEP_TOKENS)
     return min(wanted, _MOST_SELF_MADE) if is_self_made and modality is not Modality.TEXT else wanted
 
 
@@ -177,9 +186,9 @@ def _batch_size(model: nn.Module) -> dict[str, int]:
     """Rows and tokens of a batch: long rows are few, and steps take about as long as each other."""
     modality = modality_of(model)
     if modality is Modality.CAUSAL:
-        return {"batch_rows": _STEP_TOKENS // _WINDOW}
+        return {"batch_rows": STEP_TOKENS // _WINDOW}
     if takes_texts(modality):
-        return {"batch_rows": _STEP_TOKENS, "batch_tokens": _STEP_TOKENS}
+        return {"batch_rows": STEP_TOKENS, "batch_tokens": STEP_TOKENS}
     if _takes_pictures(model):
         return {"batch_rows": _PICTURES}
     return {"batch_rows": 1 if takes_sounds(modality) else _ROWS}

@@ -51,12 +51,17 @@ def head_of(specs: Sequence[TensorSpec], config: Mapping[str, Any]) -> str | Non
     """The matrix that scores words, which may be the word table as well: the only one with a row for every
     word, or the one of several that is called a head. None where config.json names no class that has one.
     """
-    n_words = _words(config)
-    tables = [spec.name for spec in specs if len(spec.shape) == 2 and spec.shape[0] == n_words]
+    tables = tables_in(specs, config)
     if not _scores_words(config):
         return None
     heads = tables if len(tables) == 1 else [name for name in tables if name.split(".")[-2:][0] in _HEADS]
     return heads[0] if len(heads) == 1 else None
+
+
+def tables_in(specs: Sequence[TensorSpec], config: Mapping[str, Any]) -> list[str]:
+    """Matrices with a row for every word."""
+    n_words = _words(config)
+    return [spec.name for spec in specs if len(spec.shape) == 2 and spec.shape[0] == n_words]
 
 
 def _scores_words(config: Mapping[str, Any]) -> bool:
