@@ -16,6 +16,9 @@ from miracle_hub.codec.work import work_folder
 from miracle_hub.options import CompressOptions
 
 _NAMED = 5
+# Of larger models narrow windows, which take a fifth of the time, tell enough where the file with them is so
+# many times as far: SmolLM2 at 3 bits diverges by FIGURES with windows of 8, 12 and 14 bits.
+_SMALL, _QUICK_WINDOW, _CLEARLY = 3e7, 8, 2.0
 
 
 # What `codec.compress.compress_folder` does with an output and options, and whatever else it takes by name.
@@ -86,19 +89,28 @@ class _Judged:
             judge.divergence(folder),
         )  # fmt: skip
         if known.options.is_any and report.n_weights <= MOST_COMPARED:
-            found = replace(found, data_free=self._without(asking))
+            found = self._compared(found, report.n_weights)
             if found.data_free is not None and found.data_free < found.divergence:
                 raise _TakenBack(replace(found, divergence=found.data_free, is_taken_back=True))
         return replace(report, calibration=found, notes=(*report.notes, *_notes(asking)))
 
-    def _without(self, asking: Asking) -> float:
-        """The divergence of a file of the same options without calibration."""
-        assert asking.judge is not None
+    def _compared(self, found: Calibration, n_weights: int) -> Calibration:
+        """With a file without calibration beside it; of a large model, if it may be, with narrow windows."""
+        options = self.asking.options
+        if n_weights > _SMALL and options.window_bits > _QUICK_WINDOW:
+            quick = self._without(replace(options, window_bits=_QUICK_WINDOW))
+            if quick > _CLEARLY * found.divergence:
+                return replace(found, data_free=quick, data_free_window=_QUICK_WINDOW)
+        return replace(found, data_free=self._without(options))
+
+    def _without(self, options: CompressOptions) -> float:
+        """The divergence of a file without calibration."""
+        assert self.asking.judge is not None
         with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come with the file that is kept
             folder = Path(scratch) / "without"
-            self.compress(folder, asking.options)
-            return asking.judge.divergence(folder)
+            self.compress(folder, options)
+            return self.asking.judge.divergence(folder)
 
 
 def _notes(asking: Asking) -> tuple[str, ...]:

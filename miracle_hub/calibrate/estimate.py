@@ -13,8 +13,8 @@ from miracle_hub.errors import CalibrationError
 
 # Seconds per weight of two cores: once through the encoder, with windows of 14 bits.
 _CODING = 2e-6
-# In steps: one look at all inputs in float32, and trials of feedback on a dozen kinds of matrices.
-_LOOK, _TRIALS = 24, 30
+# In steps: one look at all inputs, and trials of feedback on a dozen kinds of matrices.
+_LOOK, _TRIALS = 16, 12
 # The file without calibration is made too, beside all but the largest models, whose time it would double.
 MOST_COMPARED = 300_000_000
 # Copies of all weights in float32: the model, and what is decoded of it; with refits of the whole model its

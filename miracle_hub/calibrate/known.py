@@ -31,7 +31,7 @@ from miracle_hub.coding.backend import Backend
 
 # Held-out tokens by which files and refits are judged, and those by which trials are; every judgment is
 # beside another on the same tokens.
-_JUDGED_TOKENS, _TRIED_TOKENS = 8192, 2048
+_JUDGED_TOKENS, _TRIED_TOKENS = 8192, 1024
 # Refits make up for errors of layers and not for those of words, which later layers cannot tell apart when
 # they are coded to the same: these cost so many times as much. With all else dense MiniLM's words at 0.6 and
 # 0.8 bits cost a distance of 0.081 and 0.042; so many times have them 0.7 of 1.0 bit.

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from miracle_hub.calibrate.blocks import Batch, Chain
 from miracle_hub.calibrate.outputs import answers, device_of, sampled_gradient
+from miracle_hub.calibrate.precision import fast_products
 
 # Of the mean of the diagonal, added to it: how little the moments are trusted.
 _DAMPING = 0.1
@@ -28,7 +29,7 @@ def metrics_of(
     generator = torch.Generator(device_of(model)).manual_seed(seed)
     with _watched(chains) as sums:
         for batch in tqdm(batches, desc="states", disable=not progress):
-            with torch.enable_grad():
+            with torch.enable_grad(), fast_products(device_of(model)):
                 kind, answer = answers(model, batch)
             answer.backward(sampled_gradient(kind, answer.detach(), generator))
     return [[_factor(sums[id(block)]) for block in chain.blocks] for chain in chains]

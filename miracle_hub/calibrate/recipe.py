@@ -71,7 +71,7 @@ class Effort:
 
 EFFORTS = (
     Effort(0, 1, 0, 1),
-    Effort(1.5, 4, 240, 2),
+    Effort(1, 4, 240, 2),
     Effort(10, 8, 960, 4),
     Effort(40, 16, 4800, 8),
     Effort(150, 16, 12000, 16),

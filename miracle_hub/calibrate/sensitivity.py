@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from miracle_hub.calibrate.finite import require_finite
 from miracle_hub.calibrate.outputs import answers, device_of, sampled_gradient
+from miracle_hub.calibrate.precision import fast_products
 from miracle_hub.codec.curvature import Curvature
 from miracle_hub.coding.matrix import matrix_columns
 
@@ -174,7 +175,7 @@ def measure(
     found, generator = Sensitivity(), torch.Generator(device_of(model)).manual_seed(seed)
     with _watched(model, names, found) as loose:
         for batch in tqdm(list(batches), desc="sensitivity", disable=not progress):
-            with torch.enable_grad():
+            with torch.enable_grad(), fast_products(device_of(model)):
                 kind, answer = answers(model, batch)
             require_finite(model, batch, answer)
             found.n_tokens += answer[..., 0].numel()

@@ -21,6 +21,8 @@ class Calibration:
         unit: of all divergences.
         divergence: of the file as it is written: the loss to expect.
         data_free: of a file of the same size without calibration; None where that was not made.
+        data_free_window: the bits of its windows where they are narrower than the file's, which is faster; 0
+            where they are the file's.
         is_taken_back: the file is that one, because calibration made none that is closer.
     """
 
@@ -31,11 +33,13 @@ class Calibration:
     unit: str
     divergence: float
     data_free: float | None = None
+    data_free_window: int = 0
     is_taken_back: bool = False
 
     def lines(self) -> list[str]:
         """For people."""
         without = "not measured" if self.data_free is None else f"{self.data_free:.4f}"
+        without += f" with windows of {self.data_free_window} bits" if self.data_free_window else ""
         found = [
             f"calibrated with effort {self.effort} on {self.said}",
             f"expected loss ({self.unit}): {self.divergence:.4f}; without calibration: {without}",

@@ -142,7 +142,7 @@ def test_the_command_line_says_how_long_it_takes_and_what_came_of_it(
     options = ["--bits-per-weight", 8, "--window-bits", 8, "--effort", 0, "--no-progress"]
     status, out, err = run("compress", llama, tmp_path / "out", "--calibrate", text_file, *options)
     assert status == 0
-    assert "calibration with effort 0: about a minute of two cores and 0.0 GB of memory" in err
+    assert "calibration with effort 0: about a minute of two cores and 0.8 GB of memory" in err
     assert "calibrated with effort 0 on texts.txt: 200 lines" in out
     assert "expected loss (KL to the dense model, nats per token): " in out
 
@@ -207,7 +207,7 @@ def test_too_little_memory_is_said_before_the_model_is_loaded(
 ) -> None:
     monkeypatch.setattr(estimate, "_free_bytes", lambda: 1000)
     monkeypatch.setattr("miracle_hub.calibrate.recipe.load_dense", lambda folder: pytest.fail("loaded"))
-    with pytest.warns(UserWarning, match="expected 0.0 GB of memory to run the model and refit it, found"):
+    with pytest.warns(UserWarning, match="expected 0.8 GB of memory to run the model and refit it, found"):
         compressed_by_itself(llama, tmp_path / "out")
 
 
