@@ -101,7 +101,7 @@ def refit_options(
     """
     level, steps = EFFORTS[effort], steps_of(effort, n_weights, n_multiplied, takes_pictures)
     end_steps = int(steps * _END)
-    of_group = (steps - end_steps) // max(1, level.groups - 1)
+    of_group = (steps - end_steps) // level.groups  # rates are tried in as many steps
     if of_group >= _FEWEST_STEPS:
         return RefitOptions(level.groups, of_group, end_steps)
     end_steps = int(steps * _END_OF_BLOCKS)

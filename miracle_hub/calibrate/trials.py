@@ -81,11 +81,11 @@ def _chosen(
         if sum(job.source.n_weights for job in picked) <= _TRIED * _MOST_WEIGHTS:
             given = (model, parameters, held_out, backend, norms)
             damped = ([_damped(job, damping) for job in picked] for damping in _DAMPINGS)
-            chosen[kind] = _DAMPINGS[_first_least(_diverged(jobs, *given) for jobs in damped)]
+            chosen[kind] = _DAMPINGS[first_least(_diverged(jobs, *given) for jobs in damped)]
     return chosen
 
 
-def _first_least(values: Iterable[float]) -> int:
+def first_least(values: Iterable[float]) -> int:
     """The place of the least value; none is asked for after one that is larger than the one before."""
     least, place = math.inf, 0
     for i, value in enumerate(values):

@@ -164,7 +164,7 @@ def test_refits_and_tuning_each_bring_answers_nearer(layers: Any) -> None:
 def test_refits_and_tuning_that_do_not_help_are_undone_and_said(
     layers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refits, tuning = making(layers, RefitOptions(groups=2, steps=4))
+    refits, tuning = making(layers, RefitOptions(groups=2, steps=4, rates=(0.001,)))
     rising = iter(range(100))
     monkeypatch.setattr(Teacher, "mean_divergence", lambda teacher, model: float(next(rising)))
     biases = [vector.clone() for vector in refits.vectors]
@@ -173,7 +173,7 @@ def test_refits_and_tuning_that_do_not_help_are_undone_and_said(
     tuning.run([0, 1, 2, 3], Kept(), "")
     refits.journal.report_or_undo("tuned", tuning.undo)
     undone = [what for what, _ in refits.journal.losses if what.endswith("undone")]
-    assert undone == ["refitted after 75%: undone", "tuned: undone"]
+    assert undone == ["refitted after 75% at a rate of 0.001: undone", "tuned: undone"]
     assert all(torch.equal(a, b) for a, b in zip(biases, refits.vectors, strict=True))
     assert all(torch.equal(matrix.gains, torch.ones(64)) for matrix in refits.matrices)
     assert all(torch.allclose(a, m.parameter) for a, m in zip(coded, refits.matrices, strict=True))

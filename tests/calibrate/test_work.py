@@ -45,10 +45,10 @@ def llama(saved: Saved) -> Path:
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps after each of two groups, and three of tuning; all are kept."""
     monkeypatch.setattr(
-        recipe, "EFFORTS", tuple(replace(each, most_steps=8, groups=3) for each in recipe.EFFORTS)
+        recipe, "EFFORTS", tuple(replace(each, most_steps=9, groups=3) for each in recipe.EFFORTS)
     )
     monkeypatch.setattr(recipe, "_FEWEST_STEPS", 2)
-    monkeypatch.setattr(recipe, "_END", 0.4)
+    monkeypatch.setattr(recipe, "_END", 0.34)
     monkeypatch.setattr(recipe, "_SENSITIVITY_TOKENS", 1024)
     monkeypatch.setattr(recipe, "_MOST_SELF_MADE", 1024)
     monkeypatch.setattr(kept_steps, "_EVERY_SECONDS", 0.0)
@@ -91,9 +91,9 @@ def cache_of(make: Callable[..., Any]) -> Callable[..., Any]:
     return once
 
 
-# Inputs, sensitivity and damping; three groups and two refits of two steps, of which one is kept; or what is
-# in no block, and two blocks; and three steps of tuning, of which the last is the whole.
-WHOLE = (1, {}, 1, 3 + 3 + 2 * 2 + 3, {"refits", *(f"steps-{phase}" for phase in range(3))})
+# Inputs, sensitivity and damping; a rate, three groups and two refits of two steps, of which one is kept; or
+# what is in no block, and two blocks; and three steps of tuning, of which the last is the whole.
+WHOLE = (1, {}, 1, 3 + 1 + 3 + 2 * 2 + 3, {"rate", "refits", *(f"steps-{phase}" for phase in range(3))})
 SHORT_BLOCKS = {"_FEWEST_STEPS": 99, "_FEWEST_BLOCK_STEPS": 2, "_BLOCK_PASSES": 0}
 BLOCKS = (2, SHORT_BLOCKS, 3, 3 + 3 + 3, {"outside", "block-0-0", "block-0-1"})
 
