@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 from torch import nn
 from tqdm import tqdm
@@ -102,10 +102,9 @@ class Refits:
 
     def _fit(self, group: int) -> None:
         """Fit the columns that are not coded, and vectors; what does not help on held-out rows is undone."""
-        rate = self._rate()
-        fit = self._fit_with(rate)
+        fit = self._fit_with(self.rate)
         fit.run(self._numbers(group), self.kept, steps_of(group), self.progress)
-        what = f"refitted after {self.options.share(group):.0%} at a rate of {rate:g}"
+        what = f"refitted after {self.options.share(group):.0%} at a rate of {self.rate:g}"
         self.journal.report_or_undo(what, fit.undo)
 
     def _fit_with(self, rate: float) -> Fit:
@@ -115,7 +114,8 @@ class Refits:
     def _numbers(self, group: int) -> list[int]:
         return order(len(self.teacher), self.options.steps, self.seed, group)
 
-    def _rate(self) -> float:
+    @cached_property
+    def rate(self) -> float:
         """The best of all rates at what is there first, in half of the steps, as far as they get better."""
         rates = self.options.rates
         if len(rates) == 1:
