@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from miracle_hub.calibrate.block_refits import BlockInMaking, BlockOptions, Stream
@@ -12,7 +12,6 @@ from miracle_hub.calibrate.blocks import Batch, Chain
 from miracle_hub.calibrate.journal import Journal
 from miracle_hub.calibrate.kept_refits import KeptMaking
 from miracle_hub.calibrate.matrix import MatrixInMaking
-from miracle_hub.calibrate.metrics import metrics_of
 from miracle_hub.codec.jobs import Job
 from miracle_hub.codec.kept import Kept
 from miracle_hub.codec.report import CALIBRATION_LOGGER
@@ -48,15 +47,13 @@ class ByBlocks:
         """The matrices, all columns coded."""
         batches = [*self.batches, *self.journal.held_out.some(_JUDGED_TOKENS).batches]
         dense = [Stream.before(chain, self.journal.model, batches) for chain in self.chains]
-        looks = self.batches[: self.options.looks]
-        metrics = metrics_of(self.journal.model, self.chains, looks, self.seed, self.progress)
         paths = [chain.path for chain in self.chains]
         made = self._outside(
             [job for job in jobs if not any(_is_in(job.source.name, path) for path in paths)]
         )
         for i, (chain, before) in enumerate(zip(self.chains, dense, strict=True)):
             coded = Stream.before(chain, self.journal.model, batches)
-            for own in self._chain(i, before, coded, metrics[i], jobs):
+            for own in self._chain(i, before, coded, jobs):
                 made += own
             self.journal.report(f"refitted {chain.path} block by block")
         return made
@@ -73,7 +70,7 @@ class ByBlocks:
         return made
 
     def _chain(
-        self, of_chain: int, dense: Stream, coded: Stream, metrics: Sequence[Tensor], jobs: Sequence[Job]
+        self, of_chain: int, dense: Stream, coded: Stream, jobs: Sequence[Job]
     ) -> Iterator[list[MatrixInMaking]]:
         chain = self.chains[of_chain]
         blocks = tqdm(chain.blocks, desc=chain.path, disable=not self.progress)
@@ -81,9 +78,7 @@ class ByBlocks:
             path = f"{chain.path}.{number}"
             made = self._matrices([job for job in jobs if _is_in(job.source.name, path)])
             vectors = [vector for name, vector in self.vectors.items() if _is_in(name, path)]
-            making = BlockInMaking(
-                number, block, dense, coded, len(self.batches), self.options, metrics[number]
-            )
+            making = BlockInMaking(number, block, dense, coded, len(self.batches), self.options)
             kept = KeptMaking(self.kept, f"block-{of_chain}-{number}", made, vectors, self.journal.losses)
             if not kept.go_on():
                 errors = making.make(made, vectors, self.seed)
