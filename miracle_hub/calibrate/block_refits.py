@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from miracle_hub.calibrate.blocks import Batch, Call, Chain
-from miracle_hub.calibrate.fitting import Fit, order
+from miracle_hub.calibrate.fitting import Fit, coded_share, order
 from miracle_hub.calibrate.matrix import MatrixInMaking
 from miracle_hub.codec.kept import Kept
 
@@ -42,8 +42,8 @@ class BlockOptions:
     vector_rate: float = 0.001
 
     def share(self, group: int) -> float:
-        """Of the columns, that are coded after a group: the last groups are small."""
-        return 1 - (1 - group / self.groups) ** 2
+        """Of the columns, that are coded after a group."""
+        return coded_share(group, self.groups)
 
 
 @dataclass

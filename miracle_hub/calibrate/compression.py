@@ -118,6 +118,8 @@ def _notes(asking: Asking) -> tuple[str, ...]:
     found = [f"not refitted: {asking.undone}"] if asking.undone else []
     if asking.known is not None and asking.known.options.is_any and not asking.known.states_tuned:
         found.append("norms and biases are not tuned: without a config.json nothing says so to readers")
+    if asking.known is not None and asking.known.lacks_blocks:
+        found.append("tuned, not refitted: this effort has time for blocks alone, and the model has none")
     if names := sorted(asking.unseen):
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         said = f"{', '.join(names[:_NAMED])}{more}"

@@ -77,6 +77,11 @@ class Fit:
             parameter.data.copy_(values)
 
 
+def coded_share(group: int, groups: int) -> float:
+    """Of the columns of a matrix, that are coded after a group: the last groups are small."""
+    return 1 - (1 - group / groups) ** 2
+
+
 def order(n: int, steps: int, seed: int, salt: int) -> list[int]:
     """Numbers of batches below n, one for each step; every batch comes once before any comes again."""
     generator = torch.Generator().manual_seed(seed * _SALTS + salt)

@@ -50,6 +50,7 @@ class Known:
         norms: whose statistics are estimated anew; None if that is not to be.
         held_out: the dense model's answers to rows that nothing is fitted to.
         tables: names of weights that are looked up and nothing else, coded before anything is refitted.
+        lacks_blocks: there was time for refits of blocks alone, and the model has none.
         journal: what was done, and the divergence on these rows after it.
     """
 
@@ -73,7 +74,7 @@ class Known:
         self.share = _OF_PICTURES if _are_pictures(inputs.held_out[0]) else 1
         self.held_out = Teacher(model, inputs.held_out[spread(inputs.held_out, self.share * _JUDGED_TOKENS)])
         self.tables, self.tuned = tables_of(model), dict[str, Tensor]()
-        self.journal = Journal(model, self.held_out)
+        self.journal, self.lacks_blocks = Journal(model, self.held_out), False
 
     @property
     def losses(self) -> list[tuple[str, float]]:
@@ -129,6 +130,7 @@ class Known:
             if norms:
                 norms.estimate_or_undo(self.journal)
             return made
+        self.lacks_blocks = blocks is not None
         made = [
             MatrixInMaking(job, parameters[name], backend, is_first=name in self.tables)
             for job, name in ((job, job.source.name) for job in jobs)

@@ -8,7 +8,7 @@ from torch import nn
 from tqdm import tqdm
 
 from miracle_hub.calibrate.block_refits import BlockOptions
-from miracle_hub.calibrate.fitting import Fit, order
+from miracle_hub.calibrate.fitting import Fit, coded_share, order
 from miracle_hub.calibrate.journal import Journal
 from miracle_hub.calibrate.kept_refits import KeptMaking, steps_of
 from miracle_hub.calibrate.matrix import MatrixInMaking
@@ -57,8 +57,8 @@ class RefitOptions:
         return bool(self.all_steps or self.blocks)
 
     def share(self, group: int) -> float:
-        """Of the columns, that are coded after a group: the last groups are small."""
-        return 1 - (1 - group / self.groups) ** 2
+        """Of the columns, that are coded after a group."""
+        return coded_share(group, self.groups)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What an error of a tensor is worth where nobody measured it, beside its size: heads, and convolutions"""
+"""What an error of a tensor is worth where nobody measured it, beside its size: heads, and convolutions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

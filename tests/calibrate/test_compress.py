@@ -202,6 +202,17 @@ def test_whatever_happens_in_a_model_that_runs_by_itself_is_said_and_no_error(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_model_without_blocks_in_a_row_says_that_it_was_not_refitted(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: int
+) -> None:
+    for name, value in {"_FEWEST_STEPS": 99, "_BLOCK_PASSES": 0, "_FEWEST_BLOCK_STEPS": 2}.items():
+        monkeypatch.setattr(recipe, name, value)
+    _, folder = saved(LlamaForCausalLM, num_hidden_layers=layers, head_dim=32, **WIDER)
+    report = compressed_by_itself(folder, tmp_path / "out")
+    assert any(note.startswith("tuned, not refitted") for note in report.notes) == (layers == 1)
+
+
 def test_too_little_memory_is_said_before_the_model_is_loaded(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
