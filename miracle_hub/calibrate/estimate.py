@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from miracle_hub.calibrate.recipe import SPEED, STEP_TOKENS, WORK, refit_options, steps_of
+from miracle_hub.calibrate.recipe import EFFORTS, SPEED, STEP_TOKENS, WORK, refit_options, steps_of
 from miracle_hub.codec.source import SourceTensor
 from miracle_hub.codec.worth import head_of, is_convolutional, tables_in
 from miracle_hub.coding.matrix import matrix_columns
@@ -13,8 +13,8 @@ from miracle_hub.errors import CalibrationError
 
 # Seconds per weight of two cores: once through the encoder, with windows of 14 bits.
 _CODING = 2e-6
-# In steps: one look at all inputs, and trials of feedback on a dozen kinds of matrices.
-_LOOK, _TRIALS = 16, 12
+# In steps: trials of feedback on a dozen kinds of matrices.
+_TRIALS = 12
 # The file without calibration is made too, beside all but the largest models, whose time it would double.
 MOST_COMPARED = 300_000_000
 # Copies of all weights in float32: the model, and what is decoded of it; with refits of the whole model its
@@ -45,7 +45,7 @@ def estimated(tensors: Sequence[SourceTensor], effort: int, config: Mapping[str,
     given = (effort, n_weights, n_weights - looked_up, is_convolutional(tensors))
     steps = steps_of(*given)
     passes = 2 if steps and n_weights <= MOST_COMPARED else 1
-    all_steps = _LOOK + (steps + _TRIALS if steps else 0)
+    all_steps = EFFORTS[effort].looks + (steps + _TRIALS if steps else 0)
     seconds = n_weights * passes * _CODING + all_steps * WORK * STEP_TOKENS * (n_weights - looked_up) / SPEED
     copies = _COPIES_OF_REFITS if refit_options(*given).steps else _COPIES
     columns = [matrix_columns(tensor.shape) for tensor in tensors if len(tensor.shape) > 1]

@@ -145,7 +145,7 @@ def _split(found: Found, seed: int, where: str, kind: Refusal) -> tuple[list[Row
 def _batches(
     rows: Sequence[Row], batch_rows: int, batch_tokens: int | None, seed: int
 ) -> tuple[dict[str, Tensor], ...]:
-    """Rows of equal shapes together, in an order drawn at random: the first ones have all shapes."""
+    """Rows of equal shapes together, in an order drawn at random: the first ones are from everywhere."""
     alike: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         key = tuple((name, tuple(x.shape), x.dtype) for name, x in row.items())
@@ -156,7 +156,7 @@ def _batches(
         n = max(1, min(batch_rows, fitting))
         parts = (group[start : start + n] for start in range(0, len(group), n))
         found += [{name: torch.stack([row[name] for row in some]) for name in some[0]} for some in parts]
-    return tuple(found[i] for i in (order_of(len(found), seed) if len(alike) > 1 else range(len(found))))
+    return tuple(found[i] for i in order_of(len(found), seed))
 
 
 @torch.no_grad()

@@ -25,7 +25,6 @@ SPEED = 2e11
 # Of the dense model's answer, and of a step of the optimizer, per weight and token.
 WORK = 8
 STEP_TOKENS = 1024
-_SENSITIVITY_TOKENS = 16 * STEP_TOKENS
 # Whoever has no more tokens sees them again: 1,000 that SmolLM2 wrote took 5.6 CPU seconds.
 _MOST_SELF_MADE = 64 * STEP_TOKENS
 # Steps that see other texts each, and how often texts are seen by more steps: the dense model's answers to
@@ -59,24 +58,26 @@ class Effort:
 
     Attributes:
         minutes: per 100 million weights, of two cores.
+        looks: batches that the sensitivity is measured on.
         groups: of columns, where the whole model is refitted.
         most_steps: of small models, whose steps take no time.
         block_groups: of columns, where blocks are refitted.
     """
 
     minutes: float
+    looks: int
     groups: int
     most_steps: int
     block_groups: int
 
 
 EFFORTS = (
-    Effort(0, 1, 0, 1),
-    Effort(1, 4, 240, 2),
-    Effort(10, 8, 960, 4),
-    Effort(40, 16, 4800, 8),
-    Effort(150, 16, 12000, 16),
-    Effort(600, 32, 48000, 16),
+    Effort(0, 8, 1, 0, 1),
+    Effort(1, 16, 4, 240, 2),
+    Effort(10, 64, 8, 960, 4),
+    Effort(40, 64, 16, 4800, 8),
+    Effort(150, 256, 16, 12000, 16),
+    Effort(600, 256, 32, 48000, 16),
 )
 
 
@@ -146,22 +147,23 @@ def knowledge_of(
     if remembers(model):
         options = replace(options, end_rate=_END_RATE_OF_NORMS)
     is_self = isinstance(data, str) and data == SELF
-    asked = {"n_tokens": _tokens(modality_of(model), options.n_batches, is_self), "seed": seed}
+    looked = EFFORTS[effort].looks * STEP_TOKENS
+    asked = {"n_tokens": _tokens(modality_of(model), options.n_batches, looked, is_self), "seed": seed}
     asked |= _batch_size(model)
     inputs = kept_inputs(kept, lambda: inputs_of(model, folder, data, **asked), is_self)
     kept = kept.given(inputs.digest)
     names = {name for name, p in model.named_parameters(remove_duplicate=False) if p.dim() > 1}
-    looked_at = _first(inputs, _SENSITIVITY_TOKENS)
+    looked_at = _first(inputs, looked)
     found = kept_sensitivity(kept, lambda: measure(model, looked_at, names, seed, progress))
     given = {"states_tuned": (folder / CONFIG).is_file(), "seed": seed, "progress": progress, "kept": kept}
     return Known(found, model, inputs, options, **given)
 
 
-def _tokens(modality: Modality, steps: int, is_self_made: bool) -> int:
+def _tokens(modality: Modality, steps: int, looked: int, is_self_made: bool) -> int:
     """To calibrate on. Words drawn for an encoder cost nothing."""
     if takes_texts(modality):
         steps = min(steps, max(_STEPS_OF_OTHERS, steps // _SEEN))
-    wanted = max(_SENSITIVITY_TOKENS, steps * STEP_TOKENS)
+    wanted = max(looked, steps * STEP_TOKENS)
     return min(wanted, _MOST_SELF_MADE) if is_self_made and modality is not Modality.TEXT else wanted
 
 

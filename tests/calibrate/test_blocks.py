@@ -152,7 +152,7 @@ def making(model: nn.Module, batches: Any, options: BlockOptions, kept: Kept) ->
 def test_blocks_that_are_refitted_bring_answers_nearer(llama: Any) -> None:
     model, jobs, batches = llama
     dense, losses = copy.deepcopy(model.state_dict()), []
-    for options in (BlockOptions(groups=1, steps=0), BlockOptions(groups=4, steps=30)):
+    for options in (BlockOptions(groups=1, steps=0), BlockOptions(groups=4, steps=60)):
         model.load_state_dict(dense)
         refits = making(model, batches, options, Kept())
         made = refits.run(jobs)

@@ -58,8 +58,9 @@ def net(tmp_path: Path) -> tuple[Net, Path]:
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tenth of the steps and of the tokens that tiny models have otherwise, at the same efforts."""
-    monkeypatch.setattr(recipe, "EFFORTS", tuple(replace(each, most_steps=24) for each in recipe.EFFORTS))
-    monkeypatch.setattr(recipe, "_SENSITIVITY_TOKENS", 2048)
+    monkeypatch.setattr(
+        recipe, "EFFORTS", tuple(replace(each, most_steps=24, looks=2) for each in recipe.EFFORTS)
+    )
     monkeypatch.setattr(recipe, "_MOST_SELF_MADE", 2048)
 
 

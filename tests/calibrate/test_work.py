@@ -45,11 +45,10 @@ def llama(saved: Saved) -> Path:
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps after each of two groups, and three of tuning; all are kept."""
     monkeypatch.setattr(
-        recipe, "EFFORTS", tuple(replace(each, most_steps=9, groups=3) for each in recipe.EFFORTS)
+        recipe, "EFFORTS", tuple(replace(each, most_steps=9, groups=3, looks=1) for each in recipe.EFFORTS)
     )
     monkeypatch.setattr(recipe, "_FEWEST_STEPS", 2)
     monkeypatch.setattr(recipe, "_END", 0.34)
-    monkeypatch.setattr(recipe, "_SENSITIVITY_TOKENS", 1024)
     monkeypatch.setattr(recipe, "_MOST_SELF_MADE", 1024)
     monkeypatch.setattr(kept_steps, "_EVERY_SECONDS", 0.0)
 
