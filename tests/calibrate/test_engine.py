@@ -12,7 +12,7 @@ from transformers import BertForMaskedLM, GPT2LMHeadModel
 from miracle_hub.calibrate.journal import Journal
 from miracle_hub.calibrate.matrix import MatrixInMaking
 from miracle_hub.calibrate.models import load_dense
-from miracle_hub.calibrate.outputs import divergence
+from miracle_hub.calibrate.outputs import divergence, sampled_gradient
 from miracle_hub.calibrate.refits import RefitOptions, Refits
 from miracle_hub.calibrate.sensitivity import measure
 from miracle_hub.calibrate.teacher import Teacher
@@ -84,6 +84,14 @@ def test_a_small_error_costs_what_was_measured(layers: Any, name: str) -> None:
         pairs = zip(batches, dense, strict=True)
         measured = sum(float(divergence("logits", model(**batch), answer)) for batch, answer in pairs)
     assert predicted == pytest.approx(measured / len(batches), rel=0.5)
+
+
+def test_gradients_that_are_drawn_have_the_moments_of_the_fisher_matrix() -> None:
+    logits = 2 * torch.randn(5, generator=torch.Generator().manual_seed(1))
+    p, draws = logits.softmax(-1), logits.expand(100_000, 5)
+    drawn = sampled_gradient("logits", draws, torch.Generator().manual_seed(0))
+    assert torch.allclose(drawn.T @ drawn / len(drawn), p.diag() - p.outer(p), atol=5e-3)
+    assert torch.allclose(drawn.mean(0), torch.zeros(5), atol=5e-3)
 
 
 @pytest.mark.parametrize("cls", [BertForMaskedLM, GPT2LMHeadModel])

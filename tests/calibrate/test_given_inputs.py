@@ -54,6 +54,18 @@ def test_a_causal_model_gets_windows_of_one_length_that_follow_each_other(
     assert found.n_tokens == 16 * sum(len(batch["input_ids"]) for batch in found.batches)
 
 
+def test_the_first_batches_are_from_everywhere(saved: Saved) -> None:
+    """What is measured on some of them, as what errors cost, is measured on data of all kinds."""
+    model, folder = saved(LlamaForCausalLM)
+    found = inputs_of(model, folder, TEXTS, n_tokens=10_000, max_length=16, batch_rows=1)
+    stream = "".join(text + "\n\n" for text in TEXTS)
+    ids = AutoTokenizer.from_pretrained(folder)(stream, add_special_tokens=False)["input_ids"]
+    places = {tuple(ids[i : i + 16]): i / len(ids) for i in range(0, len(ids) - 15, 16)}
+    begins = [places[tuple(batch["input_ids"][0].tolist())] for batch in found.batches]
+    first = begins[: len(begins) // 4]
+    assert min(first) < 0.2 and max(first) > 0.8
+
+
 def test_windows_are_never_longer_than_the_models_positions(saved: Saved, text_file: Path) -> None:
     model, folder = saved(LlamaForCausalLM)
     assert {len(row) for row in rows(inputs_of(model, folder, text_file, n_tokens=10_000))} == {32}
