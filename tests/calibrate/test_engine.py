@@ -13,7 +13,7 @@ from miracle_hub.calibrate.journal import Journal
 from miracle_hub.calibrate.matrix import MatrixInMaking
 from miracle_hub.calibrate.models import load_dense
 from miracle_hub.calibrate.outputs import divergence, sampled_gradient
-from miracle_hub.calibrate.refits import RefitOptions, Refits
+from miracle_hub.calibrate.refits import RefitOptions, Refits, last_gaining
 from miracle_hub.calibrate.sensitivity import measure
 from miracle_hub.calibrate.teacher import Teacher
 from miracle_hub.calibrate.trials import kind_of, with_damping
@@ -153,6 +153,16 @@ def making(layers: Any, options: RefitOptions) -> tuple[Refits, Tuning]:
     vectors, teacher = [model.first.bias, model.second.bias], Teacher(model, batches[:6])
     refits = Refits(teacher, Journal(model, Teacher(model, batches[6:])), matrices, vectors, options)
     return refits, Tuning(matrices, vectors, options.end_rate, partial(teacher.divergence, model))
+
+
+@pytest.mark.parametrize(
+    ("gains", "place"),
+    [([1.0, 0.8, 0.7, 2.0], 1), ([0.2, 0.5, 0.1], 1), ([0.5, 0.6, 0.5], 2), ([-1.0, 3.0], 0), ([0.0], 0)],
+)
+def test_the_largest_rate_that_gains_about_as_much_as_the_best_is_chosen(
+    gains: list[float], place: int
+) -> None:
+    assert last_gaining(iter(gains)) == place
 
 
 def test_refits_and_tuning_each_bring_answers_nearer(layers: Any) -> None:
