@@ -7,6 +7,7 @@ Divergence from dense on dev data, of the written folder as a stranger would loa
 """
 
 import argparse
+import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -84,6 +85,12 @@ def measured(name: str, bits: float, variant: str) -> float:
         return evaluate(name, out, "dev", False)[_FIGURES.get(name, "kl")]
 
 
+def known() -> dict[str, Any]:
+    """What earlier runs measured, by model."""
+    path = record.RESULTS / "ablation.json"
+    return json.loads(path.read_text())["results"] if path.exists() else {}
+
+
 def main() -> None:
     """Measure, print and record; models that are not asked for keep what was measured before."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -99,7 +106,7 @@ def main() -> None:
         for variant in VARIANTS:
             found[variant] = measured(name, bits, variant)
             print(name, bits, variant, round(found[variant], 4), flush=True)
-        record.record(f"ablation-{name}", {"bits_per_weight": bits, "divergence": found})
+        record.record("ablation", {**known(), name: {"bits_per_weight": bits, "divergence": found}})
 
 
 if __name__ == "__main__":

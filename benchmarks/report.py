@@ -5,6 +5,7 @@ python benchmarks/report.py        (`make docs` calls it)
 
 import re
 
+from ablation_report import section as ablation
 from figures import PEERS, load, write_figures
 from record import ROOT
 from size_rule_report import section as size_rule
@@ -285,7 +286,7 @@ def summary() -> str:
 
 def results_page() -> str:
     """docs/results.md."""
-    models = (minilm(), stories(), section(), size_rule())
+    models = (minilm(), stories(), section(), ablation(), size_rule())
     parts = (_HEAD, *models, fine_tuning(), lenet(), rate_distortion(), speed(), gpu())
     return "\n\n".join(parts) + "\n"
 
