@@ -138,7 +138,7 @@ def _source_files(source: Path, out: Path) -> list[Path]:
     """The weight files of a dense model that writing `out` does not touch."""
     require(source, TO_COMPRESS)
     weights = weight_files(source)
-    refuse_overlap(source, out)
+    refuse_overlap(out, source)
     read_quantization(source)
     return weights
 

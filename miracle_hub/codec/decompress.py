@@ -57,7 +57,7 @@ def decompress_folder(
     options: DecompressOptions,
 ) -> int:
     """Write an ordinary checkpoint; returns its bytes. See `miracle_hub.decompress`."""
-    refuse_overlap(source, out)
+    refuse_overlap(out, source)
     backend, shard_bytes = choose(options.backend), parse_size(options.max_shard_size, "max_shard_size")
     require(source, TO_DECODE)
     if source.is_file():

@@ -28,7 +28,7 @@ from miracle_hub.codec.source import list_tensors, weight_files
 from miracle_hub.coding.backend import choose
 from miracle_hub.errors import OptionError, ResumeError
 from miracle_hub.files.digests import sha256_of
-from miracle_hub.files.whole import alone_in, refuse_existing, whole_file, writing
+from miracle_hub.files.whole import alone_in, refuse_existing, refuse_overlap, whole_file, writing
 from miracle_hub.options import CompressOptions
 
 _RUN = "run.json"
@@ -104,7 +104,8 @@ def work_folder(
     folder = Path(options.work)
     refuse_existing(out, options.overwrite)
     require(source, TO_COMPRESS)
-    _require_apart(folder, {"the source": source, "the output": out})
+    refuse_overlap(folder, source, "a work folder")
+    refuse_overlap(folder, out, "a work folder", "the output")
     if folder.exists() and not folder.is_dir():
         raise OptionError(
             f"{folder}: expected a folder to keep work in, found a file; give another path as work"
@@ -114,21 +115,6 @@ def work_folder(
         _begin(folder, run)
         yield Kept(folder).given(json.dumps(run.model))
         _clear(folder)
-
-
-def _require_apart(folder: Path, others: Mapping[str, Path]) -> None:
-    """
-    Raises:
-        OptionError: it is one of them, lies in one or holds one.
-    """
-    wanted = folder.resolve()
-    for what, other in others.items():
-        found = other.resolve()
-        if found == wanted or found in wanted.parents or wanted in found.parents:
-            raise OptionError(
-                f"{folder}: expected a work folder apart from {what} {other}, found one that is it, is "
-                "inside it or holds it; give another"
-            )
 
 
 def _begin(folder: Path, run: Run) -> None:

@@ -124,17 +124,22 @@ def alone_in(folder: Path, instead: str = "another output") -> Iterator[None]:
             os.close(lock)
 
 
-def refuse_overlap(source: Path, out: Path) -> None:
-    """Raise if writing `out` could touch `source`.
+def refuse_overlap(
+    folder: Path, other: Path, role: str = "an output folder", others: str = "the source"
+) -> None:
+    """Raise if writing a folder could touch another.
+
+    Args:
+        role: of the folder. others: role of the other one.
 
     Raises:
         OptionError: one is the other, or inside it.
     """
-    found, wanted = source.resolve(), out.resolve()
+    wanted, found = folder.resolve(), other.resolve()
     if found == wanted or found in wanted.parents or wanted in found.parents:
         raise OptionError(
-            f"{out}: expected an output folder apart from the source {source}, found one that is it, is "
-            "inside it or holds it; choose another"
+            f"{folder}: expected {role} apart from {others} {other}, found one that is it, is inside it or "
+            "holds it; choose another"
         )
 
 
