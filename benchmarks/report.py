@@ -1,18 +1,20 @@
-"""Writes docs/results.md, its figures and README's table from benchmarks/results/*.json.
+"""Writes docs/results.md, its figures, and tables of other documents, from benchmarks/results/*.json.
 
 python benchmarks/report.py        (`make docs` calls it)
 """
 
 import re
+from pathlib import Path
 
 from ablation_report import section as ablation
+from expectations import table as expectations
 from figures import PEERS, load, write_figures
 from record import ROOT
 from size_rule_report import section as size_rule
 from zoo_report import section
 
 RESULTS_PAGE = ROOT / "docs" / "results.md"
-README = ROOT / "README.md"
+README, CHOOSING = ROOT / "README.md", ROOT / "docs" / "choosing.md"
 _DENSE_BYTES = {"minilm": 90_868_376, "lenet": 1_724_320}
 _HEAD = """# Results
 
@@ -291,18 +293,18 @@ def results_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def readme() -> str:
-    """README.md with its table between markers written anew."""
-    pattern, table = r"<!-- results -->.*<!-- /results -->", summary()
-    text = README.read_text(encoding="utf-8")
+def renewed(path: Path, table: str) -> str:
+    """A document with its table between markers written anew."""
+    pattern, text = r"<!-- results -->.*<!-- /results -->", path.read_text(encoding="utf-8")
     return re.sub(pattern, lambda _: f"<!-- results -->\n{table}\n<!-- /results -->", text, flags=re.DOTALL)
 
 
 def main() -> None:
-    """Write the page, its figures, and README's table."""
+    """Write the page, its figures, and the tables of other documents."""
     write_figures()
     RESULTS_PAGE.write_text(results_page(), encoding="utf-8")
-    README.write_text(readme(), encoding="utf-8")
+    README.write_text(renewed(README, summary()), encoding="utf-8")
+    CHOOSING.write_text(renewed(CHOOSING, expectations()), encoding="utf-8")
 
 
 if __name__ == "__main__":
