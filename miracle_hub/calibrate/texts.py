@@ -17,8 +17,8 @@ _MAX_LENGTH = 512
 _LEAST_WINDOWS, _LEAST_LENGTH = 8, 8  # texts that are short are cut into shorter windows, down to these
 # Characters of a piece, for every token of a window, which lies in about five pieces. With feedback by the
 # moments of 16,000 tokens three late matrices of SmolLM2 have 0.071, 0.47 and 0.60 of their error left on
-# WikiText, each with its best damping; by 64,000 of pieces of 8 characters 0.065, 0.44 and 0.58. The 16,000 of
-# such pieces that were compared, 0.081, 0.60 and 0.66, were of one file alone, so that what shorter pieces
+# WikiText, each with its best damping; by 64,000 of pieces of 8 characters 0.065, 0.44 and 0.58. The 16,000
+# of such pieces that were compared, 0.081, 0.60 and 0.66, were of one file alone, so that what shorter pieces
 # gain by themselves is not known. No other model was tried.
 _PIECE = 1
 _AT_ONCE = 256  # texts that are tokenized together

@@ -123,10 +123,17 @@ def test_what_others_change_in_between_is_no_chain() -> None:
     assert chains_of(_Skipping(), {"x": torch.randn(4, 8)}) == []
 
 
+Given = tuple[nn.Module, list[Job], list[dict[str, Tensor]]]
+
+
 @pytest.fixture
-def llama(tmp_path: Path) -> tuple[nn.Module, list[Job], list[dict[str, Tensor]]]:
+def llama(tmp_path: Path) -> Given:
+    return llama_of(tmp_path, 0)
+
+
+def llama_of(tmp_path: Path, seed: int) -> Given:
     """A model, two bits for every matrix with feedback, and eight batches."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model, batches = LlamaForCausalLM(LlamaConfig(**_DECODER)).eval(), [
         {"input_ids": torch.randint(1, 64, (4, 16))} for _ in range(8)
     ]  # fmt: skip
@@ -149,20 +156,26 @@ def making(model: nn.Module, batches: Any, options: BlockOptions, kept: Kept) ->
     return ByBlocks(journal, chains, batches[:6], parameters, vectors, options, BACKEND, kept=kept)
 
 
-def test_blocks_that_are_refitted_bring_answers_nearer(llama: Any) -> None:
-    model, jobs, batches = llama
-    dense, losses = copy.deepcopy(model.state_dict()), []
-    for options in (BlockOptions(groups=1, steps=0), BlockOptions(groups=4, steps=60)):
-        model.load_state_dict(dense)
-        refits = making(model, batches, options, Kept())
-        made = refits.run(jobs)
-        losses.append(refits.journal.losses[-1][1])
-        assert sorted(matrix.job.source.name for matrix in made) == sorted(job.source.name for job in jobs)
-        for matrix in made:
-            payload = torch.frombuffer(bytearray(matrix.payload()), dtype=torch.uint8)
-            found, _ = decode_payload(payload, "a payload", backend=BACKEND)
-            assert torch.allclose(found, matrix.parameter, rtol=2**-7, atol=1e-6)
-    assert losses[1] < 0.9 * losses[0]
+def test_blocks_that_are_refitted_bring_answers_nearer(tmp_path: Path) -> None:
+    """In the mean of eight models: of one it is a matter of chance whether it is by a tenth."""
+    shares = []
+    for seed in range(8):
+        model, jobs, batches = llama_of(tmp_path, seed)
+        dense, losses = copy.deepcopy(model.state_dict()), []
+        for options in (BlockOptions(groups=1, steps=0), BlockOptions(groups=4, steps=30)):
+            model.load_state_dict(dense)
+            refits = making(model, batches, options, Kept())
+            made = refits.run(jobs)
+            losses.append(refits.journal.losses[-1][1])
+            assert sorted(matrix.job.source.name for matrix in made) == sorted(
+                job.source.name for job in jobs
+            )
+            for matrix in made:
+                payload = torch.frombuffer(bytearray(matrix.payload()), dtype=torch.uint8)
+                found, _ = decode_payload(payload, "a payload", backend=BACKEND)
+                assert torch.allclose(found, matrix.parameter, rtol=2**-7, atol=1e-6)
+        shares.append(losses[1] / losses[0])
+    assert sum(shares) / len(shares) < 0.9
 
 
 def test_a_refit_of_a_block_that_does_not_help_is_undone(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
