@@ -114,8 +114,9 @@ def test_statistics_that_were_estimated_are_stated_and_verified(
 ) -> None:
     monkeypatch.setattr("miracle_hub.calibrate.recipe._STEPS_OF_PICTURES", 1)
     source, out, model = folder(made()), tmp_path / "out", made()
-    given = {"calibrate": images(256, 8), "model": model, "effort": effort}
-    report = miracle_hub.compress(source, out, **LOW, **given)
+    given = {"calibrate": images(64, 5), "model": model, "effort": effort}
+    # With 12 bits it is a matter of chance whether other statistics help, with 11 they always did.
+    report = miracle_hub.compress(source, out, **LOW | {"bits_per_weight": 11}, **given)
     assert report.calibration is not None
     steps = dict(report.calibration.steps)
     assert steps["statistics of batch norms estimated"] < steps["coded 100%"]
@@ -152,7 +153,7 @@ def test_statistics_stay_where_they_may_not_change(
 ) -> None:
     """What the user excludes, with what goes with it; where nobody could be told; what suits one stage."""
     source, out = folder(made(), has_config), tmp_path / "out"
-    given = {"calibrate": images(256, 8), "model": made(), "effort": 0, "stages": stages}
+    given = {"calibrate": images(64, 5), "model": made(), "effort": 0, "stages": stages}
     miracle_hub.compress(source, out, modules_to_not_convert=excluded, **LOW, **given)
     dense, own = load_file(source / "model.safetensors"), miracle_hub.load_state_dict(out)
     assert all(torch.allclose(own[name], dense[name], rtol=2**-10, atol=1e-4) for name in kept)
