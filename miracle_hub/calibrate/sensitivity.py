@@ -57,7 +57,9 @@ class Sensitivity:
         found = self._of(name, use, lambda: _Sums(x.new_zeros(shape[0]), x.new_zeros(shape[1], shape[1])))
         assert found.columns is not None
         found.rows += power.sum(0)
-        found.columns += (x * per_token[:, None]).T @ x
+        with fast_products(x.device):
+            weighted = x * per_token.sqrt()[:, None]
+            found.columns += weighted.T @ weighted
         found.weight += float(per_token.sum())
 
     def add_rows(self, name: str, use: str, rows: Tensor) -> None:
