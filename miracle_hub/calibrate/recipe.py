@@ -74,7 +74,7 @@ class Effort:
 EFFORTS = (
     Effort(0, 8, 1, 0, 1),
     Effort(1, 16, 4, 240, 2),
-    Effort(9, 64, 8, 960, 4),
+    Effort(8, 64, 8, 960, 4),
     Effort(40, 64, 16, 4800, 8),
     Effort(150, 256, 16, 12000, 16),
     Effort(600, 256, 32, 48000, 16),
