@@ -87,7 +87,7 @@ class Asking:
         if self.known is None:
             return {}
         try:
-            with _named_failures(self.folder):
+            with self._named_failures():
                 return self.known.encode(plans, jobs, backend)
         except CalibrationError as error:
             if not self.is_optional:
@@ -111,9 +111,8 @@ class Asking:
             _LOGGER.info("%s: calibration with effort %d: %s", self.folder, self.options.effort, estimate)
             if self.is_optional:
                 require_memory(estimate)
-            with _named_failures(self.folder):
+            with self._named_failures():
                 self.known = self._gathered(tensors)
-                self.judge = Judge(self.known.model, self.known.held_out)
         except CalibrationError as error:
             if not self.is_optional:
                 raise
@@ -134,29 +133,35 @@ class Asking:
         known = knowledge_of(self.folder, options.calibrate, **given)
         if options.stages > 1:  # statistics would suit the first alone
             known.norms = None
+        names: Mapping[str, str] = {}
         if model is None:  # transformers may give tensors other names than files have
-            theirs = roles_of(self.folder).parameters
-            _require_names(known.model, [tensor for tensor in tensors if tensor.name in theirs])
+            roles = roles_of(self.folder)
+            names = roles.names
+            _require_same(
+                known.model, [tensor for tensor in tensors if tensor.name in roles.parameters], names
+            )
+        known.call(names)
+        self.judge = Judge(known.model, known.held_out, names)
         return known
 
+    @contextmanager
+    def _named_failures(self) -> Iterator[None]:
+        """Models of all kinds are run, by code that nobody here has seen, on what users give.
 
-@contextmanager
-def _named_failures(folder: Path) -> Iterator[None]:
-    """Models of all kinds are run, by code that nobody here has seen.
-
-    Raises:
-        CalibrationError: it failed.
-    """
-    try:
-        yield
-    except MiracleError:
-        raise
-    except Exception as error:
-        said = " ".join(str(error).split())[:200]
-        raise CalibrationError(
-            f"{folder}: expected a model that runs there and back, found {type(error).__name__}: {said}; "
-            "report it, and compress without calibration (--calibrate none)"
-        ) from error
+        Raises:
+            CalibrationError: it failed.
+        """
+        try:
+            yield
+        except MiracleError:
+            raise
+        except Exception as error:
+            said = " ".join(str(error).split())[:200]
+            todo = "report it" if is_self(self.options.calibrate) else "look at the data, or else report it"
+            raise CalibrationError(
+                f"{self.folder}: expected a model that runs there and back on all inputs, found "
+                f"{type(error).__name__}: {said}; {todo}, and compress without calibration (--calibrate none)"
+            ) from error
 
 
 @torch.no_grad()
@@ -171,21 +176,46 @@ def _copied(model: nn.Module, tensors: Sequence[SourceTensor]) -> nn.Module:
     found = tensors_of(own)
     for tensor in tensors:
         found[tensor.name].data.copy_(tensor.load())
+    for parameter in own.parameters():  # matrices are views of them, which channels_last would not have
+        parameter.data = parameter.data.contiguous()
     return own
 
 
-def _require_names(model: nn.Module, tensors: Sequence[SourceTensor]) -> None:
+def _require_names(
+    model: nn.Module, tensors: Sequence[SourceTensor], names: Mapping[str, str] | None = None
+) -> None:
     """
+    Args:
+        names: the model's, of tensors that files call otherwise.
+
     Raises:
         CalibrationError: a tensor of the files is none of the model's.
     """
     own = tensors_of(model)
     for tensor in tensors:
-        found = own.get(tensor.name)
+        name = (names or {}).get(tensor.name, tensor.name)
+        found = own.get(name)
         if found is None or tuple(found.shape) != tensor.shape:
-            what = "none of that name" if found is None else f"shape {list(found.shape)}"
+            what = "none of that name" if found is None else f"{name} {list(found.shape)}"
             raise CalibrationError(
                 f"{tensor.path}: expected {tensor.name} {list(tensor.shape)} among the tensors of "
-                f"{type(model).__name__}, found {what}; save the model again as it is now, or compress "
-                "without calibration (--calibrate none)"
+                f"{type(model).__name__}, found {what}, so that the two cannot be compared; compress without "
+                "calibration (--calibrate none), or give as model one that has these tensors"
+            )
+
+
+def _require_same(model: nn.Module, tensors: Sequence[SourceTensor], names: Mapping[str, str]) -> None:
+    """Tensors of files are the model's, and those that it calls otherwise have the same values in it.
+
+    Raises:
+        CalibrationError: one is not.
+    """
+    _require_names(model, tensors, names)
+    own = tensors_of(model)
+    for tensor in tensors:
+        name = names.get(tensor.name, tensor.name)
+        if name != tensor.name and not torch.equal(own[name].cpu(), tensor.load().to(own[name].dtype)):
+            raise CalibrationError(
+                f"{tensor.path}: expected in {name} of {type(model).__name__} the values of {tensor.name}, "
+                "found others; compress without calibration (--calibrate none)"
             )

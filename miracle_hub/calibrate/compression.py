@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from torch import nn
 
 from miracle_hub.calibrate.asking import Asking
@@ -54,7 +55,7 @@ def compress_calibrated(
         DataError: the data cannot be read, are none that the model takes, or too few.
         ResumeError: the work folder is of a run with another source, other data or options.
     """
-    with work_folder(source, out, options, model) as kept:
+    with torch.inference_mode(False), work_folder(source, out, options, model) as kept:
         asking = Asking(source, options, model, kept)
         try:
             return compress(out, options, knowledge=asking, judged=_Judged(asking, compress), **also)

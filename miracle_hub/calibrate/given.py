@@ -65,8 +65,8 @@ def _kind(data: Any) -> Any:
     """A path of what is there, else an id on the Hub; a tensor as the main input; the split to learn from."""
     if isinstance(data, str | Path):
         path = Path(data)
-        is_file = path.exists() or path.suffix.lower() in (*ENDINGS, *_ARRAYS, *IMAGE_ENDINGS, ".wav")
-        if is_file and not path.exists():
+        is_file = _exists(path) or path.suffix.lower() in (*ENDINGS, *_ARRAYS, *IMAGE_ENDINGS, ".wav")
+        if is_file and not _exists(path):
             read_sets(path)  # says what is there of a like name
             raise DataError(f"{path}: expected a file or folder, found none; check the name")
         return path if is_file else str(data)
@@ -84,6 +84,20 @@ def _kind(data: Any) -> Any:
     rest = iter(data)
     first = list(islice(rest, 1))
     return [*first, *islice(rest, _MOST_TEXTS)] if first and isinstance(first[0], str) else chain(first, rest)
+
+
+def _exists(path: Path) -> bool:
+    """
+    Raises:
+        DataError: no file can have such a name.
+    """
+    try:
+        return path.exists()
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{str(path)[:40]!r}…: expected a file, a folder or an id on the Hub, found what no file "
+            f"can be called ({type(error).__name__}); give texts themselves as a list of them"
+        ) from error
 
 
 def _is_table(data: Any) -> bool:

@@ -1,6 +1,7 @@
 """How far the answers of a file are from the dense model's, on rows that were held out."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -22,8 +23,12 @@ class Judge:
         model: to load files into.
     """
 
-    def __init__(self, model: nn.Module, teacher: Teacher) -> None:
-        self.model, self.teacher = model, teacher
+    def __init__(self, model: nn.Module, teacher: Teacher, names: Mapping[str, str] | None = None) -> None:
+        """
+        Args:
+            names: the model's, of tensors that files call otherwise.
+        """
+        self.model, self.teacher, self.names = model, teacher, names or {}
 
     @property
     def unit(self) -> str:
@@ -38,8 +43,8 @@ class Judge:
         """
         own = tensors_of(self.model)
         for tensor in open_repository(folder).tensors:
-            if tensor.name in own:
-                own[tensor.name].data.copy_(tensor.load(verify=False))
+            if (name := self.names.get(tensor.name, tensor.name)) in own:
+                own[name].data.copy_(tensor.load(verify=False))
         found = self.teacher.mean_divergence(self.model)
         return found if math.isfinite(found) else math.inf
 

@@ -89,6 +89,18 @@ class Known:
             return found
         return replace(found, rows=_TABLE_COST * found.rows)
 
+    def call(self, names: Mapping[str, str]) -> None:
+        """Know parameters by the names that files have for them too.
+
+        Args:
+            names: of the model, by those of files.
+        """
+        own = {theirs: name for theirs, name in names.items() if name in self.parameters}
+        self.parameters |= {theirs: self.parameters[name] for theirs, name in own.items()}
+        self.tables |= {theirs for theirs, name in own.items() if name in self.tables}
+        aliases = self.sensitivity.aliases
+        self.sensitivity.aliases = {**aliases, **{theirs: aliases.get(n, n) for theirs, n in own.items()}}
+
     def is_estimated(self, name: str) -> bool:
         """Whether it is a statistic of a batch norm."""
         return self.norms is not None and name in self.norms.buffers

@@ -11,6 +11,8 @@ from miracle_hub.errors import CalibrationError
 _NAMES = ("logits", "logits_per_image", "last_hidden_state")
 # Of 1 - cosine of the mean state beside the relative error of every state. MiniLM's probes had it.
 _COSINE_WEIGHT = 10.0
+# Of the largest answer. Sums on a GPU may differ by roundings; noise that matters is larger.
+_REPEATABLE = 1e-3
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -29,13 +31,40 @@ def answers(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[str, Tensor]
     for name in _NAMES:
         value = getattr(found, name, None)
         if isinstance(value, Tensor):
-            return ("states" if name == "last_hidden_state" or value.shape[-1] == 1 else "logits"), value
-    if isinstance(found, Tensor):
+            if name == "logits" and value.dim() == 4:  # of every pixel, [n, classes, height, width]
+                value = value.movedim(1, -1)
+            return (
+                "states" if name == "last_hidden_state" or _are_numbers(model, value) else "logits"
+            ), value
+    if isinstance(found, Tensor) and found.is_floating_point():
         return ("logits" if found.dim() == 2 and found.shape[-1] > 1 else "states"), found
+    what = str(found.dtype) if isinstance(found, Tensor) else type(found).__name__
     raise CalibrationError(
-        f"{type(model).__name__}: expected logits, states or a tensor as its answer, found "
-        f"{type(found).__name__}; compress without calibration (--calibrate none)"
+        f"{type(model).__name__}: expected logits, states or a tensor of real numbers as its answer, found "
+        f"{what}; compress without calibration (--calibrate none)"
     )
+
+
+def _are_numbers(model: nn.Module, logits: Tensor) -> bool:
+    """Whether what is called logits is no choice among classes."""
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    return logits.shape[-1] == 1 or problem == "regression"
+
+
+@torch.no_grad()
+def require_repeatable(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+    """
+    Raises:
+        CalibrationError: the same inputs have other answers when they are given again.
+    """
+    row = {name: values[:1] for name, values in batch.items()}
+    (kind, first), (_, second) = answers(model, row), answers(model, row)
+    if not torch.allclose(first, second, rtol=_REPEATABLE, atol=_REPEATABLE * float(first.abs().max())):
+        raise CalibrationError(
+            f"{type(model).__name__}: expected the same answers ({kind}) to the same inputs, found others "
+            "the second time; give a model without noise of its own, or compress without calibration "
+            "(--calibrate none)"
+        )
 
 
 def divergence(kind: str, found: Tensor, dense: Tensor) -> Tensor:

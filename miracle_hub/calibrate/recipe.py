@@ -13,6 +13,7 @@ from miracle_hub.calibrate.kept_knowledge import kept_inputs, kept_sensitivity
 from miracle_hub.calibrate.known import Known
 from miracle_hub.calibrate.modality import Modality, modality_of, takes_sounds, takes_texts
 from miracle_hub.calibrate.models import load_dense
+from miracle_hub.calibrate.outputs import require_repeatable
 from miracle_hub.calibrate.refits import RefitOptions
 from miracle_hub.calibrate.remembered import remembers
 from miracle_hub.calibrate.sensitivity import measure
@@ -151,6 +152,7 @@ def knowledge_of(
     asked = {"n_tokens": _tokens(modality_of(model), options.n_batches, looked, is_self), "seed": seed}
     asked |= _batch_size(model)
     inputs = kept_inputs(kept, lambda: inputs_of(model, folder, data, **asked), is_self)
+    require_repeatable(model, inputs.batches[0])
     kept = kept.given(inputs.digest)
     names = {name for name, p in model.named_parameters(remove_duplicate=False) if p.dim() > 1}
     looked_at = _first(inputs, looked)

@@ -187,7 +187,7 @@ def measure(
 
 
 def _add_loose(found: Sensitivity, loose: Mapping[str, nn.Parameter]) -> None:
-    """Weights that no known layer uses: by their own gradients."""
+    """Weights that layers use which are not known: by their own gradients, of all uses."""
     for name, parameter in loose.items():
         if parameter.grad is not None:
             columns = matrix_columns(tuple(parameter.shape))
@@ -197,19 +197,22 @@ def _add_loose(found: Sensitivity, loose: Mapping[str, nn.Parameter]) -> None:
 
 @contextlib.contextmanager
 def _watched(model: nn.Module, names: set[str], found: Sensitivity) -> Iterator[Mapping[str, nn.Parameter]]:
-    """Hooks on all layers that use the weights; yields the weights that none does."""
+    """Hooks on all known layers that use the weights; yields the weights that none does, or others too."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     before = {name: p.requires_grad for name, p in parameters.items()}
     by_id = {id(parameters[name]): name for name in sorted(names) if name in parameters}
     found.aliases = {name: by_id[id(parameters[name])] for name in names if name in parameters}
-    handles, loose = [], dict(by_id)
+    handles, seen, unknown = [], set[int](), set[int]()
     for path, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if id(weight) in by_id and _is_known(module):
-            name = by_id[id(weight)]
-            loose.pop(id(weight), None)
-            handles.append(module.register_forward_hook(_Watch(found, name, path), with_kwargs=True))
-    kept = {name: parameters[name] for name in loose.values()}
+            seen.add(id(weight))
+            watch = _Watch(found, by_id[id(weight)], path)
+            handles.append(module.register_forward_hook(watch, with_kwargs=True))
+        elif id(weight) in by_id:
+            unknown.add(id(weight))
+    loose = [name for key, name in by_id.items() if key in unknown or key not in seen]
+    kept = {name: parameters[name] for name in loose}
     model.requires_grad_(False)
     for parameter in kept.values():
         parameter.requires_grad_(True)
@@ -224,8 +227,13 @@ def _watched(model: nn.Module, names: set[str], found: Sensitivity) -> Iterator[
 
 
 def _is_known(module: nn.Module) -> bool:
+    """Whether its output is what its kind makes of its input. Embeddings with a forward of their own may be
+    given other ids than they look up, as tables of positions are, or multiply what they found.
+    """
+    if isinstance(module, nn.Embedding):
+        return type(module).forward is nn.Embedding.forward
     is_grouped = isinstance(module, _CONVOLUTIONS) and (module.groups > 1 or isinstance(module.padding, str))
-    return isinstance(module, (nn.Linear, nn.Embedding, Conv1D, *_CONVOLUTIONS)) and not is_grouped
+    return isinstance(module, (nn.Linear, Conv1D, *_CONVOLUTIONS)) and not is_grouped
 
 
 class _Watch:

@@ -104,6 +104,11 @@ def _wav(stream: Any, where: str) -> Sound:
         raise DataError(
             f"{where}: expected a wav of whole numbers (PCM), found {error}; convert it to 16 bits"
         ) from error
+    if rate < 1 or len(content) % (width * channels):
+        raise DataError(
+            f"{where}: expected whole samples at a rate above 0, found {len(content)} bytes, {width} for "
+            f"each of {channels} channels at {rate} Hz; the file is damaged: remove it, or save it anew"
+        )
     if width == 3:
         padded = np.zeros((len(content) // 3, 4), np.uint8)
         padded[:, 1:] = np.frombuffer(content, np.uint8).reshape(-1, 3)

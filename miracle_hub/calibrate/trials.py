@@ -97,7 +97,8 @@ def first_least(values: Iterable[float]) -> int:
 
 def _damped(job: Job, damping: float | None) -> Job:
     curvature = job.curvature
-    assert curvature is not None
+    if curvature is None:  # no answer depends on it
+        return job
     if damping is None:
         return replace(job, curvature=replace(curvature, columns=None))
     return replace(job, curvature=replace(curvature, damping=damping))

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from miracle_hub.calibrate.modality import inputs_by_name
+from miracle_hub.calibrate.modality import inputs_by_name, positions_of
 from miracle_hub.calibrate.rows import Row, met_length, rows_of_batch
 from miracle_hub.errors import CalibrationError
 
@@ -68,12 +68,13 @@ def answered(
     """Rows of an encoder with what its decoder answers.
 
     Args:
-        most: tokens of an answer.
+        most: tokens of an answer, which has no more than the model has positions.
         generator: as in `continued`.
 
     Raises:
         CalibrationError: the model has no token to begin with, or its predictions are not finite.
     """
+    most = min(most, positions_of(model) or most)
     start, end = _token(model, "decoder_start_token_id"), _token(model, "eos_token_id")
     if start is None:
         raise CalibrationError(

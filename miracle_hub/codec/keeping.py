@@ -6,7 +6,7 @@ model read the future. Exact tensors come before all rates, so that budgets coun
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,11 +30,13 @@ class Roles:
 
     Attributes:
         said_by: the class, or why there is none: then values decide.
+        names: the class's, of tensors that it calls otherwise.
     """
 
     buffers: frozenset[str] = frozenset()
     parameters: frozenset[str] = frozenset()
     said_by: str = "values alone: no class of the model was asked"
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 def keep_exact(plans: dict[str, Plan], roles: Roles) -> list[str]:

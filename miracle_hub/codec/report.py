@@ -47,7 +47,9 @@ class Calibration:
         if self.steps:
             found.append("after each step: " + ", ".join(f"{what} {value:.4f}" for what, value in self.steps))
         if self.is_taken_back:
-            found.append("taken back: no calibrated file was closer, so that this one is without calibration")
+            found.append(
+                "taken back: this file is without calibration, and was closer than the calibrated one"
+            )
         return found
 
 

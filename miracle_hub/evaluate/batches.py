@@ -212,6 +212,11 @@ def checked_arrays(found: Mapping[str, np.ndarray], known: set[str], where: str)
             f"{where}: expected arrays of equally many rows, at least one, found {sorted(lengths)} rows; "
             "complete it"
         )
+    if empty := [name for name, values in arrays.items() if not values.numel()]:
+        raise DataError(
+            f"{where}: {empty[0]}: expected rows with something in them, found {found[empty[0]].shape}; "
+            "remove it"
+        )
     return {n: x.float() if x.is_floating_point() else x.long() for n, x in arrays.items()}
 
 

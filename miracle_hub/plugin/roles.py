@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are parameters of its model's class, and which are buffers."""
+"""What a model's class says of the tensors of a checkpoint: parameters, buffers, and what it calls them."""
 
 import json
 import warnings
@@ -43,6 +43,7 @@ def roles_of(folder: Path) -> Roles:
         frozenset(name for name, final in found.items() if final in buffers),
         frozenset(name for name, final in found.items() if final in parameters),
         type(model).__name__,
+        {name: final for name, final in found.items() if name != final},
     )
 
 

@@ -154,3 +154,28 @@ def test_a_model_whose_predictions_are_nan_writes_nothing(saved: Saved) -> None:
         model.lm_head.weight.fill_(torch.nan)
     with pytest.raises(CalibrationError, match="found NaN or infinite ones"):
         inputs_of(model, folder, "self", n_tokens=1000)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("cut", "found 7999 bytes, 2 for each of 1"), ("still", "at 0 Hz")]
+)
+def test_damaged_sounds_are_refused(name: str, said: str, speech: Any, files: Path, tmp_path: Path) -> None:
+    content = bytearray((files / "sounds" / "a.wav").read_bytes())
+    if name == "still":
+        content[24:28] = bytes(4)
+    path = tmp_path / f"{name}.wav"
+    path.write_bytes(content[:-1] if name == "cut" else content)
+    with pytest.raises(DataError) as caught:
+        inputs_of(*speech, path, n_tokens=1000)
+    assert said in str(caught.value) and path.name in str(caught.value)
+
+
+def test_rows_of_nothing_are_refused(saved: Saved, tmp_path: Path) -> None:
+    np.savez(tmp_path / "no.npz", input_ids=np.zeros((20, 0), np.int64))
+    with pytest.raises(DataError, match="input_ids: expected rows with something in them"):
+        inputs_of(*saved(BertModel), tmp_path / "no.npz", n_tokens=1000)
+
+
+def test_a_text_is_no_name_of_a_file(saved: Saved) -> None:
+    with pytest.raises(DataError, match="give texts themselves as a list"):
+        inputs_of(*saved(BertModel), "a cat sat on the mat. " * 200, n_tokens=1000)
