@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from miracle_hub.calibrate.modality import inputs_by_name, main_input
+from miracle_hub.calibrate.modality import inputs_by_name, main_input, positions_of
 from miracle_hub.calibrate.rows import Found, Row, rows_of_batch, some_of, tokens_of
 from miracle_hub.errors import DataError
 from miracle_hub.evaluate.batches import checked_arrays
@@ -110,6 +110,11 @@ def _require_tokens(model: Any, arrays: Mapping[str, Tensor], where: str) -> Non
     ids, known = arrays["input_ids"], getattr(get(), "num_embeddings", None)
     if ids.is_floating_point():
         raise DataError(f"{where}: input_ids: expected whole numbers, found {ids.dtype}; save them as such")
+    if (most := positions_of(model)) and ids.shape[1] > most:
+        raise DataError(
+            f"{where}: input_ids: expected rows of at most {most} tokens, which {type(model).__name__} has "
+            f"positions for, found {ids.shape[1]}; cut them"
+        )
     if known is not None and not 0 <= int(ids.min()) <= int(ids.max()) < known:
         raise DataError(
             f"{where}: input_ids: expected tokens from 0 to {known - 1}, of which the model has embeddings, "

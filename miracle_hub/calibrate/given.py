@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from miracle_hub.calibrate.arrays import as_numpy, rows_of_arrays, rows_of_batches
+from miracle_hub.calibrate.asked import NONE, SELF
 from miracle_hub.calibrate.modality import Modality, main_input, modality_of, takes_texts
 from miracle_hub.calibrate.rows import Found, order_of, rows_of_batch, tokens_of
 from miracle_hub.calibrate.sounds import Sound, read_sound, sound_paths, sound_rows
@@ -65,6 +66,10 @@ def _kind(data: Any) -> Any:
     """A path of what is there, else an id on the Hub; a tensor as the main input; the split to learn from."""
     if isinstance(data, str | Path):
         path = Path(data)
+        if str(data).lower() in (SELF, NONE) and not _exists(path):
+            raise DataError(
+                f"calibrate: expected {SELF} or {NONE} in small letters, found {data!r}; write it so"
+            )
         is_file = _exists(path) or path.suffix.lower() in (*ENDINGS, *_ARRAYS, *IMAGE_ENDINGS, ".wav")
         if is_file and not _exists(path):
             read_sets(path)  # says what is there of a like name

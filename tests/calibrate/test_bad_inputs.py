@@ -160,13 +160,14 @@ def test_a_model_whose_predictions_are_nan_writes_nothing(saved: Saved) -> None:
     ("name", "said"), [("cut", "found 7999 bytes, 2 for each of 1"), ("still", "at 0 Hz")]
 )
 def test_damaged_sounds_are_refused(name: str, said: str, speech: Any, files: Path, tmp_path: Path) -> None:
+    model, folder = speech
     content = bytearray((files / "sounds" / "a.wav").read_bytes())
     if name == "still":
         content[24:28] = bytes(4)
     path = tmp_path / f"{name}.wav"
     path.write_bytes(content[:-1] if name == "cut" else content)
     with pytest.raises(DataError) as caught:
-        inputs_of(*speech, path, n_tokens=1000)
+        inputs_of(model, folder, path, n_tokens=1000)
     assert said in str(caught.value) and path.name in str(caught.value)
 
 
@@ -179,3 +180,15 @@ def test_rows_of_nothing_are_refused(saved: Saved, tmp_path: Path) -> None:
 def test_a_text_is_no_name_of_a_file(saved: Saved) -> None:
     with pytest.raises(DataError, match="give texts themselves as a list"):
         inputs_of(*saved(BertModel), "a cat sat on the mat. " * 200, n_tokens=1000)
+
+
+@pytest.mark.parametrize("word", ["Self", "NONE"])
+def test_words_of_the_option_in_capitals_are_no_data_set(word: str, saved: Saved) -> None:
+    with pytest.raises(DataError, match="expected self or none in small letters"):
+        inputs_of(*saved(BertModel), word, n_tokens=1000)
+
+
+def test_rows_that_are_longer_than_the_models_positions_are_refused(saved: Saved) -> None:
+    ids = np.random.default_rng(0).integers(5, 25, (20, 33))
+    with pytest.raises(DataError, match="expected rows of at most 32 tokens"):
+        inputs_of(*saved(LlamaForCausalLM), {"input_ids": ids}, n_tokens=1000)

@@ -107,7 +107,7 @@ def test_a_model_that_lies_otherwise_in_memory_has_the_same_file(tmp_path: Path)
     written = []
     for memory_format in (torch.contiguous_format, torch.channels_last):
         out = tmp_path / str(len(written))
-        given = net.eval().to(memory_format=memory_format)
+        given = net.eval().to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
         miracle_hub.compress(folder, out, model=given, calibrate=images, effort=1, **QUICK)
         written.append((out / "model.safetensors").read_bytes())
     assert written[0] == written[1]
