@@ -1,5 +1,6 @@
 """Where kernels run in the tests, and memory that is poisoned before they write it."""
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -7,17 +8,20 @@ import torch
 from bounds import check_addresses
 from slides import MODULE, set_tiles
 
+# Without a GPU: Triton's interpreter, or compiled kernels on the machine of device/.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """The GPU, or the CPU with Triton's interpreter."""
+    """The GPU, or the CPU with Triton's interpreter or the machine of device/."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(autouse=True)
 def checked_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU: no kernel of these tests may read or write outside its tensors."""
-    if not torch.cuda.is_available():
+    """In the interpreter: no kernel of these tests may read or write outside its tensors."""
+    if INTERPRETED:
         check_addresses(monkeypatch)
 
 
@@ -45,6 +49,6 @@ def cut_into(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 @pytest.fixture
 def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU only: the interpreter takes longer for many tiles than for one of 2^16 states."""
-    if not torch.cuda.is_available():
+    """In the interpreter only, which takes longer for many tiles than for one of 2^16 states."""
+    if INTERPRETED:
         set_tiles(monkeypatch, TILE_NODES=1 << 16)
