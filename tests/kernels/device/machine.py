@@ -1,4 +1,4 @@
-"""Launches a program on the machine, in one or more orders, and raises where the kernel did what it must not."""
+"""Launches a program on the machine, in one or more orders, and raises where it did what it must not."""
 
 import ctypes
 from collections.abc import Sequence

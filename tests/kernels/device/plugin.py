@@ -1,4 +1,4 @@
-"""A plug-in of pytest: kernels of the tests are compiled for MIRACLE_DEVICE, such as sm_90, and executed here.
+"""A plug-in of pytest: kernels of the tests are compiled for MIRACLE_DEVICE, such as sm_90, and executed.
 
     MIRACLE_DEVICE=sm_90 python -m pytest -p tests.kernels.device.plugin tests/kernels/test_decode.py
 

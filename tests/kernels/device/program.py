@@ -4,6 +4,7 @@ Numbers and special registers are registers too, which are filled before a progr
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,8 @@ _WITHOUT_EFFECT = (
     "prefetch",
 )
 _A_IN_REGISTERS, _A_TRANSPOSED, _B_TRANSPOSED = 1, 2, 4
+# Special registers that are not told above have a dot in their names, or end in a word.
+_REGISTER = re.compile(r"%(r|rd|rs|rh|f|fd|h|hh|p|b|q)\d+|[%a-z_]\w*#\d+|_")
 _NUMERIC = re.compile(r"(-?)(0[xX][0-9a-fA-F]+|\d+)U?")
 _ADDRESS = re.compile(r"\[\s*([^\s+\]]+)\s*(?:\+\s*(-?\w+)\s*)?\]")
 
@@ -111,12 +114,11 @@ class _Assembler:
     def emit(
         self,
         operation: str,
-        targets: list[int] | None = None,
-        sources: list[int] | None = None,
+        targets: Sequence[int] = (),
+        sources: Sequence[int] = (),
         **fields: int,
     ) -> None:
         """One instruction; fields are those of INSTRUCTION that are not 0."""
-        targets, sources = targets or [], sources or []
         guard = self.register(self.statement.guard) if self.statement.guard else -1
         fixed = dict(
             operation=_operation(operation), guard=guard, unless=int(self.statement.unless),
@@ -145,9 +147,7 @@ class _Assembler:
             self.presets.append((number, _NUMBER, value - 2**64 if value >> 63 else value))
         elif operand in ("true", "false"):
             self.presets.append((number, _NUMBER, int(operand == "true")))
-        elif not re.fullmatch(r"%?[a-z_]\w*(#\d+)?", operand) or operand.startswith(
-            ("%tid", "%ctaid", "%ntid")
-        ):
+        elif not _REGISTER.fullmatch(operand):
             raise UnknownPTX(f"no operand {operand}")
 
     def vector(self, operand: str) -> list[int]:

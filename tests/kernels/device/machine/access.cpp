@@ -13,7 +13,8 @@ void check_cells(Machine& m, const Instruction& i, int lane, u64 address, int by
   Moment me = m.moment(lane);
   for (int k = 0; k < bytes; k++) {
     s64 other = -1;
-    m.report(check(cells[k], me, k, other), i, lane, address + k, other);
+    Kind found = check(cells[k], me, k, other);
+    m.report(found, i, lane, address + k, other);
   }
 }
 
