@@ -48,6 +48,23 @@ def cut_into(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 @pytest.fixture
+def run_alone(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """`run_alone(k, n)`: launches have n programs, of which program k runs alone. On no GPU."""
+
+    def direct(program: int, n_programs: int) -> None:
+        if not INTERPRETED:
+            monkeypatch.setattr("tests.kernels.device.launching.directed", (program, n_programs))
+            return
+        from triton.runtime.interpreter import interpreter_builder as interpreter
+
+        place, size = interpreter.set_grid_idx, interpreter.set_grid_dim
+        monkeypatch.setattr(interpreter, "set_grid_dim", lambda *_: size(n_programs, 1, 1))
+        monkeypatch.setattr(interpreter, "set_grid_idx", lambda *_: place(program, 0, 0))
+
+    return direct
+
+
+@pytest.fixture
 def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the interpreter only, which takes longer for many tiles than for one of 2^16 states."""
     if INTERPRETED:

@@ -14,6 +14,9 @@ from tests.kernels.bounds import extent
 from tests.kernels.device.compiled import Compiled, Compiler
 from tests.kernels.device.machine import TWO_ORDERS, Order, launch
 
+# (k, n): every launch has a grid of n programs, of which program k runs alone. None leaves them as they are.
+directed: tuple[int, int] | None = None
+
 
 def words(compiled: Compiled, bound: dict[str, Any]) -> list[int]:
     """The kernel's parameters as words. Behind the arguments Triton has pointers to memory for its own use,
@@ -51,15 +54,10 @@ def launches_on(
         compiled, bound = compiler(kernel, arguments, options)
         sizes = grid(bound) if callable(grid) else grid
         regions = [extent(value) for value in bound.values() if isinstance(value, Tensor)]
-        launch(
-            compiled.program,
-            sizes,
-            words(compiled, bound),
-            regions,
-            compiled.shared_bytes,
-            orders,
-            n_launches,
-        )
+        given, only = words(compiled, bound), -1
+        if directed:
+            only, *sizes = directed
+        launch(compiled.program, sizes, given, regions, compiled.shared_bytes, orders, n_launches, only)
 
     with (
         mock.patch.object(JITFunction, "run", run),

@@ -41,6 +41,7 @@ class _Launch(ctypes.Structure):
         ),
         ("max_problems", ctypes.c_int32),
         ("grid", ctypes.c_int32 * 3),
+        ("only", ctypes.c_int32),
         ("shared_start", ctypes.c_uint32),
         ("shared_bytes", ctypes.c_uint32),
         ("seed", ctypes.c_uint64),
@@ -68,12 +69,14 @@ def launch(
     shared_bytes: int = 0,
     orders: Sequence[Order] = TWO_ORDERS,
     seed: int = 0,
+    only: int = -1,
 ) -> None:
     """Run every program of the grid, once in each order; the last one's results stay.
 
     Args:
         values: of the kernel's parameters, each as an unsigned word.
         regions: [start, end) of all memory that may be read and written.
+        only: the one program that runs, if it is not all of them.
 
     Raises:
         DeviceFault: the kernel did what no kernel must; the text has the first few places.
@@ -88,8 +91,8 @@ def launch(
     given = _Launch(
         _at(program.code), _at(program.operands), _at(presets), _at(bounds), _at(chosen),
         ctypes.addressof(problems), len(program.code), program.n_registers, program.kernel.n_threads,
-        len(presets), len(bounds), len(chosen), _MAX_PROBLEMS, (ctypes.c_int32 * 3)(*sizes), SHARED_START,
-        shared_bytes, seed,
+        len(presets), len(bounds), len(chosen), _MAX_PROBLEMS, (ctypes.c_int32 * 3)(*sizes), only,
+        SHARED_START, shared_bytes, seed,
     )  # fmt: skip
     n_problems = library().device_launch(ctypes.byref(given))
     if n_problems:

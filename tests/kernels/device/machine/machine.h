@@ -58,6 +58,7 @@ struct Launch {
   Problem* problems;
   s32 n_instructions, n_registers, n_threads, n_presets, n_regions, n_orders, max_problems;
   s32 grid[3];
+  s32 only;  // the one program of the grid that runs, or -1 for all
   u32 shared_start, shared_bytes;
   u64 seed;
 };

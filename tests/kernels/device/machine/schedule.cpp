@@ -20,6 +20,7 @@ enum Preset : s64 { NUMBER, THREAD, LANE, PLACE_X, PLACE_Y, PLACE_Z, GRID_X, GRI
 }  // namespace
 
 void Machine::run() {
+  if (launch.only >= 0) return run_program(launch.only);
   u32 n_programs = launch.grid[0] * launch.grid[1] * launch.grid[2];
   std::vector<u32> numbers(n_programs);
   std::iota(numbers.begin(), numbers.end(), 0);
