@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -29,6 +30,12 @@ class Compiled:
     shared_bytes: int
     names: tuple[str, ...]
     types: tuple[str, ...]
+
+
+@lru_cache(1000)
+def assembled(ptx: str) -> Program:
+    """The program of a module of PTX."""
+    return assemble(parse(ptx))
 
 
 class Compiler:
@@ -63,7 +70,7 @@ class Compiler:
             found = self._kept(kernel, signature, constants, attributes, chosen)
             names = [name for name in bound if signature[name] != "constexpr"]
             self.compiled[key] = Compiled(
-                assemble(parse(self.change(found["ptx"]))),
+                assembled(self.change(found["ptx"])),
                 found["shared_bytes"],
                 tuple(names),
                 tuple(str(signature[name]) for name in names),
