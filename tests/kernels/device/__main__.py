@@ -33,12 +33,13 @@ _TESTS = Path("tests") / "kernels"
 _SMOKE = [_TESTS / "device", _TESTS / "test_codebook.py", _TESTS / "test_launching.py"]
 
 
-def identity() -> dict[str, Any]:
+def identity(root: Path = ROOT) -> dict[str, Any]:
     """What a run is of: the kernels, their tests and the machine; the compiler; what is run."""
-    digest = hashlib.sha256(script("sources").source_digest().encode())
-    for path in sorted((ROOT / _TESTS).rglob("*")):
+    digest = hashlib.sha256(script("sources").source_digest(root / "kernels").encode())
+    for path in sorted((root / _TESTS).rglob("*")):
         if path.suffix in (".py", ".cpp", ".h"):
-            digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode() + path.read_bytes())
+            content = path.read_bytes()
+            digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode() + content)
     return {
         "sources": digest.hexdigest(),
         "triton": version("triton"),
@@ -99,9 +100,7 @@ def main() -> int:
         statuses = list(pool.map(lambda name: tested(name, [_TESTS], others), ARCHITECTURES))
     if not any(statuses) and not others and before != now:
         PASSED.write_text(json.dumps(now, indent=2) + "\n")
-        print(
-            f"wrote {PASSED.relative_to(ROOT)}; commit it, so that nobody runs everything for the same again"
-        )
+        print(f"wrote {PASSED}: commit it, so that nobody runs everything for the same again")
     return max(statuses)
 
 

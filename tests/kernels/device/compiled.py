@@ -83,9 +83,9 @@ class Compiler:
         source = ASTSource(kernel, signature, constants, attributes)
         # The hash is of the kernel's text and of all that it calls, of its types and its constants.
         name = json.dumps([source.hash(), repr(options), repr(self.target), triton.__version__])
-        return script("sources").kept(KEPT / "ptx", name, lambda: self._compile(source, options))
+        return script("sources").kept(KEPT / "ptx", name, lambda: self.compile(source, options))
 
-    def _compile(self, source: ASTSource, options: Any) -> dict[str, Any]:
+    def compile(self, source: ASTSource, options: Any) -> dict[str, Any]:
         """What triton.compile does, up to PTX."""
         context = ir.context()
         ir.load_dialects(context)

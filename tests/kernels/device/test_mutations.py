@@ -38,8 +38,8 @@ pytestmark = pytest.mark.skipif(not ARCHITECTURE, reason="compiled kernels only:
 CODE = Code(12, 2, 1)
 # Of masks a kernel has one for every register; of so many some are left out.
 MASKS = 12
-# How many barriers, waits and fences a kernel would not need in these calls. Triton has a barrier on both sides
-# of every exchange through shared memory, whatever came before.
+# How many barriers, waits and fences a kernel would not need in these calls. Triton has a barrier on both
+# sides of every exchange through shared memory, whatever came before.
 NOT_NEEDED: dict[str, dict[str, int]] = {
     # The first barrier: there was nothing in shared memory yet.
     "_rotate_kernel": {"barrier": 1},
