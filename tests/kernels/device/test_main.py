@@ -1,4 +1,4 @@
-"""`make test-compiled` runs everything where something changed, else a part; where nothing can run it says so."""
+"""`make test-compiled` runs everything where something changed, else a part; or says why nothing can run."""
 
 import json
 import shutil
