@@ -86,7 +86,7 @@ class Compiler:
         return script("sources").kept(KEPT / "ptx", name, lambda: self.compile(source, options))
 
     def compile(self, source: ASTSource, options: Any) -> dict[str, Any]:
-        """What triton.compile does, up to PTX."""
+        """What triton.compile does, up to PTX, and the bytes of shared memory."""
         context = ir.context()
         ir.load_dialects(context)
         self.backend.load_dialects(context)
@@ -97,4 +97,5 @@ class Compiler:
         metadata: dict[str, Any] = {"target": self.target, **options.__dict__}
         for stage in ("ttir", "ttgir", "llir", "ptx"):
             made = stages[stage](made, metadata)
-        return {"ptx": made, "shared_bytes": metadata["shared"]}
+        code, _, _ = made.partition("\t.section")  # what follows is for debuggers
+        return {"ptx": code, "shared_bytes": metadata["shared"]}
