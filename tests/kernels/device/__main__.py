@@ -26,6 +26,7 @@ from tests.kernels.device.build import ROOT, NoCompiler, library
 from tests.kernels.scripts import script
 
 PASSED = Path(__file__).with_name("passed.json")
+# GPUs whose PTX the machine executes. Newer ones and AMD's are compiled ahead of time only.
 ARCHITECTURES = ("sm_80", "sm_90")
 ORDERS = "forward shuffled"
 _TESTS = Path("tests") / "kernels"

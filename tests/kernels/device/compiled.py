@@ -18,9 +18,6 @@ from tests.kernels.device.program import Program, assemble
 from tests.kernels.device.ptx import parse
 from tests.kernels.scripts import script
 
-# GPUs whose PTX the machine executes. Newer ones and AMD's are compiled ahead of time only.
-ARCHITECTURES = ("sm_80", "sm_90")
-
 
 @dataclass(frozen=True)
 class Compiled:
