@@ -6,9 +6,6 @@ Nothing of the tensor's size is kept between the passes but the parameters, whic
 weight in float32 without a prior mean: forward 12 (two parameters read, w written), backward 20 (two
 parameters and grad_w read, two gradients written). A prior mean adds its own bytes to each pass (under
 Mean-KL to the forward pass only); a 16-bit w takes 2 off each.
-
-Nothing is fused: threads that hold copies of a sum of products would round it in different ways where a
-multiply-add takes in what came by a shuffle, and all of them store it. The same on every run is a promise.
 """
 
 from typing import Any, NamedTuple, Optional
@@ -172,7 +169,7 @@ def reparameterize_triton(given: _Forward) -> tuple[Tensor, Tensor]:
         _reparameterize_kernel[(kl_nats.numel(),)](
             mean, log_std, quantiles, prior_log_scale, mean if prior_mean is None else prior_mean,
             w, kl_nats, mean.numel(), seed, stream_id, HAS_PRIOR=prior_mean is not None,  # pyright: ignore[reportArgumentType]
-            enable_fp_fusion=False, **tile,
+            enable_fp_fusion=True, **tile,
         )  # fmt: skip
     return w, total(kl_nats)
 
@@ -203,7 +200,7 @@ def reparameterize_backward_triton(given: _Backward) -> tuple[Tensor, Tensor, Te
             grad_w, grad_kl_nats, mean, log_std, quantiles, prior_log_scale,
             mean if prior_mean is None else prior_mean, grad_mean, grad_log_std, grad_log_scale,
             mean.numel(), seed, stream_id, HAS_PRIOR=prior_mean is not None,  # pyright: ignore[reportArgumentType]
-            enable_fp_fusion=False, **tile,
+            enable_fp_fusion=True, **tile,
         )  # fmt: skip
     return grad_mean, grad_log_std, total(grad_log_scale)
 
