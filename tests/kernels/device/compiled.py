@@ -44,7 +44,7 @@ class Compiler:
 
     def __init__(self, architecture: str, change: Callable[[str], str] = lambda text: text) -> None:
         self.target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-        self.backend = make_backend(self.target)
+        self.backend: Any = make_backend(self.target)  # its declared type says less than it has
         self.change = change
         self.binders: dict[JITFunction, Any] = {}
         self.compiled: dict[tuple[Any, ...], Compiled] = {}

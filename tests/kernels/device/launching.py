@@ -52,7 +52,7 @@ def launches_on(
         nonlocal n_launches
         n_launches += 1
         compiled, bound = compiler(kernel, arguments, options)
-        sizes = grid(bound) if callable(grid) else grid
+        sizes: Any = grid(bound) if callable(grid) else grid
         regions = [extent(value) for value in bound.values() if isinstance(value, Tensor)]
         given, only = words(compiled, bound), -1
         if directed:

@@ -123,7 +123,7 @@ def _at(array: Any) -> int:
 def _text(program: Program, problems: Sequence[_Problem]) -> str:
     lines = []
     for found in problems:
-        problem = Problem(*(getattr(found, name) for name, _ in _Problem._fields_))
+        problem = Problem(*(getattr(found, name) for name, *_ in _Problem._fields_))
         statement = program.kernel.statements[problem.instruction]
         source = f", {statement.source}" if statement.source else ""
         lines.append(problem.text(f"{program.kernel.name}, PTX line {statement.line}{source}: `{statement}`"))

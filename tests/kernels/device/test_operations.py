@@ -183,7 +183,7 @@ def test_funnel_shifts_counts_and_any_logic() -> None:
     check("clz.b32", "b32", ["b32"], lambda x: 32 - x.bit_length())
     check("not.b64", "b64", ["b64"], lambda x: ~x)
     check("neg.s32", "s32", ["s32"], lambda x: -x)
-    check("abs.s64", "s64", ["s64"], abs)
+    check("abs.s64", "s64", ["s64"], lambda x: abs(x))
     x, y, z = (values("u32", seed) for seed in range(3))
     found = results("lop3.b32 %r20, %r10, %r11, %r12, 0x96", np.uint32, x, y, z)
     assert np.array_equal(found, x ^ y ^ z)
