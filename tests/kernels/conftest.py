@@ -1,5 +1,6 @@
 """Where kernels run in the tests, and memory that is poisoned before they write it."""
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -7,17 +8,20 @@ import torch
 from bounds import check_addresses
 from slides import MODULE, set_tiles
 
+# Without a GPU: Triton's interpreter, or compiled kernels on the machine of device/.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """The GPU, or the CPU with Triton's interpreter."""
+    """The GPU, or the CPU with Triton's interpreter or the machine of device/."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(autouse=True)
 def checked_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU: no kernel of these tests may read or write outside its tensors."""
-    if not torch.cuda.is_available():
+    """In the interpreter: no kernel of these tests may read or write outside its tensors."""
+    if INTERPRETED:
         check_addresses(monkeypatch)
 
 
@@ -44,7 +48,24 @@ def cut_into(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 @pytest.fixture
+def run_alone(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """`run_alone(k, n)`: launches have n programs, of which program k runs alone. On no GPU."""
+
+    def direct(program: int, n_programs: int) -> None:
+        if not INTERPRETED:
+            monkeypatch.setattr("tests.kernels.device.launching.directed", (program, n_programs))
+            return
+        from triton.runtime.interpreter import interpreter_builder as interpreter
+
+        place, size = interpreter.set_grid_idx, interpreter.set_grid_dim
+        monkeypatch.setattr(interpreter, "set_grid_dim", lambda *_: size(n_programs, 1, 1))
+        monkeypatch.setattr(interpreter, "set_grid_idx", lambda *_: place(program, 0, 0))
+
+    return direct
+
+
+@pytest.fixture
 def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU only: the interpreter takes longer for many tiles than for one of 2^16 states."""
-    if not torch.cuda.is_available():
+    """In the interpreter only, which takes longer for many tiles than for one of 2^16 states."""
+    if INTERPRETED:
         set_tiles(monkeypatch, TILE_NODES=1 << 16)

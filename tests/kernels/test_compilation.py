@@ -4,7 +4,6 @@ kernels/resources.json says so for the sources it names; `make kernel-compile` m
 the present sources and hold only what fits, and a few kernels are compiled again and must use what it says.
 """
 
-import importlib.util
 import json
 import os
 import shutil
@@ -13,16 +12,15 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+from scripts import KERNELS, script
 
 from tests.limits import HANG_SECONDS
 
 pytest.importorskip("triton")
 
-KERNELS = Path(__file__).parents[2] / "kernels"
 COMMITTED: dict[str, Any] = json.loads((KERNELS / "resources.json").read_text())
 # Kept between runs under a digest of sources, compilers and targets, which .gitignore knows.
 KEPT = KERNELS.parent / "build" / "compiled"
@@ -39,16 +37,6 @@ AGAIN = [
     "select[window_bits=16,step_weights=8,best]",
     "slide[code=8.2.1,best]",
 ]
-
-
-def script(name: str) -> ModuleType:
-    """A script of kernels/, which is on no path: `kernels` is somebody else's package."""
-    spec = importlib.util.spec_from_file_location(f"_miracle_kernel_{name}", KERNELS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 DECLARED, FITS, SOURCES = script("variants"), script("fits"), script("sources")

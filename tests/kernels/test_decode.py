@@ -1,5 +1,6 @@
 """decode: the Triton kernel equals the format's definition, bit for bit, in one pass."""
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -184,17 +185,15 @@ def test_positions_past_two_to_the_31_are_right(device: torch.device) -> None:
     assert torch.equal(other["out"], given["out"])
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="directs the interpreter")
-def test_bits_past_two_to_the_31_of_one_row_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs all programs")
+def test_bits_past_two_to_the_31_of_one_row_are_right(
+    monkeypatch: pytest.MonkeyPatch, run_alone: Callable[[int, int], None]
+) -> None:
     """The last tile of a row of 2³⁰ weights at 4 bits, run alone; memory is sparse."""
-    from triton.runtime.interpreter import interpreter_builder as interpreter
-
     code, columns, tile = Code(12, 4, 1), 2**30, 4096
-    n_tiles, place, size = columns // tile, interpreter.set_grid_idx, interpreter.set_grid_dim
-    module = import_module("miracle_kernels.decode")
+    n_tiles, module = columns // tile, import_module("miracle_kernels.decode")
     monkeypatch.setattr(module, "resident_programs", lambda *_: 1)
-    monkeypatch.setattr(interpreter, "set_grid_dim", lambda *_: size(n_tiles, 1, 1))
-    monkeypatch.setattr(interpreter, "set_grid_idx", lambda *_: place(n_tiles - 1, 0, 0))
+    run_alone(n_tiles - 1, n_tiles)
     message = torch.zeros(code.message_bytes(columns), dtype=torch.uint8)
     tail = random_message(code, tile)
     message[-tail.numel() :] = tail

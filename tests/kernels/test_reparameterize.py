@@ -96,7 +96,7 @@ def _noise_kernel(out_ptr, quantiles_ptr, first_group, seed, stream_id, TILE: tl
 def test_noise_is_bit_equal_to_its_definition(device: torch.device, first_group: int, seed: int) -> None:
     for stream_id in (0, 2**32 - 1):
         out, table = torch.empty(64, device=device), quantiles().to(device)
-        _noise_kernel[(1,)](out, table, first_group, seed, stream_id, 64)  # pyright: ignore[reportArgumentType]
+        _noise_kernel[(1,)](out, table, first_group, seed, stream_id, 64, enable_fp_fusion=False)  # pyright: ignore
         expected = noise(64, seed, stream_id, first_group)
         at = slice(8 * first_group, 8 * first_group + 64)
         assert torch.equal(out.cpu().half(), expected)
@@ -201,8 +201,19 @@ def test_the_solution_is_float32s_at_every_excess(device: torch.device) -> None:
         assert relative(w, std * noise(64).double()) <= 3e-7 * (1 + kappa), kappa
 
 
+# Kernels of other dtypes lay out their tiles in other ways, and so add them up in other orders: each of 63
+# terms passes through at most 15 roundings of 2⁻²⁴ (7 in a thread, 5 in a warp, 3 between warps) on its way.
+ORDERS_DIFFER_BY = 2 * 15 * 2**-24
+
+
+def same_but_for_the_order(found: Tensor, expected: Tensor, magnitude: float) -> bool:
+    """Of sums whose terms have magnitudes that add up to `magnitude`."""
+    return abs(float(found) - float(expected)) <= ORDERS_DIFFER_BY * magnitude
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_w_may_have_sixteen_bits_and_so_may_its_gradient(device: torch.device, dtype: torch.dtype) -> None:
+    """Bit for bit but for sums over all weights, which come in an order of the dtype's."""
     mean, log_std, scale = (
         normal(63, 0).to(device),
         normal(63, 1).to(device),
@@ -213,16 +224,23 @@ def test_w_may_have_sixteen_bits_and_so_may_its_gradient(device: torch.device, d
     for forward, backward in zip(FORWARDS, BACKWARDS, strict=True):
         w, kl_nats = forward(*arguments, dtype)
         wide, same = forward(*arguments)
-        assert w.dtype == dtype and torch.equal(w, wide.to(dtype)) and torch.equal(kl_nats, same)
-        found = backward(grad, scale, *arguments)
-        assert all(map(torch.equal, found, backward(grad.float(), scale, *arguments)))
+        assert w.dtype == dtype and torch.equal(w, wide.to(dtype))
+        assert same_but_for_the_order(kl_nats, same, float(same))
+        found, wide = backward(grad, scale, *arguments), backward(grad.float(), scale, *arguments)
+        assert all(map(torch.equal, found[:2], wide[:2]))
+        terms = mean.cpu().double() ** 2 + torch.expm1(2 * log_std.cpu().double())
+        assert same_but_for_the_order(found[2], wide[2], float(terms.abs().sum()))
     rest = (5.0, 8, SEED, STREAM_ID)
     for forward, backward in zip(KL_FORWARDS, KL_BACKWARDS, strict=True):
         w = forward(mean, log_std, table, scale, None, *rest, dtype)
         assert w.dtype == dtype
-        assert torch.equal(w, forward(mean, log_std, table, scale, None, *rest).to(dtype))
+        wide = forward(mean, log_std, table, scale, None, *rest)
+        assert torch.equal(w, wide.to(dtype))
+        terms = (grad.double() * wide).abs().sum()
         found = backward(grad, mean, log_std, table, scale, *rest)
-        assert all(map(torch.equal, found, backward(grad.float(), mean, log_std, table, scale, *rest)))
+        wide = backward(grad.float(), mean, log_std, table, scale, *rest)
+        assert all(map(torch.equal, found[:2], wide[:2]))
+        assert same_but_for_the_order(found[2], wide[2], float(terms))
 
 
 def test_parameters_may_be_views_with_an_offset(device: torch.device) -> None:

@@ -207,11 +207,7 @@ def decode_linear_triton(given: _Arguments) -> Tensor:
         return y
     steps = path_steps(table, window_bits, step_bits, step_weights, columns, given.band_columns)
     options = {"L": window_bits, "K": step_bits, "V": step_weights, "STEPS": steps}
-    options |= {
-        "FROM_TABLE": table.ndim == 2,
-        "ROW_SCALES": int(scales.numel() > 1),
-        "enable_fp_fusion": True,
-    }
+    options |= {"FROM_TABLE": table.ndim == 2, "ROW_SCALES": int(scales.numel() > 1)}
     coded = (message, as_entries(table) if steps else table, scales)
     sizes = (rows, columns, given.band_columns, given.seed, given.stream_id)
     launch = _vector if batch == 1 else _matrix
@@ -238,7 +234,7 @@ def _vector(
     _vector_kernel[(programs,)](
         y, x, *coded, coded[0].numel(), *sizes, ONE_TILE=width >= columns,
         SHARED_TABLE=fits_shared_memory(table, options["STEPS"], tile),
-        TILE_ROWS=height, TILE_COLUMNS=width, num_warps=tile["num_warps"], **options,
+        TILE_ROWS=height, TILE_COLUMNS=width, num_warps=tile["num_warps"], enable_fp_fusion=True, **options,
     )  # fmt: skip
 
 
@@ -263,7 +259,7 @@ def _matrix(
         y, rotated, unit, *coded, coded[0].numel(), x.shape[0], *sizes, BATCH=padded,
         SHARED_TABLE=fits_shared_memory(table, options["STEPS"], tile),
         TILE_ROWS=height, TILE_COLUMNS=width, num_warps=tile["num_warps"], num_stages=tile["num_stages"],
-        **options,
+        enable_fp_fusion=True, **options,
     )  # fmt: skip
 
 

@@ -90,12 +90,13 @@ def _reparameterize_backward_kernel(
     grad_w = tl.load(grad_w_ptr + at, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
     grad_kl, log_scale = tl.load(grad_kl_ptr), tl.load(log_scale_ptr)
     m, u, excess = _standardize(mean, log_std, prior_ptr, log_scale, at, mask, HAS_PRIOR)
+    # Summed before the noise needs the registers.
+    tl.store(grad_log_scale_ptr + tile, -grad_kl * tl.sum(tl.where(mask, m * m + u + excess, 0.0)))
     grad_mean = grad_w + grad_kl * tl.exp(-log_scale) * m
     tl.store(grad_mean_ptr + at, grad_mean, mask=mask, cache_modifier=".cs")
     eps = noise(tile * (TILE // 8), quantiles_ptr, seed, stream_id, TILE)
     grad_log_std = grad_w * tl.exp(log_std) * eps + grad_kl * (u + excess)
     tl.store(grad_log_std_ptr + at, grad_log_std, mask=mask, cache_modifier=".cs")
-    tl.store(grad_log_scale_ptr + tile, -grad_kl * tl.sum(tl.where(mask, m * m + u + excess, 0.0)))
 
 
 class _Forward(NamedTuple):
@@ -168,7 +169,8 @@ def reparameterize_triton(given: _Forward) -> tuple[Tensor, Tensor]:
     if mean.numel():
         _reparameterize_kernel[(kl_nats.numel(),)](
             mean, log_std, quantiles, prior_log_scale, mean if prior_mean is None else prior_mean,
-            w, kl_nats, mean.numel(), seed, stream_id, HAS_PRIOR=prior_mean is not None, **tile,  # pyright: ignore[reportArgumentType]
+            w, kl_nats, mean.numel(), seed, stream_id, HAS_PRIOR=prior_mean is not None,  # pyright: ignore[reportArgumentType]
+            enable_fp_fusion=True, **tile,
         )  # fmt: skip
     return w, total(kl_nats)
 
@@ -198,7 +200,8 @@ def reparameterize_backward_triton(given: _Backward) -> tuple[Tensor, Tensor, Te
         _reparameterize_backward_kernel[(grad_log_scale.numel(),)](
             grad_w, grad_kl_nats, mean, log_std, quantiles, prior_log_scale,
             mean if prior_mean is None else prior_mean, grad_mean, grad_log_std, grad_log_scale,
-            mean.numel(), seed, stream_id, HAS_PRIOR=prior_mean is not None, **tile,  # pyright: ignore[reportArgumentType]
+            mean.numel(), seed, stream_id, HAS_PRIOR=prior_mean is not None,  # pyright: ignore[reportArgumentType]
+            enable_fp_fusion=True, **tile,
         )  # fmt: skip
     return grad_mean, grad_log_std, total(grad_log_scale)
 

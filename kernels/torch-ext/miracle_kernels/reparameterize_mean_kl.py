@@ -181,7 +181,8 @@ def reparameterize_mean_kl_triton(given: _Forward) -> Tensor:
     if grid:
         _reparameterize_mean_kl_kernel[(grid,)](
             tau, alpha, quantiles, prior_log_scale, tau if prior_mean is None else prior_mean, w, tau.numel(),
-            block_kl_nats, seed, stream_id, block_weights, HAS_PRIOR=prior_mean is not None, **tile,  # pyright: ignore[reportArgumentType]
+            block_kl_nats, seed, stream_id, block_weights, HAS_PRIOR=prior_mean is not None,  # pyright: ignore[reportArgumentType]
+            enable_fp_fusion=True, **tile,
         )  # fmt: skip
     return w
 
@@ -211,9 +212,11 @@ def reparameterize_mean_kl_backward_triton(given: _Backward) -> tuple[Tensor, Te
     grid, tile = _launch(op, tau, block_weights)
     grad_tau, grad_alpha, grad_log_scale = torch.empty_like(tau), torch.empty_like(tau), tau.new_empty(grid)
     if grid:
+        # Not fused: threads that hold copies of a block's sum of products would round it in different ways
+        # where a multiply-add takes in what came by a shuffle, and all of them store it.
         _reparameterize_mean_kl_backward_kernel[(grid,)](
             grad_w, tau, alpha, quantiles, prior_log_scale, grad_tau, grad_alpha, grad_log_scale, tau.numel(),
-            block_kl_nats, seed, stream_id, block_weights, **tile,  # pyright: ignore[reportArgumentType]
+            block_kl_nats, seed, stream_id, block_weights, enable_fp_fusion=False, **tile,  # pyright: ignore[reportArgumentType]
         )  # fmt: skip
     return grad_tau, grad_alpha, total(grad_log_scale)
 

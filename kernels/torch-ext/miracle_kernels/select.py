@@ -81,9 +81,10 @@ def _scan_kernel(
             score = tl.where((tl.arange(0, TILE_CANDIDATES) < N_CANDIDATES)[None, :], score, float("-inf"))
         tile_largest = tl.max(score, axis=1)
         above = tl.maximum(largest, tile_largest)
-        shifted = above * factor
-        tile_total = tl.sum(tl.exp2(score * factor[:, None] - shifted[:, None]), axis=1)
-        total = total * tl.exp2(largest * factor - shifted) + tile_total
+        # Differences before products: a fused multiply-add of score · factor - above · factor leaves the
+        # rounding error of the second product, which may be any number, where the difference is 0.
+        tile_total = tl.sum(tl.exp2((score - above[:, None]) * factor[:, None]), axis=1)
+        total = total * tl.exp2((largest - above) * factor) + tile_total
         if SAMPLE:
             # A tile replaces the one chosen before in proportion to its share of the sum so far.
             draw = uniform(noise_seed, block, tile, block >> 32, SELECT_TILE)
@@ -222,10 +223,11 @@ def select_triton(given: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
         TILE_BLOCKS=tile_blocks, num_warps=tile["num_warps"], num_stages=tile["num_stages"],
         enable_fp_fusion=True, **code,
     )  # fmt: skip
+    # A sum of products, fused across a shuffle, is another number in other threads, and all of them store it.
     _choose_kernel[(n_blocks,)](
         index, log_weights, log_sums, *partial, quadratic, linear, quantiles, n_blocks, n_splits, seed,
         stream_id, noise_seed, STEP_WEIGHTS=step_weights, TILE_SPLITS=triton.next_power_of_2(n_splits),
-        num_warps=4, enable_fp_fusion=True, **code,
+        num_warps=4, enable_fp_fusion=False, **code,
     )  # fmt: skip
     return index, log_weights, log_sums
 

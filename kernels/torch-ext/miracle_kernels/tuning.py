@@ -17,9 +17,10 @@ _DEFAULTS: dict[str, dict[str, int]] = {
         "largest_shared_bytes": 16384,
     },
     "decode[with_digest=1]": {"TILE": 2048},  # 4,096 spill on sm_90
-    # Eight weights per thread. Sixteen cost Mean-KL's backward pass 180 registers.
+    # Eight weights per thread: one Philox counter, which more threads would only compute again. Sixteen
+    # weights cost Mean-KL's backward pass 180 registers.
     "reparameterize": {"TILE": 1024, "num_warps": 4},
-    "reparameterize_backward": {"TILE": 1024, "num_warps": 8},
+    "reparameterize_backward": {"TILE": 1024, "num_warps": 4},
     "reparameterize_mean_kl": {"TILE": 1024, "num_warps": 4},
     "reparameterize_mean_kl_backward": {"TILE": 1024, "num_warps": 4},
     # A tile spans whole rows where it can: x is then read once per program.
