@@ -57,7 +57,7 @@ class Sensitivity:
         found = self._of(name, use, lambda: _Sums(x.new_zeros(shape[0]), x.new_zeros(shape[1], shape[1])))
         assert found.columns is not None
         found.rows += power.sum(0)
-        # In bfloat16 they take half the time, and one matrix of SmolLM2's has no Cholesky factor.
+        # In bfloat16 they took half the time, and those of one matrix of SmolLM2 had no Cholesky factor.
         found.columns += (x * per_token[:, None]).T @ x
         found.weight += float(per_token.sum())
 

@@ -74,7 +74,7 @@ def answered(
     Raises:
         CalibrationError: the model has no token to begin with, or its predictions are not finite.
     """
-    most = min(most, positions_of(model) or most)
+    most = min(most, getattr(model.config, "max_target_positions", None) or positions_of(model) or most)
     start, end = _token(model, "decoder_start_token_id"), _token(model, "eos_token_id")
     if start is None:
         raise CalibrationError(

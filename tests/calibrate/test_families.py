@@ -16,6 +16,8 @@ from transformers import (
     LlamaForCausalLM,
     OPTForCausalLM,
     ViTForImageClassification,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
 )
 
 import miracle_hub
@@ -84,6 +86,17 @@ def test_a_family_calibrates_itself_and_loads_as_it_was_judged(
     dense, coded = load_dense(folder), cls.from_pretrained(tmp_path / "out").eval()
     moved = [n for n, own in tensors_of(dense).items() if not torch.equal(own, tensors_of(coded)[n].float())]
     assert moved and report.calibration.divergence < 0.1
+
+
+def test_a_speech_model_with_fewer_positions_than_words_calibrates_itself(
+    saved: Saved, tmp_path: Path
+) -> None:
+    sizes = {"num_mel_bins": 80, "decoder_start_token_id": 2, "max_source_positions": 50}
+    _, folder = saved(WhisperForConditionalGeneration, max_target_positions=16, **sizes, **WIDER)
+    WhisperFeatureExtractor(chunk_length=1).save_pretrained(folder)
+    report = miracle_hub.compress(folder, tmp_path / "out", effort=0, **QUICK)
+    assert report.calibration is not None and not report.uncalibrated, report.uncalibrated
+    assert not [note for note in report.notes if "embed_positions" in note]
 
 
 def test_a_layer_that_no_answer_depends_on_stops_no_refit(saved: Saved, tmp_path: Path) -> None:
