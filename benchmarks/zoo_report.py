@@ -1,5 +1,6 @@
 """The zoo in docs/results.md: a table per model, and curves of quality over bytes, peers beside us."""
 
+import json
 from dataclasses import dataclass
 
 from zoo_rows import METHODS, MODELS, Row, known
@@ -66,10 +67,11 @@ _HEAD = """## The zoo
 
 Real models through our methods and others' on one machine (`benchmarks/zoo.py`), each candidate evaluated
 from its written folder by the same code, on data that no method saw. Bytes are of whole files with headers.
-"Data-free" sees no data; rows "= …" are ours at exactly the bytes of that row. Round to nearest and HQQ code
-all matrices in groups of 64, NNCodec codes all tensors, GPTQModel leaves embeddings in 16 bits, and llama.cpp
-takes a larger type where rows are no multiple of 256. A GGUF counts without its tokenizer. Seconds and memory
-are of one run on a shared machine. EXL3, QTIP, EntQuant and NanoQuant need CUDA and did not run."""
+"Data-free" sees no data, "self" what the model makes by itself, "calibrated" data of the kind; rows "= …"
+are ours at exactly the bytes of that row. Round to nearest and HQQ code all matrices in groups of 64, NNCodec
+codes all tensors, GPTQModel leaves embeddings in 16 bits, and llama.cpp takes a larger type where rows are no
+multiple of 256. A GGUF counts without its tokenizer. Seconds and memory are of one run, many of them on one
+core beside a run on the other. EXL3, QTIP, EntQuant and NanoQuant need CUDA and did not run."""
 
 
 def section() -> str:
@@ -107,12 +109,19 @@ def table(name: str, rows: list[Row]) -> str:
 
 
 def _line(row: Row, shown: Shown) -> str:
-    head = f"| {row['method']} | {row['setting']} | "
+    head = f"| {row['method']}{_effort(row)} | {row['setting']} | "
     if row["bytes"] is None:
         return f"{head}did not run here: {row['by']} |" + " |" * (3 + len(shown.columns))
     cells = [f"{row['quality'][column.key]:,.{column.digits}f}" for column in shown.columns]
     cost = ["", ""] if row["method"] == "dense" else [f"{row['seconds']:.0f}", f"{row['peak_mb']:,}"]
     return head + " | ".join([f"{row['bytes']:,}", f"{row['bits_per_weight']:.2f}", *cells, *cost]) + " |"
+
+
+def _effort(row: Row) -> str:
+    """Of a row that was calibrated."""
+    if row["method"] not in ("self", "calibrated"):
+        return ""
+    return f", effort {json.loads(row['by'].removeprefix('miracle-hub '))['effort']}"
 
 
 def figure(name: str) -> str:

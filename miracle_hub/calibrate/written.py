@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from miracle_hub.calibrate.modality import inputs_by_name, positions_of
@@ -50,15 +50,25 @@ def _next(model: Any, logits: Tensor, generator: torch.Generator | None) -> Tens
     Raises:
         CalibrationError: they are not finite.
     """
-    if not torch.isfinite(logits).any(1).all() or logits.isnan().any():
+    if not torch.isfinite(logits.amax(1)).all():
         raise CalibrationError(
             f"{type(model).__name__}: expected predictions to write texts by, found NaN or infinite ones; "
             "repair the model, or give data (--calibrate DATA)"
         )
     if generator is None:
         return logits.argmax(1, keepdim=True)
-    # On the CPU, so that a seed means the same texts on every device.
-    return torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator).to(logits.device)
+    return _drawn(logits.cpu(), generator).to(logits.device)
+
+
+def _drawn(logits: Float32[Tensor, "rows n"], generator: torch.Generator) -> Int64[Tensor, "rows 1"]:
+    """By one uniform number per row.
+
+    `multinomial` draws one per word, which took 77 of the 360 ms of 64 tokens of SmolLM2; this takes 13. On
+    the CPU, so that a seed means the same texts on every device.
+    """
+    below = logits.softmax(-1, dtype=torch.float64).cumsum(1)
+    uniform = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64)
+    return torch.searchsorted(below, uniform * below[:, -1:], right=True).clamp_(max=logits.shape[1] - 1)
 
 
 @torch.no_grad()

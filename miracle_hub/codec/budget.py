@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from miracle_hub.codec.keeping import kept_bytes, said_of_kept
-from miracle_hub.codec.plan import Plan, lay_out
+from miracle_hub.codec.plan import Plain, Plan, lay_out
 from miracle_hub.codec.rates import Chosen, Curve, allocate, extreme_choices
 from miracle_hub.codec.repository import total_bytes
 from miracle_hub.errors import BudgetError
@@ -41,18 +41,14 @@ def meet_budget(plans: Mapping[str, Plan], curves: Sequence[Curve], budget: Budg
     Raises:
         BudgetError: it is below the least or above the most that the options allow.
     """
-
-    def size(choices: dict[str, Chosen]) -> int:
-        return total_bytes(lay_out(plans, choices, budget.max_shard_bytes, budget.stem)) + budget.other_bytes
-
-    _check_range(budget, plans, *(size(extreme_choices(curves, most)) for most in (False, True)))
-    best = extreme_choices(curves, most=False)
-    best_size = size(best)
+    least, most = (extreme_choices(curves, most) for most in (False, True))
+    best, best_size = least, _size(plans, least, budget)
+    _check_range(budget, plans, best_size, _size(plans, most, budget))
     payload_bytes = budget.n_bytes - best_size + sum(choice.n_bytes for choice in best.values())
     step_back = 1
     for _ in range(_FILL_ROUNDS):
         choices = allocate(curves, payload_bytes)
-        found = size(choices)
+        found = _size(plans, choices, budget)
         if best_size < found <= budget.n_bytes:
             best, best_size = choices, found
         if found == budget.n_bytes:
@@ -64,6 +60,25 @@ def meet_budget(plans: Mapping[str, Plan], curves: Sequence[Curve], budget: Budg
             payload_bytes -= max(found - budget.n_bytes, step_back)
             step_back *= 2
     return best
+
+
+def require_reachable(plans: Mapping[str, Plan], curves: Sequence[Curve], budget: Budget) -> None:
+    """Refuse what no choice can meet before anything slow begins.
+
+    Calibration may store vectors of 32 bits in 16: what is so near to the least is left to `meet_budget`.
+
+    Raises:
+        BudgetError: the budget is below the least or above the most that the options allow.
+    """
+    sizes = [_size(plans, extreme_choices(curves, most), budget) for most in (False, True)]
+    plain = [plan.source for plan in plans.values() if isinstance(plan, Plain)]
+    saved = 2 * sum(source.n_weights for source in plain if source.dtype == "F32")
+    if not sizes[0] - saved <= budget.n_bytes < sizes[0]:
+        _check_range(budget, plans, *sizes)
+
+
+def _size(plans: Mapping[str, Plan], choices: dict[str, Chosen], budget: Budget) -> int:
+    return total_bytes(lay_out(plans, choices, budget.max_shard_bytes, budget.stem)) + budget.other_bytes
 
 
 def _check_range(budget: Budget, plans: Mapping[str, Plan], least: int, most: int) -> None:

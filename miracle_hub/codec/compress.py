@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from miracle_hub.codec.budget import Budget, meet_budget
+from miracle_hub.codec.budget import Budget, meet_budget, require_reachable
 from miracle_hub.codec.companions import of_source
 from miracle_hub.codec.comparing import TUNED
 from miracle_hub.codec.config import read_config, read_quantization, write_config
@@ -190,15 +190,16 @@ def _decide(
         return [files], [[]]
     request = Request(options.window_bits, options.rotation, options.seed, len(left), backend)
     curves, contents = survey(plans, request)
+    refined = [refined_files(plans, request, stage, shard_bytes) for stage in range(2, options.stages + 1)]
+    target = budget_bytes(options.bits_per_weight, options.size, n_weights)
+    other_bytes = copied_bytes + sum(map(total_bytes, refined))
+    budget = Budget(target, other_bytes, n_weights, shard_bytes, stem, options.bits_per_weight)
+    require_reachable(plans, curves, budget)
     costs = {} if knowledge is None else _curvatures(knowledge, plans, curves)
     plans |= {} if knowledge is None else _changing(knowledge, plans)
     sources = {curve.name: plans[curve.name].source for curve in curves}
     worth = worths([plan.source for plan in plans.values()], read_config(source))
     curves = _weighed(by_worth(curves, worth), sources, costs, worth, request)
-    refined = [refined_files(plans, request, stage, shard_bytes) for stage in range(2, options.stages + 1)]
-    target = budget_bytes(options.bits_per_weight, options.size, n_weights)
-    other_bytes = copied_bytes + sum(map(total_bytes, refined))
-    budget = Budget(target, other_bytes, n_weights, shard_bytes, stem, options.bits_per_weight)
     choices = meet_budget(plans, curves, budget)
     first = [
         Job(plans[name].source, contents[name], choices[name], curvature=costs.get(name))

@@ -21,6 +21,7 @@ from transformers import (
 
 from miracle_hub.calibrate.inputs import Inputs, inputs_of
 from miracle_hub.calibrate.written import continued
+from miracle_hub.errors import CalibrationError
 from tests.calibrate.conftest import tokenizer
 
 # Sizes that have names of their own.
@@ -75,6 +76,16 @@ def test_a_causal_model_draws_every_token_from_what_it_predicts(saved: Saved) ->
     with torch.no_grad():
         logits = model(input_ids=likeliest).logits
     assert torch.equal(logits[:, :-1].argmax(-1), likeliest[:, 1:])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_predictions_that_are_not_finite_are_refused(value: float, saved: Saved) -> None:
+    model, _ = saved(LlamaForCausalLM)
+    with torch.no_grad():
+        model.lm_head.weight[3:5, 1] = torch.tensor([value, -value])  # one of them predicts +inf
+    for generator in (torch.Generator(), None):
+        with pytest.raises(CalibrationError, match="expected predictions to write texts by"):
+            continued(model, torch.full((2, 1), 5), 3, generator)
 
 
 @pytest.mark.parametrize("begins", [True, False])

@@ -219,12 +219,26 @@ def test_a_file_of_one_step_is_not_taken_for_another_ones(tmp_path: Path) -> Non
         assert other.load("refits") is None
 
 
+def raise_interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_size_that_cannot_be_met_is_refused_before_the_model_runs(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe, "load_dense", lambda *_: pytest.fail("the model was loaded"))
+    for bits, why in [(0.01, "least possible"), (30.0, "most this model can use")]:
+        with pytest.raises(BudgetError, match=why):
+            miracle_hub.compress(llama, tmp_path / "out", **{**QUICK, "bits_per_weight": bits})
+
+
 def test_another_size_goes_on_from_what_depends_on_no_size(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: dict[str, Any] = {**QUICK, "calibrate": TEXTS, "work": tmp_path / "work", "effort": 0}
-    with pytest.raises(BudgetError):
-        miracle_hub.compress(llama, tmp_path / "out", **{**given, "bits_per_weight": 0.01})
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(compress, "meet_budget", raise_interrupt)
+        miracle_hub.compress(llama, tmp_path / "out", **{**given, "bits_per_weight": 6.0})
     assert kept_in(tmp_path / "work") == {"run.json", "inputs", "sensitivity"}
     monkeypatch.setattr(recipe, "measure", lambda *_: pytest.fail("measured again"))
     miracle_hub.compress(llama, tmp_path / "out", **given)
