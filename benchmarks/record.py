@@ -31,11 +31,14 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit that ran, marked when the tree had changes."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True
-    )
-    return described.stdout.strip() or "unknown"
+    """The commit that ran, marked when anything but earlier results had changed."""
+    described = _git("rev-parse", "--short=12", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results")
+    return f"{described}{'-dirty' if changed else ''}" if described else "unknown"
+
+
+def _git(*command: str) -> str:
+    return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 # The commit that was there when the program was read, whatever happens to the tree meanwhile.
