@@ -12,10 +12,11 @@ from figures import PEERS, load, write_figures
 from record import ROOT
 from size_rule_report import section as size_rule
 from zoo_report import section
+from zoo_rows import Row, key, known
 
 RESULTS_PAGE = ROOT / "docs" / "results.md"
 README, CHOOSING = ROOT / "README.md", ROOT / "docs" / "choosing.md"
-_DENSE_BYTES = {"minilm": 90_868_376, "lenet": 1_724_320}
+_DENSE_BYTES = {"minilm": 90_868_376, "lenet": 1_724_320, "smollm2": 269_060_280}
 _HEAD = """# Results
 
 `make docs` writes this page and its figures from `benchmarks/results/`, whose files have the machine, the
@@ -30,7 +31,7 @@ def minilm() -> str:
         "",
         "![Spearman over bits per weight](figures/rate_quality.svg)",
         "",
-        f"all-MiniLM-L6-v2 (22.7 M weights), default options, STS-B test Spearman × 100; dense: "
+        f"all-MiniLM-L6-v2 (22.7 M weights), without calibration, STS-B test Spearman × 100; dense: "
         f"{_DENSE_BYTES['minilm']:,} bytes, {results['dense']['spearman']['test']:.2f}.",
         "",
         "| bits per weight, whole file | bytes | Spearman | compress seconds |",
@@ -48,8 +49,8 @@ def stories() -> str:
     lines = [
         "## A causal language model",
         "",
-        "stories260K (a Llama of 260,032 weights), default options, perplexity on 15,330 tokens of "
-        f"TinyStories; dense: {results['dense']['perplexity']:.2f}. There is no calibration.",
+        "stories260K (a Llama of 260,032 weights), without calibration, perplexity on 15,330 tokens of "
+        f"TinyStories; dense: {results['dense']['perplexity']:.2f}.",
         "",
         "| bits per weight, whole file | bytes | perplexity |",
         "|---|---|---|",
@@ -255,6 +256,32 @@ def share(n_bytes: float, dense: str) -> str:
     return f"{100 * n_bytes / _DENSE_BYTES[dense]:.2g} %"
 
 
+_MINILM = (
+    ("the same, calibrated", "minilm", "calibrated", "1.5"),
+    ("on its own words", "minilm", "self", "1"),
+)
+_SMOLLM2 = (
+    ("SmolLM2-135M-Instruct, calibrated", "smollm2", "calibrated", "4"),
+    ("the same", "smollm2", "calibrated", "3"),
+    ("on its own texts", "smollm2", "self", "3"),
+    ("the same, calibrated", "smollm2", "calibrated", "2"),
+)
+
+
+def _calibrated(told: str, name: str, method: str, setting: str, dense: str) -> str:
+    row = of_zoo(name, method, setting)
+    of = "STS-B" if name == "minilm" else "perplexity"
+    quality = row["quality"]["spearman" if name == "minilm" else "perplexity"]
+    head = f"| {told} | {row['bytes']:,} | {share(row['bytes'], name)} | {float(setting)} | "
+    return f"{head}{of} {quality:.2f} | {dense} |"
+
+
+def of_zoo(name: str, method: str, setting: str) -> Row:
+    """The row of a model, a method and a setting."""
+    (found,) = [row for row in known("test") if key(row) == (name, method, setting)]
+    return found
+
+
 def summary() -> str:
     """README's table."""
     results, fitted = load("minilm")["results"], load("sst2")["results"]
@@ -263,26 +290,28 @@ def summary() -> str:
         "| model | bytes | of dense | bits per weight | quality | dense |",
         "|---|---|---|---|---|---|",
     ]
-    for row in results["compressed"]:
-        if row["asked"] in (1.0, 2.0, 3.0):
-            lines.append(
-                f"| all-MiniLM-L6-v2, compressed | {row['bytes']:,} | {share(row['bytes'], 'minilm')} | "
-                f"{row['asked']} | STS-B {row['spearman']['test']:.2f} | {dense:.2f} |"
-            )
+    (row,) = [row for row in results["compressed"] if row["asked"] == 2.0]
+    lines.append(
+        f"| all-MiniLM-L6-v2, not calibrated | {row['bytes']:,} | {share(row['bytes'], 'minilm')} | "
+        f"{row['asked']} | STS-B {row['spearman']['test']:.2f} | {dense:.2f} |"
+    )
+    lines += [_calibrated(*case, f"{dense:.2f}") for case in _MINILM]
+    perplexity = of_zoo("smollm2", "dense", "")["quality"]["perplexity"]
+    lines += [_calibrated(*case, f"{perplexity:.2f}") for case in _SMOLLM2]
     coded = fitted["variational"]
     lines.append(
-        f"| the same, fitted to SST-2 | {coded['file_bytes']:,.0f} | "
+        f"| all-MiniLM-L6-v2, fitted to SST-2 | {coded['file_bytes']:,.0f} | "
         f"{share(coded['file_bytes'], 'minilm')} | {coded['bits_per_weight_whole_file']:.1f} | "
         f"accuracy {coded['test']:.1f} % | {fitted['dense']['test']:.1f} % |"
     )
     n_weights = _DENSE_BYTES["lenet"] // 4
-    for row in sorted(load("lenet")["results"]["coded"], key=lambda row: -row["file_bytes"]):
-        if row["parametrization"] == "mean-kl":
-            n_bytes = row["file_bytes"]
-            lines.append(
-                f"| LeNet-5 on MNIST, fitted | {n_bytes:,} | {share(n_bytes, 'lenet')} | "
-                f"{8 * n_bytes / n_weights:.3f} | error {row['test_error']:.2f} % | |"
-            )
+    networks = [row for row in load("lenet")["results"]["coded"] if row["parametrization"] == "mean-kl"]
+    for row in sorted(networks, key=lambda row: -row["file_bytes"])[::2]:
+        n_bytes = row["file_bytes"]
+        lines.append(
+            f"| LeNet-5 on MNIST, fitted | {n_bytes:,} | {share(n_bytes, 'lenet')} | "
+            f"{8 * n_bytes / n_weights:.3f} | error {row['test_error']:.2f} % | |"
+        )
     return "\n".join(lines)
 
 
