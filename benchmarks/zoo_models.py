@@ -235,7 +235,7 @@ def calibration(name: str) -> Path:
     if name == "stories260k":
         return _written(ZOO / "calibrate" / "stories.txt", _write_stories)
     if MODELS[name].kind == "speech":
-        zoo_speech.speech(ZOO / "calibrate" / "speech", "calibrate")
+        zoo_speech.speech(ZOO / "calibrate" / "speech", "calibrate", zoo_speech.TO_CALIBRATE)
         return ZOO / "calibrate" / "speech"
     if MODELS[name].kind == "vision":
         images = zoo_vision.mnist_to_calibrate if name == "lenet5" else zoo_vision.cifar_to_calibrate

@@ -19,7 +19,7 @@ from scipy.signal import resample_poly
 from torch import Tensor, nn
 from transformers import WhisperFeatureExtractor
 
-CLIPS, QUICK_CLIPS = 16, 3
+CLIPS, QUICK_CLIPS, TO_CALIBRATE = 16, 3, 128
 _WORDS_OF_A_CLIP, _MOST_TOKENS = 42, 160
 # <|startoftranscript|> <|en|> <|transcribe|> <|notimestamps|>; <|endoftext|>; " ", which opens no transcript.
 _PROMPT, _END, _BLANK = [50258, 50259, 50359, 50363], 50257, 220

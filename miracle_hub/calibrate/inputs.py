@@ -10,15 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from miracle_hub.calibrate.given import rows_of
-from miracle_hub.calibrate.modality import inputs_by_name, modality_of, takes_sounds, takes_texts
-from miracle_hub.calibrate.rows import Found, Row, order_of, tokens_of
+from miracle_hub.calibrate.modality import inputs_by_name, modality_of, takes_texts
+from miracle_hub.calibrate.rows import LEAST_ROWS, Found, Row, order_of, tokens_of
 from miracle_hub.calibrate.self_made import self_made
 from miracle_hub.errors import CalibrationError, DataError
 
 SELF = "self"
 Refusal: TypeAlias = type[DataError] | type[CalibrationError]  # of what was given, or of what was made
 _HELD_OUT = 8  # one row of so many is kept aside: a choice
-_LEAST_ROWS = 8  # so that one is
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,7 @@ class Inputs:
         held_out: the same of rows kept aside, equal to none of `batches`, by which it is decided what is
             accepted.
         said: what they are, for the report and the card.
-        n_tokens: in `batches`, as `tokens_of` counts them: tokens of texts, frames of sounds, patches of
-            images.
+        n_tokens: in `batches`, as `tokens_of` counts them.
         digest: SHA-256 of all tensors, by which a resumed run knows changed data.
     """
 
@@ -131,9 +129,9 @@ def _split(found: Found, seed: int, where: str, kind: Refusal) -> tuple[list[Row
             f"{where}: expected rows that differ, found {len(found.rows)} equal ones, which say nothing of "
             "what the model is used for; give others"
         )
-    if len(rows) < _LEAST_ROWS:
+    if len(rows) < LEAST_ROWS:
         raise kind(
-            f"{where}: expected at least {_LEAST_ROWS} rows that differ, of which one is held out, found "
+            f"{where}: expected at least {LEAST_ROWS} rows that differ, of which one is held out, found "
             f"{len(rows)}; give more or longer ones"
         )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -182,12 +180,12 @@ def _require_run(model: Any, batch: dict[str, Tensor], where: str, kind: Refusal
 
 def _said(model: nn.Module, found: Found, kept: list[Row], aside: list[Row], twice: int) -> str:
     modality, n_tokens = modality_of(model), sum(map(tokens_of, kept))
-    units = "tokens" if takes_texts(modality) else "frames" if takes_sounds(modality) else ""
-    amount = f"{n_tokens:,} {units} in {len(kept):,} rows" if units else f"{len(kept):,} rows"
+    amount = f"{n_tokens:,} tokens in " if takes_texts(modality) else ""
     known, others = inputs_by_name(model), {"input_ids", "pixel_values", "input_features", "input_values"}
     never = sorted(others & set(known) - set(kept[0])) if len(others & set(known)) > 1 else []
     unseen = f"; {' and '.join(never)} never given" if never else ""
     repeated = f", {twice:,} repeated ones left out" if twice else ""
+    amount += f"{len(kept):,} rows"
     return f"{found.where}: {found.said}; {amount} to calibrate on, {len(aside):,} held out{repeated}{unseen}"
 
 

@@ -192,8 +192,6 @@ def _batch_size(model: nn.Module) -> dict[str, int]:
     modality = modality_of(model)
     if modality is Modality.CAUSAL:
         return {"batch_rows": STEP_TOKENS // _WINDOW}
-    if takes_texts(modality):
+    if takes_texts(modality) or takes_sounds(modality):
         return {"batch_rows": STEP_TOKENS, "batch_tokens": STEP_TOKENS}
-    if _takes_pictures(model):
-        return {"batch_rows": _PICTURES}
-    return {"batch_rows": 1 if takes_sounds(modality) else _ROWS}
+    return {"batch_rows": _PICTURES if _takes_pictures(model) else _ROWS}

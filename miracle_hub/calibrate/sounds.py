@@ -17,7 +17,7 @@ from transformers.models.auto.feature_extraction_auto import (
 )
 
 from miracle_hub.calibrate.modality import inputs_by_name
-from miracle_hub.calibrate.rows import Row, rows_of_batch, tokens_of
+from miracle_hub.calibrate.rows import LEAST_ROWS, Row, rows_of_batch, tokens_of
 from miracle_hub.errors import DataError, SourceError
 
 _CONFIGS = ("preprocessor_config.json", "processor_config.json")
@@ -146,7 +146,7 @@ def read_extractor(model: Any, folder: Path) -> Any:
 
 
 def sound_rows(model: Any, folder: Path, sounds: Iterable[Sound], wanted: int) -> list[Row]:
-    """What a model takes of sounds, cut into pieces of its length, until there are `wanted` frames.
+    """What a model takes of sounds, cut into pieces of its length, until there are `wanted` tokens.
 
     Raises:
         DataError: they are too short, or not finite. SourceError: there is no feature extractor.
@@ -156,7 +156,7 @@ def sound_rows(model: Any, folder: Path, sounds: Iterable[Sound], wanted: int) -
         found = dict(extractor(piece, sampling_rate=extractor.sampling_rate, return_tensors="pt"))
         rows += rows_of_batch({n: x for n, x in found.items() if n in inputs_by_name(model)})
         total += tokens_of(rows[-1])
-        if total >= wanted:
+        if total >= wanted and len(rows) >= LEAST_ROWS:
             break
     return rows
 
