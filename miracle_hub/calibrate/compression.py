@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from miracle_hub.calibrate.asking import Asking
-from miracle_hub.calibrate.estimate import MOST_COMPARED
+from miracle_hub.calibrate.estimate import COMPARED_QUICKLY, MOST_COMPARED
 from miracle_hub.codec.report import Calibration, Report
 from miracle_hub.codec.work import work_folder
 from miracle_hub.options import CompressOptions
 
 _NAMED = 5
-# Of larger models narrow windows, which are fast, tell enough where the file with them is so many times as
-# far: a choice. SmolLM2 at 3 bits, with windows of 12, diverges by 0.19 with calibration, by 1.42 without.
-_SMALL, _QUICK_WINDOW, _CLEARLY = 3e7, 8, 2.0
+# Of larger models narrow windows tell enough where the file with them is so many times as far: a choice.
+# SmolLM2 at 3 bits, with windows of 12, diverges by 0.19 with calibration, by 1.42 without.
+_QUICK_WINDOW, _CLEARLY = 8, 2.0
 
 
 # What `codec.compress.compress_folder` does with an output and options, and whatever else it takes by name.
@@ -98,7 +98,7 @@ class _Judged:
     def _compared(self, found: Calibration, n_weights: int) -> Calibration:
         """With a file without calibration beside it; of a large model, if it may be, with narrow windows."""
         options = self.asking.options
-        if n_weights > _SMALL and options.window_bits > _QUICK_WINDOW:
+        if n_weights > COMPARED_QUICKLY and options.window_bits > _QUICK_WINDOW:
             quick = self._without(replace(options, window_bits=_QUICK_WINDOW))
             if quick > _CLEARLY * found.divergence:
                 return replace(found, data_free=quick, data_free_window=_QUICK_WINDOW)

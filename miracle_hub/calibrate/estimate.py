@@ -11,12 +11,18 @@ from miracle_hub.codec.worth import head_of, is_convolutional, tables_in
 from miracle_hub.coding.matrix import matrix_columns
 from miracle_hub.errors import CalibrationError
 
-# Seconds per weight of two cores: once through the encoder, with windows of 14 bits.
-_CODING = 2e-6
+# Seconds per weight of two cores: once through the encoder, with windows of 14 bits and feedback; and with
+# narrow windows, of the file beside it.
+_CODING, _CODING_QUICKLY = 1e-6, 0.3e-6
+# Seconds per matrix of a step of small models, whatever their size: 960 steps take stories260K and ResNet-44
+# 0.19 seconds each, ResNet-20 0.07.
+_OF_A_MATRIX = 4e-3
 # In steps: trials of feedback on a dozen kinds of matrices.
 _TRIALS = 12
 # The file without calibration is made too, beside all but the largest models, whose time it would double.
 MOST_COMPARED = 300_000_000
+# Of larger models than this with narrow windows, which are fast, as far as they tell enough: a choice.
+COMPARED_QUICKLY = 30_000_000
 # Copies of all weights in float32: the model, and what is decoded of it; with refits of the whole model its
 # gradients, two moments of Adam, and what may be undone.
 _COPIES, _COPIES_OF_REFITS = 2, 6
@@ -44,14 +50,22 @@ def estimated(tensors: Sequence[SourceTensor], effort: int, config: Mapping[str,
     looked_up = sum(tensor.n_weights for tensor in tensors if tensor.name in tables and tensor.name != head)
     given = (effort, n_weights, n_weights - looked_up, is_convolutional(tensors))
     steps = steps_of(*given)
-    passes = 2 if steps and n_weights <= MOST_COMPARED else 1
     all_steps = EFFORTS[effort].looks + (steps + _TRIALS if steps else 0)
-    seconds = n_weights * passes * _CODING + all_steps * WORK * STEP_TOKENS * (n_weights - looked_up) / SPEED
-    copies = _COPIES_OF_REFITS if refit_options(*given).steps else _COPIES
+    coding = _CODING + (_compared(n_weights) if steps else 0)
     columns = [matrix_columns(tensor.shape) for tensor in tensors if len(tensor.shape) > 1]
+    of_a_step = max(WORK * STEP_TOKENS * (n_weights - looked_up) / SPEED, _OF_A_MATRIX * len(columns))
+    seconds = n_weights * coding + all_steps * of_a_step
+    copies = _COPIES_OF_REFITS if refit_options(*given).steps else _COPIES
     answers = 0 if head is None else max(t.shape[0] for t in tensors if t.name == head) * STEP_TOKENS
     n_floats = copies * n_weights + sum(n * n for n in columns) + _COPIES_OF_ANSWERS * answers
     return Estimate(seconds / 60, 4 * n_floats + int(_PROGRAM))
+
+
+def _compared(n_weights: int) -> float:
+    """Seconds per weight that the file without calibration takes."""
+    if n_weights > MOST_COMPARED:
+        return 0.0
+    return _CODING_QUICKLY if n_weights > COMPARED_QUICKLY else _CODING
 
 
 def require_memory(estimate: Estimate) -> None:
