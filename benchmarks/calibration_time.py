@@ -50,8 +50,8 @@ def main() -> None:
             found = timed(a.model, method, a.bits, {"effort": effort})
             runs[f"{method}, effort {effort}"] = {**found, **said(a.model, effort)}
             print(method, effort, runs[f"{method}, effort {effort}"], flush=True)
-    facts = {"bits_per_weight": a.bits, "n_weights": n_weights(a.model), "runs": runs}
-    record.record(f"calibration-time-{a.model}", facts)
+            facts = {"bits_per_weight": a.bits, "n_weights": n_weights(a.model), "runs": runs}
+            record.record(f"calibration-time-{a.model}", facts)
 
 
 if __name__ == "__main__":

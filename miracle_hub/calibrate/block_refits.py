@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from miracle_hub.calibrate.blocks import Batch, Call, Chain
 from miracle_hub.calibrate.fitting import Fit, coded_share, order
-from miracle_hub.calibrate.matrix import MatrixInMaking
+from miracle_hub.calibrate.matrix import MatrixInMaking, code_all
 from miracle_hub.codec.kept import Kept
 
 
@@ -94,8 +94,7 @@ class BlockInMaking:
         """Code its matrices in groups, with refits between them; errors of held-out batches after each."""
         errors = []
         for group in range(1, self.options.groups + 1):
-            for matrix in matrices:
-                matrix.code(matrix.columns_at(self.options.share(group)))
+            code_all((matrix, matrix.columns_at(self.options.share(group))) for matrix in matrices)
             errors.append(self.error())
             if group < self.options.groups:
                 errors.append(self._refit(group, matrices, vectors, seed, errors[-1]))

@@ -11,7 +11,7 @@ from miracle_hub.calibrate.block_refits import BlockInMaking, BlockOptions, Stre
 from miracle_hub.calibrate.blocks import Batch, Chain
 from miracle_hub.calibrate.journal import Journal
 from miracle_hub.calibrate.kept_refits import KeptMaking
-from miracle_hub.calibrate.matrix import MatrixInMaking
+from miracle_hub.calibrate.matrix import MatrixInMaking, code_all
 from miracle_hub.codec.jobs import Job
 from miracle_hub.codec.kept import Kept
 from miracle_hub.codec.report import CALIBRATION_LOGGER
@@ -63,8 +63,7 @@ class ByBlocks:
         made = self._matrices(jobs)
         kept = KeptMaking(self.kept, "outside", made, (), self.journal.losses)
         if made and not kept.go_on():
-            for matrix in tqdm(made, desc="code", disable=not self.progress):
-                matrix.code(matrix.columns)
+            code_all(((matrix, matrix.columns) for matrix in made), "code", self.progress)
             self.journal.report("coded what is in no block")
             kept.keep(1)
         return made

@@ -1,10 +1,11 @@
 """A matrix in the making: some of its columns are coded, the others still free to make up for them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from miracle_hub.codec.body import body_of
 from miracle_hub.codec.feedback import BandCoder
@@ -12,6 +13,7 @@ from miracle_hub.codec.handed_out import decoded_in_range, relative_error
 from miracle_hub.codec.jobs import Job
 from miracle_hub.codec.trellis import Recipe, layout_of, segments_of
 from miracle_hub.coding.backend import Backend, rotated_matrix
+from miracle_hub.coding.cpu import in_threads, torch_threads
 from miracle_hub.format.payload import Header, encode_payload
 
 
@@ -106,3 +108,19 @@ class MatrixInMaking:
         handed_out, digest = decoded_in_range(parts, layout, (), weights.dtype, backend)
         error = relative_error(handed_out.view(weights.shape), (), weights)
         return encode_payload(replace(header, digest=digest, relative_error=error), body_of(parts))
+
+
+def code_all(wanted: Iterable[tuple[MatrixInMaking, int]], desc: str = "", progress: bool = False) -> None:
+    """Code matrices up to their columns; on the CPU several at once, as a band keeps one thread busy."""
+    tasks = list(wanted)
+    with tqdm(total=len(tasks), desc=desc, disable=not progress) as bar:
+
+        def code(matrix: MatrixInMaking, until: int) -> None:
+            matrix.code(until)
+            bar.update()
+
+        if all(matrix.backend.device.type == "cpu" for matrix, _ in tasks) and torch_threads() > 1:
+            in_threads(code, tasks)
+        else:
+            for task in tasks:
+                code(*task)

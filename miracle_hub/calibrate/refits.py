@@ -6,13 +6,12 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 from torch import nn
-from tqdm import tqdm
 
 from miracle_hub.calibrate.block_refits import BlockOptions
 from miracle_hub.calibrate.fitting import Fit, coded_share, order
 from miracle_hub.calibrate.journal import Journal
 from miracle_hub.calibrate.kept_refits import KeptMaking, steps_of
-from miracle_hub.calibrate.matrix import MatrixInMaking
+from miracle_hub.calibrate.matrix import MatrixInMaking, code_all
 from miracle_hub.calibrate.norms import Norms
 from miracle_hub.calibrate.teacher import Teacher
 from miracle_hub.codec.kept import Kept
@@ -112,8 +111,8 @@ class Refits:
 
     def _code(self, group: int) -> None:
         share, desc = self.options.share(group), f"code {group}/{self.options.groups}"
-        for matrix in tqdm(self.matrices, desc=desc, disable=not self.progress):
-            matrix.code(matrix.columns if matrix.is_first else matrix.columns_at(share))
+        until = (m.columns if m.is_first else m.columns_at(share) for m in self.matrices)
+        code_all(zip(self.matrices, until, strict=True), desc, self.progress)
         self.journal.report(f"coded {share:.0%}")
         if self.norms:
             self.norms.estimate_or_undo(self.journal)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from miracle_hub.calibrate.matrix import MatrixInMaking
+from miracle_hub.calibrate.matrix import MatrixInMaking, code_all
 from miracle_hub.calibrate.norms import Norms
 from miracle_hub.calibrate.teacher import Teacher
 from miracle_hub.codec.jobs import Job
@@ -118,9 +118,8 @@ def _diverged(
     changed = [*own, *(norms.buffers.values() if norms else ())]
     before = [values.detach().clone() for values in changed]
     try:
-        for job, parameter in zip(jobs, own, strict=True):
-            matrix = MatrixInMaking(job, parameter, backend)
-            matrix.code(matrix.columns)
+        made = [MatrixInMaking(job, parameter, backend) for job, parameter in zip(jobs, own, strict=True)]
+        code_all((matrix, matrix.columns) for matrix in made)
         if norms:
             norms.estimate()
         return held_out.mean_divergence(model)

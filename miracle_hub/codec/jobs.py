@@ -7,7 +7,9 @@ tensor.
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +22,12 @@ from miracle_hub.codec.rates import Chosen
 from miracle_hub.codec.source import SourceTensor
 from miracle_hub.codec.stored import payload_at
 from miracle_hub.coding.backend import Backend
+from miracle_hub.coding.cpu import torch_threads
 
 # Of the encoders: another search that gives other bytes for equal inputs has another number.
 ENCODER = 2
+# Weights of a job that runs beside others: a choice.
+_MOST_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -90,13 +95,27 @@ def refining(
     ]
 
 
+def _is_short(job: Job) -> bool:
+    """Whether it is coded band after band, each too short for several threads, and takes little memory."""
+    return job.curvature is not None and job.source.n_weights <= _MOST_AT_ONCE
+
+
 def run_all(
     jobs: Iterable[Job], earlier: Callable[[Job], Sequence[Tensor]], backend: Backend
 ) -> Iterator[tuple[Job, bytes]]:
-    """Every job with its payload, one after the other: whoever runs them elsewhere takes the place of this.
+    """Every job with its payload, in their order: whoever runs them elsewhere takes the place of this.
+
+    On the CPU jobs with feedback run at once, as many as there are processors: a band keeps one of them busy.
 
     Args:
         earlier: the payloads that a job of a later stage takes.
     """
-    for job in jobs:
-        yield job, job.run(earlier(job), backend)
+    at_once = torch_threads() if backend.device.type == "cpu" else 1
+    with ThreadPoolExecutor(at_once) as pool:
+        begun = deque[tuple[Job, Future[bytes]]]()
+        for job in jobs:
+            begun.append((job, pool.submit(job.run, earlier(job), backend)))
+            while begun and (len(begun) == at_once or not _is_short(job)):
+                first, payload = begun.popleft()
+                yield first, payload.result()
+        yield from ((job, payload.result()) for job, payload in begun)

@@ -35,6 +35,18 @@ def n_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def torch_threads() -> int:
+    """Threads in which torch can work as well: it refuses new ones in a process that was forked after
+    `torch.set_num_threads`.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            pool.submit(torch.get_num_threads).result()
+        except RuntimeError:
+            return 1
+    return n_threads()
+
+
 def in_threads(work: Callable[..., None], tasks: Iterable[tuple]) -> None:
     """Run `work(*task)` for every task; the first exception is raised."""
     tasks = list(tasks)
