@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from miracle_hub.code import Code
+from miracle_hub.codec.curvature import Curvature
 from miracle_hub.codec.jobs import Job, refining, run_all
 from miracle_hub.codec.rates import Choice, Option
 from miracle_hub.codec.source import list_tensors
@@ -62,6 +63,17 @@ def test_jobs_in_another_order_give_the_same_payloads(job: Job) -> None:
     forth = {each.digest(CPU): payload for each, payload in run_all(jobs, lambda job: (), CPU)}
     back = {each.digest(CPU): payload for each, payload in run_all(jobs[::-1], lambda job: (), CPU)}
     assert forth == back and len(forth) == 3
+
+
+def test_jobs_with_feedback_run_at_once_and_come_in_their_order(job: Job) -> None:
+    rows = torch.randn(200, 64, generator=torch.Generator().manual_seed(0))
+    known = Curvature(torch.ones(96), rows.T @ rows / 200)
+    codes = [Code(8, step_bits, 1) for step_bits in (1, 2, 3, 4, 5)]
+    jobs = [replace(job, choice=choice(code), curvature=known) for code in codes]
+    jobs.insert(2, job)
+    found = list(run_all(jobs, lambda job: (), CPU))
+    assert [each for each, _ in found] == jobs
+    assert [payload for _, payload in found] == [each.run((), CPU) for each in jobs]
 
 
 def test_a_refining_job_codes_what_the_stages_before_leave(job: Job) -> None:
