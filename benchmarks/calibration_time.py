@@ -1,6 +1,6 @@
 """How long calibration takes, side by side: no calibration, then every effort that was asked for.
 
-    python benchmarks/calibration_time.py                       SmolLM2 at 3 bits, efforts 0 and 1: 15 minutes
+    python benchmarks/calibration_time.py          SmolLM2 at 3 bits, efforts 0 and 1: half an hour
     python benchmarks/calibration_time.py --model minilm --bits 1 --effort 1 2
 
 For a machine on which nothing else runs: threads of torch wait for each other, and two that share a core with

@@ -111,6 +111,9 @@ def run_all(
         earlier: the payloads that a job of a later stage takes.
     """
     at_once = torch_threads() if backend.device.type == "cpu" else 1
+    if at_once == 1:  # in this thread, where torch refuses others
+        yield from ((job, job.run(earlier(job), backend)) for job in jobs)
+        return
     with ThreadPoolExecutor(at_once) as pool:
         begun = deque[tuple[Job, Future[bytes]]]()
         for job in jobs:

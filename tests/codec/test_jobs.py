@@ -1,5 +1,6 @@
 """Jobs are pure functions: their digests tell inputs apart, and their order and process do not matter."""
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from miracle_hub.code import Code
+from miracle_hub.codec import jobs as jobs_module
 from miracle_hub.codec.curvature import Curvature
 from miracle_hub.codec.jobs import Job, refining, run_all
 from miracle_hub.codec.rates import Choice, Option
@@ -74,6 +76,16 @@ def test_jobs_with_feedback_run_at_once_and_come_in_their_order(job: Job) -> Non
     found = list(run_all(jobs, lambda job: (), CPU))
     assert [each for each, _ in found] == jobs
     assert [payload for _, payload in found] == [each.run((), CPU) for each in jobs]
+
+
+def test_where_torch_refuses_other_threads_jobs_run_in_their_callers(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(jobs_module, "torch_threads", lambda: 1)
+    monkeypatch.setattr(Job, "run", lambda *_: seen.append(threading.current_thread()) or b"")
+    assert list(run_all([job, job], lambda job: (), CPU)) == [(job, b"")] * 2
+    assert seen == [threading.current_thread()] * 2
 
 
 def test_a_refining_job_codes_what_the_stages_before_leave(job: Job) -> None:
