@@ -17,7 +17,8 @@ from miracle_hub.errors import CalibrationError, DataError
 
 SELF = "self"
 Refusal: TypeAlias = type[DataError] | type[CalibrationError]  # of what was given, or of what was made
-_HELD_OUT = 8  # one row of so many is kept aside: a choice
+# One row of so many is kept aside, and of few rows more, up to some: choices.
+_HELD_OUT, _HELD_OUT_OF_FEW, _FEW = 8, 4, 4
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ def inputs_of(
             folder of images or of wav files, an npz or npy of the model's inputs, a Hub id; or, in Python, a
             list of texts, a data set of `datasets`, a tensor, arrays by name, or an iterable of batches.
             Labels are left out.
-        n_tokens: about how many to calibrate on; an eighth of it is held out besides.
+        n_tokens: about how many to calibrate on; a seventh of it is held out besides, of few rows up to a
+            quarter of all.
         max_length: tokens of a text at most; by default 512 of given texts and 256 of self-made ones, and
             never more than the model has positions.
         batch_rows: rows of a batch at most.
@@ -131,11 +133,11 @@ def _split(found: Found, seed: int, where: str, kind: Refusal) -> tuple[list[Row
         )
     if len(rows) < LEAST_ROWS:
         raise kind(
-            f"{where}: expected at least {LEAST_ROWS} rows that differ, of which one is held out, found "
+            f"{where}: expected at least {LEAST_ROWS} rows that differ, of which some are held out, found "
             f"{len(rows)}; give more or longer ones"
         )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    n_aside = max(1, len(rows) // _HELD_OUT)
+    n_aside = max(min(_FEW, len(rows) // _HELD_OUT_OF_FEW), len(rows) // _HELD_OUT)
     aside, kept = sorted(order[:n_aside]), sorted(order[n_aside:])
     return [rows[i] for i in kept], [rows[i] for i in aside], len(found.rows) - len(rows)
 

@@ -73,7 +73,7 @@ class Effort:
 
 
 EFFORTS = (
-    Effort(0, 8, 1, 0, 1),
+    Effort(0, 4, 1, 0, 1),
     Effort(1, 16, 4, 240, 2),
     Effort(8, 64, 8, 960, 4),
     Effort(40, 64, 16, 4800, 8),

@@ -84,12 +84,12 @@ def _texts(
     n_rows, rows = max(_LEAST_ROWS, -(-wanted // length)), []
     while len(rows) < n_rows:
         n = min(_at_once(model, length), n_rows - len(rows))
-        single = torch.randint(n_tokens, (n, 1), generator=generator)
-        n_alone = n // 2 if prefix else 0
         begun = torch.tensor(prefix, dtype=torch.long).expand(n, len(prefix))
-        starts = (begun[:n_alone], torch.cat((begun, single), 1)[n_alone:])
-        for start in (some for some in starts if len(some)):
-            rows += [{"input_ids": row} for row in continued(model, start, length, generator).cpu()]
+        starts = torch.cat((begun, torch.randint(n_tokens, (n, 1), generator=generator)), 1)
+        if prefix and n > 1:
+            alone = slice(0, n // 2)
+            starts[alone] = continued(model, begun[alone], starts.shape[1], generator).cpu()
+        rows += [{"input_ids": row} for row in continued(model, starts, length, generator).cpu()]
     said = f"{n_rows:,} texts of {length} tokens sampled from the model, each from a token drawn at random"
     return Found(rows, _SELF, said + (", half of them from the start" if prefix else ""))
 

@@ -28,6 +28,8 @@ from miracle_hub.coding.cpu import torch_threads
 ENCODER = 2
 # Weights of a job that runs beside others: a choice.
 _MOST_AT_ONCE = 1 << 24
+# Jobs per processor that are waited for: they come in their order, and a short one is done before a long one.
+_WAITED_FOR = 4
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def run_all(
         begun = deque[tuple[Job, Future[bytes]]]()
         for job in jobs:
             begun.append((job, pool.submit(job.run, earlier(job), backend)))
-            while begun and (len(begun) == at_once or not _is_short(job)):
+            while begun and (len(begun) == _WAITED_FOR * at_once or not _is_short(job)):
                 first, payload = begun.popleft()
                 yield first, payload.result()
         yield from ((job, payload.result()) for job, payload in begun)

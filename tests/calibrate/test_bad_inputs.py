@@ -57,7 +57,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 OF_TEXTS = {
     "photos": "takes texts, found a folder of images or sounds; BertModel takes texts",
     "sounds": "takes texts, found a folder of images or sounds; BertModel takes texts",
-    "short.txt": "expected at least 8 rows that differ, of which one is held out, found 1",
+    "short.txt": "expected at least 8 rows that differ, of which some are held out, found 1",
     "blank.txt": "expected texts, found 2 rows without any",
     "empty.txt": "with rows, found an empty one",
     "numbers.csv": "expected columns of texts, found 0 that may be",

@@ -198,6 +198,21 @@ def test_several_pieces_fill_the_lanes_or_are_four_margins_long(
     assert len(sliding.cut(n_steps, code)) == n_pieces
 
 
+@pytest.mark.parametrize(
+    ("code", "n_steps", "n_pieces"),
+    [
+        (Code(8, 2, 1), 1, 1),
+        (Code(14, 3, 1), 1024, 1),
+        (Code(14, 3, 1), 1025, 13),  # as many as are two margins of 38 long
+        (Code(14, 5, 2), 1536, 32),  # in one piece it took ten times the time
+        (Code(14, 3, 1), 9216, 32),
+        (Code(8, 2, 1), 2**20, 512),
+    ],
+)
+def test_bands_of_a_matrix_fill_the_lanes_of_one_thread(code: Code, n_steps: int, n_pieces: int) -> None:
+    assert len(sliding.cut(n_steps, code, is_band=True)) == n_pieces
+
+
 @pytest.mark.parametrize("code", [Code(10, 1, 1), Code(10, 2, 1), Code(12, 2, 1)], ids=str)
 def test_pieces_as_shipped_lose_less_than_half_a_percent(code: Code) -> None:
     # Measured on this length: 0.01 to 0.07 % (L=10, k=1), 0.03 to 0.19 % (10, 2), 0.26 to 0.36 % (12, 2).
@@ -210,17 +225,18 @@ def test_pieces_as_shipped_lose_less_than_half_a_percent(code: Code) -> None:
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
-@given(st.integers(2, 24), st.data(), st.integers(0, 10**6))
+@given(st.integers(2, 24), st.data(), st.integers(0, 10**6), st.booleans())
 def test_pieces_tile_the_stream_and_can_be_joined(
-    window_bits: int, data: st.DataObject, n_steps: int
+    window_bits: int, data: st.DataObject, n_steps: int, is_band: bool
 ) -> None:
     code = Code(window_bits, data.draw(st.integers(1, window_bits - 1)), 1)
-    pieces = sliding.cut(n_steps, code)
+    pieces = sliding.cut(n_steps, code, is_band)
+    windows = sliding._BAND_MERGE_WINDOWS if is_band else sliding._MERGE_WINDOWS
     ends = [0] + [piece.stop for piece in pieces]
     assert [piece.start for piece in pieces] == ends[:-1] and ends[-1] == n_steps
     for i, piece in enumerate(pieces):
         assert 0 <= piece.run_start <= piece.start < piece.stop <= piece.run_stop <= n_steps
-        margin = sliding._MERGE_WINDOWS * window_bits / code.step_bits if i % 2 == 0 else 0
+        margin = windows * window_bits / code.step_bits if i % 2 == 0 else 0
         assert piece.start - piece.run_start >= min(margin, piece.start)
         assert piece.run_stop - piece.stop >= min(margin, n_steps - piece.stop)
         if i % 2:

@@ -150,10 +150,11 @@ def test_from_an_entry_messages_are_drawn_in_proportion_to_their_importance_weig
 def test_an_entry_holds_for_the_first_of_several_pieces_alone(
     code: Code, selection: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sliding, "_FULL_PIECES", 1)
+    for constant, value in (("_FULL_PIECES", 1), ("_FULL_BAND_PIECES", 1), ("_BAND_MERGE_WINDOWS", 16)):
+        monkeypatch.setattr(sliding, constant, value)
     monkeypatch.setattr(sliding, "_PIECE_STEPS", 100)
     n = 40 * 100 * code.step_weights
-    assert len(sliding.cut(4000, code)) == 40
+    assert len(sliding.cut(4000, code)) == len(sliding.cut(4000, code, is_band=True)) == 40
     cost = normal_cost(n, 9)
     for entry in (0, (1 << code.overlap_bits) - 1):
         states = encode_states(cost, code, selection, torch.Generator().manual_seed(3), entry)
