@@ -28,10 +28,10 @@ def timed(name: str, method: str, bits: float, options: dict[str, Any]) -> dict[
     return {"seconds": made.seconds, "peak_mb": made.peak_mb}
 
 
-def said(name: str, effort: int) -> dict[str, float]:
+def said(name: str, effort: int, is_self: bool) -> dict[str, float]:
     """What is said before the work begins."""
     folder = dense_folder(name)
-    found = estimated(list_tensors(weight_files(folder)), effort, read_config(folder))
+    found = estimated(list_tensors(weight_files(folder)), effort, read_config(folder), is_self)
     return {"said_seconds": round(60 * found.minutes), "said_mb": round(found.n_bytes / 1e6)}
 
 
@@ -48,7 +48,7 @@ def main() -> None:
     for effort in a.effort:
         for method in a.method:
             found = timed(a.model, method, a.bits, {"effort": effort})
-            runs[f"{method}, effort {effort}"] = {**found, **said(a.model, effort)}
+            runs[f"{method}, effort {effort}"] = {**found, **said(a.model, effort, method == "self")}
             print(method, effort, runs[f"{method}, effort {effort}"], flush=True)
             facts = {"bits_per_weight": a.bits, "n_weights": n_weights(a.model), "runs": runs}
             record.record(f"calibration-time-{a.model}", facts)

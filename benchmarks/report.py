@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from ablation_report import section as ablation
+from calibration_report import section as calibration
 from expectations import table as expectations
 from figures import PEERS, load, write_figures
 from record import ROOT
@@ -317,7 +318,7 @@ def summary() -> str:
 
 def results_page() -> str:
     """docs/results.md."""
-    models = (minilm(), stories(), section(), ablation(), size_rule())
+    models = (minilm(), stories(), section(), ablation(), calibration(), size_rule())
     parts = (_HEAD, *models, fine_tuning(), lenet(), rate_distortion(), speed(), gpu())
     return "\n\n".join(parts) + "\n"
 

@@ -107,7 +107,8 @@ class Asking:
         """
         try:
             tensors = list_tensors(weight_files(self.folder))
-            estimate = estimated(tensors, self.options.effort, read_config(self.folder))
+            how = (self.options.effort, read_config(self.folder), is_self(self.options.calibrate))
+            estimate = estimated(tensors, *how)
             _LOGGER.info("%s: calibration with effort %d: %s", self.folder, self.options.effort, estimate)
             if self.is_optional:
                 require_memory(estimate)

@@ -5,7 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from miracle_hub.calibrate.recipe import EFFORTS, SPEED, STEP_TOKENS, WORK, refit_options, steps_of
+from miracle_hub.calibrate.modality import Modality
+from miracle_hub.calibrate.recipe import (
+    EFFORTS,
+    SPEED,
+    STEP_TOKENS,
+    WORK,
+    refit_options,
+    steps_of,
+    tokens_for,
+)
 from miracle_hub.codec.source import SourceTensor
 from miracle_hub.codec.worth import head_of, is_convolutional, tables_in
 from miracle_hub.coding.matrix import matrix_columns
@@ -13,10 +22,12 @@ from miracle_hub.errors import CalibrationError
 
 # Seconds per weight of two cores: once through the encoder, with windows of 14 bits and feedback, as SmolLM2
 # at effort 0 took beside its looks; and with narrow windows, of the file beside it.
-_CODING, _CODING_QUICKLY = 1.5e-6, 0.3e-6
+_CODING, _CODING_QUICKLY = 1.2e-6, 0.3e-6
 # Seconds per matrix of a step of small models, whatever their size: 960 steps take stories260K and ResNet-44
 # 0.19 seconds each, ResNet-20 0.07.
 _OF_A_MATRIX = 4e-3
+# Seconds per weight and token that a causal language model writes: SmolLM2's took 5 milliseconds.
+_WRITING, _WRITERS = 4e-11, ("CausalLM", "LMHeadModel")
 # In steps: trials of feedback on a dozen kinds of matrices.
 _TRIALS = 12
 # The file without calibration is made too, beside all but the largest models, whose time it would double.
@@ -43,8 +54,14 @@ class Estimate:
         return f"about {minutes} of two cores and {self.n_bytes / 1e9:.1f} GB of memory"
 
 
-def estimated(tensors: Sequence[SourceTensor], effort: int, config: Mapping[str, Any]) -> Estimate:
-    """Of a model with these tensors and this config.json."""
+def estimated(
+    tensors: Sequence[SourceTensor], effort: int, config: Mapping[str, Any], is_self: bool = False
+) -> Estimate:
+    """Of a model with these tensors and this config.json.
+
+    Args:
+        is_self: its inputs are of its own making.
+    """
     n_weights = sum(tensor.n_weights for tensor in tensors)
     tables, head = tables_in(tensors, config), head_of(tensors, config)
     looked_up = sum(tensor.n_weights for tensor in tensors if tensor.name in tables and tensor.name != head)
@@ -55,6 +72,10 @@ def estimated(tensors: Sequence[SourceTensor], effort: int, config: Mapping[str,
     columns = [matrix_columns(tensor.shape) for tensor in tensors if len(tensor.shape) > 1]
     of_a_step = max(WORK * STEP_TOKENS * (n_weights - looked_up) / SPEED, _OF_A_MATRIX * len(columns))
     seconds = n_weights * coding + all_steps * of_a_step
+    if is_self and any(name in str(config.get("architectures")) for name in _WRITERS):
+        looked = EFFORTS[effort].looks * STEP_TOKENS
+        written = tokens_for(Modality.CAUSAL, refit_options(*given).n_batches, looked, True)
+        seconds += n_weights * written * _WRITING
     copies = _COPIES_OF_REFITS if refit_options(*given).steps else _COPIES
     answers = 0 if head is None else max(t.shape[0] for t in tensors if t.name == head) * STEP_TOKENS
     n_floats = copies * n_weights + sum(n * n for n in columns) + _COPIES_OF_ANSWERS * answers

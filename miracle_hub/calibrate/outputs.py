@@ -1,6 +1,6 @@
 """What a model answers, how far another's answers are from it, and what an error of answers costs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ from miracle_hub.errors import CalibrationError
 _NAMES = ("logits", "logits_per_image", "last_hidden_state")
 # Of 1 - cosine of the mean state beside the relative error of every state. MiniLM's probes had it.
 _COSINE_WEIGHT = 10.0
+# Floats that are worked on at a time: the answers of a language model to one batch are as large as a third of
+# the model, and every step of a formula makes a copy.
+_PART = 1 << 22
 # Of the largest answer. Sums on a GPU may differ by roundings; noise that matters is larger.
 _REPEATABLE = 1e-3
 
@@ -49,6 +52,12 @@ def _are_numbers(model: nn.Module, logits: Tensor) -> bool:
     """Whether what is called logits is no choice among classes."""
     problem = getattr(getattr(model, "config", None), "problem_type", None)
     return logits.shape[-1] == 1 or problem == "regression"
+
+
+def parts(values: Tensor) -> Iterator[slice]:
+    """Some rows of a matrix at a time, as many as have few numbers together."""
+    step = max(1, _PART // max(1, values.shape[-1]))
+    return (slice(start, start + step) for start in range(0, len(values), step))
 
 
 @torch.no_grad()
@@ -94,16 +103,22 @@ def sampled_gradient(kind: str, found: Tensor, generator: torch.Generator) -> Te
         many tokens leaves 1 % less error.
     """
     if kind == "logits":
-        p = found.float().softmax(-1)
-        signs = torch.randint(0, 2, p.shape, generator=generator, device=p.device, dtype=torch.int8)
-        drawn = p.sqrt() * (2 * signs - 1)
-        return drawn - p * drawn.sum(-1, keepdim=True)
+        logits, gradient = found.flatten(0, -2), found.new_empty(found.shape)
+        for some in parts(logits):
+            gradient.view_as(logits)[some] = _signed(logits[some].float().softmax(-1), generator)
+        return gradient
     gradient = _noise(found, generator) * 2**0.5
     if found.dim() > 2:
         pooled, n_tokens = _pooled(found), found[0, ..., 0].numel()
         share = _noise(pooled, generator) * (_COSINE_WEIGHT / n_tokens) ** 0.5
         gradient = gradient + share.view(len(found), *[1] * (found.dim() - 2), -1)
     return gradient
+
+
+def _signed(p: Tensor, generator: torch.Generator) -> Tensor:
+    signs = torch.randint(0, 2, p.shape, generator=generator, device=p.device, dtype=torch.int8)
+    drawn = p.sqrt() * (2 * signs - 1)
+    return drawn - p * drawn.sum(-1, keepdim=True)
 
 
 def _noise(values: Tensor, generator: torch.Generator) -> Tensor:

@@ -74,7 +74,7 @@ class Effort:
 
 EFFORTS = (
     Effort(0, 4, 1, 0, 1),
-    Effort(1, 16, 4, 240, 2),
+    Effort(1, 12, 4, 240, 2),
     Effort(8, 64, 8, 960, 4),
     Effort(40, 64, 16, 4800, 8),
     Effort(150, 256, 16, 12000, 16),
@@ -149,7 +149,7 @@ def knowledge_of(
         options = replace(options, end_rate=_END_RATE_OF_NORMS)
     is_self = isinstance(data, str) and data == SELF
     looked = EFFORTS[effort].looks * STEP_TOKENS
-    asked = {"n_tokens": _tokens(modality_of(model), options.n_batches, looked, is_self), "seed": seed}
+    asked = {"n_tokens": tokens_for(modality_of(model), options.n_batches, looked, is_self), "seed": seed}
     asked |= _batch_size(model)
     inputs = kept_inputs(kept, lambda: inputs_of(model, folder, data, **asked), is_self)
     require_repeatable(model, inputs.batches[0])
@@ -161,7 +161,7 @@ def knowledge_of(
     return Known(found, model, inputs, options, **given)
 
 
-def _tokens(modality: Modality, steps: int, looked: int, is_self_made: bool) -> int:
+def tokens_for(modality: Modality, steps: int, looked: int, is_self_made: bool) -> int:
     """To calibrate on. Words drawn for an encoder cost nothing."""
     if takes_texts(modality):
         steps = min(steps, max(_STEPS_OF_OTHERS, steps // _SEEN))

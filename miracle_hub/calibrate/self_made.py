@@ -36,7 +36,7 @@ _SELF = "self"
 _LENGTH = 256  # tokens of a text that a model writes: longer ones wander off, and cost more
 _LEAST_ROWS = 16
 # Texts that are written together, and floats of their keys and values: choices that bound time and memory.
-_AT_ONCE = 64
+_AT_ONCE = 96
 _CACHED = 1 << 28
 # Lengths of sequences of words, of sentences above all, and how often each.
 _LENGTHS = {6: 2, 8: 3, 10: 4, 12: 4, 16: 4, 20: 3, 24: 3, 32: 3, 48: 2, 64: 2, 128: 1}

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from miracle_hub.calibrate.finite import require_finite
-from miracle_hub.calibrate.outputs import answers, device_of, sampled_gradient
+from miracle_hub.calibrate.outputs import answers, device_of, parts, sampled_gradient
 from miracle_hub.calibrate.precision import fast_products
 from miracle_hub.codec.curvature import Curvature
 from miracle_hub.coding.matrix import matrix_columns
@@ -52,14 +53,16 @@ class Sensitivity:
 
     def add(self, name: str, use: str, x: Tensor, gradient: Tensor, shape: torch.Size) -> None:
         """Inputs `[n, in]` and gradients of outputs `[n, out]` of a matrix `[out, in]`."""
-        power = gradient.square()
-        per_token = power.sum(1)
-        found = self._of(name, use, lambda: _Sums(x.new_zeros(shape[0]), x.new_zeros(shape[1], shape[1])))
+        new = partial(torch.zeros, dtype=torch.float32, device=x.device)
+        found = self._of(name, use, lambda: _Sums(new(shape[0]), new(shape[1], shape[1])))
         assert found.columns is not None
-        found.rows += power.sum(0)
-        # In bfloat16 they took half the time, and those of one matrix of SmolLM2 had no Cholesky factor.
-        found.columns += (x * per_token[:, None]).T @ x
-        found.weight += float(per_token.sum())
+        for some in parts(gradient):
+            power, own = gradient[some].float().square(), x[some].float()
+            per_token = power.sum(1)
+            found.rows += power.sum(0)
+            # In bfloat16 they took half the time, and those of one matrix of SmolLM2 had no Cholesky factor.
+            found.columns.addmm_((own * per_token[:, None]).T, own)
+            found.weight += float(per_token.sum())
 
     def add_rows(self, name: str, use: str, rows: Tensor) -> None:
         """Squared gradients of the rows of a matrix, `[rows]`, means over their columns."""
@@ -174,8 +177,9 @@ def measure(
         CalibrationError: an answer or a layer's output is not finite.
     """
     found, generator = Sensitivity(), torch.Generator(device_of(model)).manual_seed(seed)
+    some = [part for batch in batches for part in _halves(batch)]
     with _watched(model, names, found) as loose:
-        for batch in tqdm(list(batches), desc="sensitivity", disable=not progress):
+        for batch in tqdm(some, desc="sensitivity", disable=not progress):
             with torch.enable_grad(), fast_products(device_of(model)):
                 kind, answer = answers(model, batch)
             require_finite(model, batch, answer)
@@ -184,6 +188,14 @@ def measure(
             _add_loose(found, loose)
     found.finish()
     return found
+
+
+def _halves(batch: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
+    """Of the rows of a batch: what lies between layers is kept for the way back, and takes most memory."""
+    n_rows = max(len(values) for values in batch.values())
+    size = -(-n_rows // 2)
+    for start in range(0, n_rows, size):
+        yield {name: values[start : start + size] for name, values in batch.items()}
 
 
 def _add_loose(found: Sensitivity, loose: Mapping[str, nn.Parameter]) -> None:
@@ -264,7 +276,7 @@ class _Watch:
         if isinstance(module, Conv1D):  # whose weight is [in, out]
             x, gradient = gradient, x
         shape = torch.Size((gradient.shape[1], x.shape[1]))
-        self.found.add(self.name, self.path, x.float(), gradient.float(), shape)
+        self.found.add(self.name, self.path, x, gradient, shape)
 
 
 def _unfolded(module: nn.Module, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:

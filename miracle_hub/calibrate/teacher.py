@@ -3,12 +3,13 @@
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from miracle_hub.calibrate.outputs import answers, divergence
+from miracle_hub.calibrate.outputs import answers, divergence, parts
 from miracle_hub.calibrate.rows import rows_of_batch, tokens_of
 
 Batch = Mapping[str, Tensor]
@@ -25,10 +26,10 @@ class _Answer:
     classes: Tensor | None = None
 
     def divergence(self, found: Tensor) -> Tensor:
+        values = self.values.to(found.device)
         if self.classes is None:
-            return divergence(self.kind, found, self.values.to(found.device).float())
-        log_q = found.float().log_softmax(-1).gather(-1, self.classes.to(found.device).long())
-        return _kl(self.values.to(found.device).float(), log_q).mean()
+            return divergence(self.kind, found, values.float())
+        return _FewClasses.apply(found, values, self.classes.to(found.device))
 
 
 class Teacher:
@@ -65,8 +66,45 @@ class Teacher:
 def _kept(kind: str, found: Tensor) -> _Answer:
     if kind != "logits" or found.shape[-1] <= 4 * _KEPT:
         return _Answer(kind, found.cpu())
-    log_p, classes = found.float().log_softmax(-1).topk(_KEPT)
-    return _Answer(kind, log_p.half().cpu(), classes.int().cpu())
+    logits, shape = found.flatten(0, -2), (*found.shape[:-1], _KEPT)
+    tops = [logits[some].float().log_softmax(-1).topk(_KEPT) for some in parts(logits)]
+    log_p = torch.cat([top.values.half() for top in tops]).view(shape)
+    classes = torch.cat([top.indices.int() for top in tops]).view(shape)
+    return _Answer(kind, log_p.cpu(), classes.cpu())
+
+
+class _FewClasses(torch.autograd.Function):
+    """The mean of `_kl` over tokens, some at a time, with its gradient found on the way: the copies that a
+    formula makes are of few tokens.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, found: Tensor, values: Tensor, classes: Tensor) -> Tensor:
+        """
+        Args:
+            found: logits `[..., n]`.
+            values: log probabilities of some classes, `[..., k]`.
+            classes: their numbers.
+        """
+        gradient = found.new_empty(found.shape) if ctx.needs_input_grad[0] else None
+        logits, values, classes = (x.flatten(0, -2) for x in (found, values, classes))
+        total = 0.0
+        for some in parts(logits):
+            with torch.set_grad_enabled(gradient is not None):
+                own = logits[some].detach().float().requires_grad_(gradient is not None)
+                log_q = own.log_softmax(-1).gather(-1, classes[some].long())
+                kl = _kl(values[some].float(), log_q).sum() / len(logits)
+            if gradient is not None:
+                gradient.view_as(logits)[some] = torch.autograd.grad(kl, own)[0]
+            total += kl.detach()
+        ctx.save_for_backward(gradient)
+        return torch.as_tensor(total)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient of the logits."""
+        (found,) = ctx.saved_tensors
+        return found * gradient, None, None
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def test_every_family_makes_inputs_that_it_runs_on_and_the_same_ones_again(
         ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
     found, again, other = (inputs_of(model, folder, "self", n_tokens=400, seed=s) for s in (0, 0, 1))
     assert found.digest == again.digest != other.digest and found.said.startswith("self: ")
-    assert found.n_tokens >= 380 and len(found.held_out) >= 1 and name in found.batches[0]
+    assert found.n_tokens >= 400 * 8 / 7 * 3 / 4 and len(found.held_out) >= 1 and name in found.batches[0]
     with torch.no_grad():
         for batch in (*found.batches, *found.held_out):
             model(**batch)
