@@ -1,8 +1,8 @@
 """A weight matrix that stays compressed in memory: products decode a bounded band of its rows at a time.
 
 A product allocates its result and, whatever the size of the matrix, at most four bytes for each of the
-backend's `band_weights`, as much again for each cast of the band, and its compressed bytes. On a GPU small
-batches are multiplied straight from the message, without any band. A single row that is longer than a band
+backend's `band_weights`, as much again for each cast of the band, and its compressed bytes. Small batches are
+multiplied straight from the message, without any band. A single row that is longer than a band
 is decoded whole. A row of a payload in bands of columns, as calibration writes them, is decoded from its
 pieces, one in every band. Payloads with a permuted order, which the compressor does not write, have their
 weights spread over the message: they are decoded whole for each product.

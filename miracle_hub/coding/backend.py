@@ -77,8 +77,8 @@ class Backend(Protocol):
     def multiply(self, x: Tensor, part: CodedRows, layout: MatrixLayout) -> Tensor | None:
         """x·Wᵀ, `[batch, columns]` → `[batch, rows]`, with no weight in memory.
 
-        None where there is no kernel for it: on the CPU, for more than 64 rows of x (one of float32), for
-        another dtype than float32, bfloat16 and float16, for permuted streams.
+        None where there is no kernel for it: for more than 64 rows of x (one of float32) on a GPU and 16 on
+        the CPU, for another dtype than float32, bfloat16 and float16, for permuted streams.
         """
         ...
 

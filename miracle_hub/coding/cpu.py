@@ -16,6 +16,7 @@ from torch import Tensor
 
 from miracle_hub.code import Code
 from miracle_hub.coding.digest import GOLDEN, MIX_1, MIX_2
+from miracle_hub.coding.lookup import PADDING, decode_bands_by_table, decode_by_table, window_at
 from miracle_hub.coding.quantiles import quantiles
 from miracle_hub.errors import TruncatedPayloadError
 
@@ -135,46 +136,8 @@ def candidate_table(code: Code) -> np.ndarray:
 
 
 @_jit
-def window_at(message, bit, window_bits):
-    """The window that starts at `bit`; the message is padded by four bytes."""
-    byte = bit >> 3
-    word = (
-        (np.uint32(message[byte]) << np.uint32(24))
-        | (np.uint32(message[byte + 1]) << np.uint32(16))
-        | (np.uint32(message[byte + 2]) << np.uint32(8))
-        | np.uint32(message[byte + 3])
-    )
-    return (word >> np.uint32(32 - window_bits - (bit & 7))) & np.uint32((1 << window_bits) - 1)
-
-
-@_jit
-def _decode_scalar(message, table, window_bits, step_bits, first, out):
-    """Stream elements first, first + 1, … of a code with one weight per step."""
-    bit = first * step_bits
-    for i in range(out.shape[0]):
-        out[i] = table[window_at(message, bit, window_bits), 0]
-        bit += step_bits
-
-
-@_jit
-def _decode_table(message, table, window_bits, step_bits, first, out):
-    """Stream elements first, first + 1, … through the table of candidates."""
-    width = table.shape[1]
-    step, v = first // width, first % width
-    i = 0
-    while i < out.shape[0]:
-        state = window_at(message, step * step_bits, window_bits)
-        n = min(width - v, out.shape[0] - i)
-        for j in range(n):
-            out[i + j] = table[state, v + j]
-        i += n
-        v = 0
-        step += 1
-
-
-@_jit
 def _decode_philox(message, quantile_table, code, stream_id, key0, key1, first, out):
-    """The same without a table; code = (window_bits, step_bits, step_weights)."""
+    """Stream elements first, first + 1, … without a table; code = (window_bits, step_bits, step_weights)."""
     window_bits, step_bits, width = code
     halves = np.empty(8, np.uint16)
     last_step, last_group = np.int64(-1), np.int64(-1)
@@ -188,21 +151,8 @@ def _decode_philox(message, quantile_table, code, stream_id, key0, key1, first, 
 
 
 @_jit
-def _bands_table(message, table, code, n_rows, first_row, width, out):
-    """Rows first_row, … of n_rows that are read band by band; code = (window_bits, step_bits)."""
-    for start in range(0, out.shape[1], width):
-        stop = min(start + width, out.shape[1])
-        for row in range(out.shape[0]):
-            first = n_rows * start + (first_row + row) * (stop - start)
-            if table.shape[1] == 1:
-                _decode_scalar(message, table, code[0], code[1], first, out[row, start:stop])
-            else:
-                _decode_table(message, table, code[0], code[1], first, out[row, start:stop])
-
-
-@_jit
 def _bands_philox(message, quantile_table, code, stream_id, key0, key1, n_rows, first_row, width, out):
-    """The same without a table."""
+    """Rows first_row, … of n_rows that are read band by band, without a table."""
     for start in range(0, out.shape[1], width):
         stop = min(start + width, out.shape[1])
         for row in range(out.shape[0]):
@@ -260,14 +210,12 @@ def digest_words(words, first):
 def decode_range(padded: np.ndarray, code: Code, first: int, out: np.ndarray) -> None:
     """Fill `out` (float32) with stream elements first, first + 1, …; see `pad_message`."""
     bits = (code.window_bits, code.step_bits)
-    if not _has_table(padded, code):
+    if not has_table(padded, code):
         keys = (code.stream_id, code.seed & 0xFFFFFFFF, code.seed >> 32)
         shape = (*bits, code.step_weights)
         _decode_philox(padded, quantiles_float32(), shape, *keys, first, out)
-    elif code.step_weights == 1:
-        _decode_scalar(padded, candidate_table(code), *bits, first, out)
     else:
-        _decode_table(padded, candidate_table(code), *bits, first, out)
+        decode_by_table(padded, candidate_table(code), *bits, first, out)
 
 
 def decode_banded(
@@ -284,22 +232,22 @@ def decode_banded(
         width: of a band; the last one may be narrower.
     """
     bits, place = (code.window_bits, code.step_bits), (n_rows, first_row, width)
-    if not _has_table(padded, code):
+    if not has_table(padded, code):
         keys = (code.stream_id, code.seed & 0xFFFFFFFF, code.seed >> 32)
         _bands_philox(padded, quantiles_float32(), (*bits, code.step_weights), *keys, *place, out)
     else:
-        _bands_table(padded, candidate_table(code), bits, *place, out)
+        decode_bands_by_table(padded, candidate_table(code), bits, *place, out)
 
 
-def _has_table(padded: np.ndarray, code: Code) -> bool:
+def has_table(padded: np.ndarray, code: Code) -> bool:
     """Whether candidates are looked up."""
     few_steps = _STATES_PER_STEP * (8 * padded.size // code.step_bits) < 1 << code.window_bits
     return not few_steps and code.step_weights << code.window_bits <= _TABLE_LIMIT
 
 
 def pad_message(message: np.ndarray) -> np.ndarray:
-    """A message with four zero bytes behind it, so that every window can be read as four bytes."""
-    return np.concatenate((message, np.zeros(4, np.uint8)))
+    """A message with zero bytes behind it, so that every word can be read whole."""
+    return np.concatenate((message, np.zeros(PADDING, np.uint8)))
 
 
 def decode_stream(message: Tensor, code: Code, n_weights: int) -> Tensor:

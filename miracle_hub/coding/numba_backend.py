@@ -10,6 +10,7 @@ from torch import Tensor
 from miracle_hub.code import Code
 from miracle_hub.coding import cpu
 from miracle_hub.coding.matrix import CodedRows, MatrixLayout
+from miracle_hub.coding.multiply import multiply
 from miracle_hub.coding.posterior import Cost
 
 _TASK_WEIGHTS = 1 << 17
@@ -18,6 +19,7 @@ _TASK_WEIGHTS = 1 << 17
 _MOST_TASKS = 8
 # Below this a thread costs more than it saves.
 _FEWEST_WEIGHTS = 1 << 16
+_MULTIPLIED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class NumbaBackend:
@@ -94,9 +96,9 @@ class NumbaBackend:
         ]
         cpu.in_threads(_decode_rows, tasks)
 
-    def multiply(self, x: Tensor, part: CodedRows, layout: MatrixLayout) -> None:
+    def multiply(self, x: Tensor, part: CodedRows, layout: MatrixLayout) -> Tensor | None:
         """See `backend.Backend`."""
-        return None
+        return multiply(x, part, layout) if x.device.type == "cpu" and x.dtype in _MULTIPLIED else None
 
 
 def _n_tasks() -> int:
