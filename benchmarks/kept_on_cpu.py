@@ -31,7 +31,8 @@ def written(folder: Path, keep_compressed: bool, batch: int, dtype: str) -> dict
     options: dict[str, Any] = (
         {"quantization_config": MiracleConfig(keep_compressed=True)} if keep_compressed else {}
     )
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **options).eval()
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **options)
+    model = loaded.eval()
     ids = torch.randint(1000, 40_000, (batch, _GIVEN), generator=torch.Generator().manual_seed(0))
     seconds = []
     with torch.inference_mode():

@@ -79,7 +79,7 @@ class _FewClasses(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, found: Tensor, values: Tensor, classes: Tensor) -> Tensor:
+    def forward(ctx: Any, found: Tensor, values: Tensor, classes: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """
         Args:
             found: logits `[..., n]`.
@@ -101,7 +101,7 @@ class _FewClasses(torch.autograd.Function):
         return torch.as_tensor(total)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The gradient of the logits."""
         (found,) = ctx.saved_tensors
         return found * gradient, None, None

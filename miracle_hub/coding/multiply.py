@@ -7,6 +7,7 @@ the dtype of their source on the way, as those of a dense load are.
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ def _in_tasks(given: tuple, width: int, x: np.ndarray, out: np.ndarray) -> None:
     """Rows in as many parts as there are processors, if each is large enough."""
     n_tasks = max(1, min(cpu.n_threads(), out.shape[0] * x.shape[1] // _FEWEST_WEIGHTS))
     step = -(-len(out) // n_tasks)
-    tasks = [(*given, row, width, x, out[row : row + step]) for row in range(0, len(out), step)]
+    tasks: list[Any] = [(*given, row, width, x, out[row : row + step]) for row in range(0, len(out), step)]
     others = [_pool(os.getpid()).submit(multiply_rows, *task) for task in tasks[1:]]
     multiply_rows(*tasks[0])
     for other in others:
