@@ -25,7 +25,7 @@ from miracle_hub.coding.backend import Backend
 from miracle_hub.coding.cpu import torch_threads
 
 # Of the encoders: another search that gives other bytes for equal inputs has another number.
-ENCODER = 2
+ENCODER = 3
 # Weights of a job that runs beside others: a choice.
 _MOST_AT_ONCE = 1 << 24
 # Jobs per processor that are waited for: they come in their order, and a short one is done before a long one.
