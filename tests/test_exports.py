@@ -86,8 +86,8 @@ __init__ _autoload errors checks code names options api calibrate calibrate.aske
 files files.container files.digests files.folders files.whole
 format format.frame format.network format.payload format.spec format.varint
 coding coding.backend coding.cpu coding.digest coding.lookup coding.matrix coding.narrowing
-coding.numba_backend coding.order coding.philox coding.posterior coding.quantiles coding.rotation coding.scales
-coding.sharing
+coding.numba_backend coding.order coding.philox coding.posterior coding.quantiles coding.rotation
+coding.scales coding.sharing
 codec codec.body codec.companions codec.comparing codec.config codec.constants codec.curvature
 codec.decompress codec.detector codec.dtypes codec.finite codec.guard codec.guarded codec.handed_out
 codec.inherited codec.inspection codec.kinds codec.modules codec.naming codec.network codec.parts
