@@ -19,7 +19,7 @@ from miracle_hub.coding import cpu
 from miracle_hub.coding.lookup import PIECE, decode_by_table
 from miracle_hub.coding.matrix import CodedRows, MatrixLayout
 
-# Rows of x: for more of them a decoded band in a matrix product is faster (benchmarks/kept_on_cpu.py).
+# Rows of x: of many a decoded band in a matrix product is faster. A guess: where they cross was not measured.
 _MOST_ROWS = 16
 # Weights of a task: fewer take less time than a thread that is woken for them.
 _FEWEST_WEIGHTS = 1 << 17
@@ -32,10 +32,12 @@ def multiply(
     x: Float[Tensor, "batch columns"], part: CodedRows, layout: MatrixLayout
 ) -> Float[Tensor, "batch rows"] | None:
     """x·Wᵀ in x's dtype, added up in float32; None where decoding is faster, or must come first."""
-    padded, code = cpu.pad_message(part.message.numpy()), part.code
-    width = layout.band_columns if layout.is_banded else layout.columns
+    code, width = part.code, layout.band_columns if layout.is_banded else layout.columns
     is_whole = width % code.step_weights == 0 == layout.columns % code.step_weights
-    if layout.permuted or not is_whole or not 1 <= len(x) <= _MOST_ROWS or not cpu.has_table(padded, code):
+    if layout.permuted or not is_whole or not 1 <= len(x) <= _MOST_ROWS:
+        return None
+    padded = cpu.pad_message(part.message.numpy())
+    if not cpu.has_table(padded, code):
         return None
     rotated = x.detach().float()
     if layout.rotation > 1:

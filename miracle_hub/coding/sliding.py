@@ -23,9 +23,9 @@ _MERGE_WINDOWS = 16
 _PIECE_STEPS = 2048
 _FULL_PIECES = 64
 # A stream that goes on is one of many bands of a matrix, others of which are searched meanwhile: one thread
-# of 16 lanes, even and odd, and margins of half the length. At 0.5 to 4 bits it costs 0.0 % more on average
-# for bands of 1,536 rows of SmolLM2, 0.4 % for 192 of them and for 384 of MiniLM, and saves 5 to 49 % of the
-# time. In bands of 64 rows of stories260K, of 256 steps at most, costs differ by 5 % with every change: they
+# of 16 lanes, even and odd, and margins of half the length. At 0.5 to 4 bits it costs, on average, 0.1 % less
+# for bands of 1,536 rows of SmolLM2, 0.5 % more for 192 of them, 0.3 and 0.4 % for 384 of MiniLM, and takes
+# 0.5 to 0.96 of the time. In bands of 64 rows of stories260K, of 256 steps at most, it would cost 2.8 %: they
 # stay whole (benchmarks/bands.py, in which they are cut).
 _BAND_MERGE_WINDOWS = 8
 _FULL_BAND_PIECES = 32
