@@ -1,8 +1,9 @@
 """Memory of a calibrated compression, taken apart: the most that is resident while each part of it runs.
 
-    python benchmarks/calibration_memory.py          SmolLM2 at 3 bits, effort 1
+    python benchmarks/calibration_memory.py          SmolLM2 at 3 bits, efforts 0 and 1
 
-Windows are narrow: memory does not depend on them, and the run is short. Beside it is the dense model in
+Windows are narrow: memory does not depend on them, and the run is short. So are the seconds of coding, but not
+those of the other parts. Beside it is the dense model in
 float32 with gradients and two moments of two blocks.
 """
 
@@ -58,19 +59,23 @@ def _part(frame: FrameType | None) -> str:
 
 
 @contextmanager
-def watched() -> Iterator[dict[str, float]]:
-    """Most resident megabytes by part of what the thread that enters does."""
-    found, done, thread = dict[str, float](), threading.Event(), threading.get_ident()
+def watched() -> Iterator[tuple[dict[str, float], dict[str, float]]]:
+    """Most resident megabytes, and seconds, by part of what the thread that enters does."""
+    most, seconds = dict[str, float](), dict[str, float]()
+    done, thread = threading.Event(), threading.get_ident()
 
     def watch() -> None:
+        last = time.perf_counter()
         while not done.wait(0.02):
             part = _part(sys._current_frames().get(thread))
-            found[part] = max(found.get(part, 0.0), round(resident_mb()))
+            most[part] = max(most.get(part, 0.0), round(resident_mb()))
+            last, before = time.perf_counter(), last
+            seconds[part] = seconds.get(part, 0.0) + last - before
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        yield found
+        yield most, seconds
     finally:
         done.set()
         watcher.join()
@@ -86,13 +91,14 @@ def compressed(name: str, bits: float, data: str, effort: int) -> dict[str, Any]
     folder = dense_folder(name)
     imported, begun = resident_mb(), time.perf_counter()
     options: dict[str, Any] = {"calibrate": data, "effort": effort, "window_bits": _WINDOW_BITS}
-    with tempfile.TemporaryDirectory() as out, watched() as parts:
+    with tempfile.TemporaryDirectory() as out, watched() as (parts, seconds):
         report = miracle_hub.compress(folder, Path(out) / "out", bits_per_weight=bits, **options)
     layers = AutoConfig.from_pretrained(folder).get_text_config().num_hidden_layers
     dense = 4 * report.n_weights / 1e6
     return {
         "imported_mb": round(imported),
         "parts_mb": parts,
+        "parts_seconds": {part: round(found, 1) for part, found in seconds.items()},
         "peak_mb": max(parts.values()),
         "dense_float32_mb": round(dense),
         "dense_and_two_blocks_mb": round(dense + 2 * 3 * dense / layers),
