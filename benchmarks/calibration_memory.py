@@ -3,7 +3,8 @@
     python benchmarks/calibration_memory.py          SmolLM2 at 3 bits, efforts 0 and 1
 
 Windows are narrow: memory does not depend on them, and the run is short. So are the seconds of coding, but
-not those of other parts. Beside it is the dense model in float32 with gradients and two moments of two blocks.
+not those of other parts. Beside it is the dense model in float32 with gradients and two moments of two
+blocks.
 """
 
 import argparse
