@@ -7,6 +7,7 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from miracle_hub.calibrate.modality import inputs_by_name, positions_of
+from miracle_hub.calibrate.precision import fast_if_large
 from miracle_hub.calibrate.rows import Row, met_length, rows_of_batch
 from miracle_hub.errors import CalibrationError
 
@@ -37,7 +38,8 @@ def continued(
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     while ids.shape[1] < length and not done.all():
         options = {kept: cache, "use_cache": True} if kept else {}
-        outputs = model(**{name: ids if cache is None else step}, **options, **encoded)
+        with fast_if_large(model):
+            outputs = model(**{name: ids if cache is None else step}, **options, **encoded)
         cache = getattr(outputs, kept or "", None)
         step = _next(model, outputs.logits[:, -1].float(), generator)
         ids = torch.cat((ids, step), 1)
