@@ -11,6 +11,7 @@ from miracle_hub.calibrate.recipe import (
     SPEED,
     STEP_TOKENS,
     WORK,
+    RefitOptions,
     refit_options,
     steps_of,
     tokens_for,
@@ -26,8 +27,9 @@ _CODING, _CODING_QUICKLY = 1.2e-6, 0.3e-6
 # Seconds per matrix of a step of small models, whatever their size: 960 steps take stories260K and ResNet-44
 # 0.19 seconds each, ResNet-20 0.07.
 _OF_A_MATRIX = 4e-3
-# Seconds per weight and token that a causal language model writes: SmolLM2's took 5 milliseconds.
-_WRITING, _WRITERS = 4e-11, ("CausalLM", "LMHeadModel")
+# Seconds per weight and token that a causal language model writes: SmolLM2's took 3 to 4 milliseconds
+# in bfloat16.
+_WRITING, _WRITERS = 2.5e-11, ("CausalLM", "LMHeadModel")
 # In steps: trials of feedback on a dozen kinds of matrices.
 _TRIALS = 12
 # The file without calibration is made too, beside all but the largest models, whose time it would double.
@@ -37,9 +39,11 @@ COMPARED_QUICKLY = 30_000_000
 # Copies of all weights in float32: the model, and what is decoded of it; with refits of the whole model its
 # gradients, two moments of Adam, and what may be undone.
 _COPIES, _COPIES_OF_REFITS = 2, 6
-# Copies of the answers to one batch there and back, in float32, and bytes of what runs all this. SmolLM2,
-# whose blocks are refitted, is said to take 3.6 GB and took 4.0.
+# Copies of the answers to one batch there and back, in float32, and bytes of what runs all this. Looks take
+# half a batch at a time. SmolLM2 at 3 bits took at most 3.8 GB with effort 0 and 4.8 with effort 1
+# (benchmarks/calibration_memory.py).
 _COPIES_OF_ANSWERS, _PROGRAM = 6, 8e8
+_TOKENS_OF_A_LOOK = STEP_TOKENS // 2
 
 
 @dataclass(frozen=True)
@@ -66,20 +70,32 @@ def estimated(
     tables, head = tables_in(tensors, config), head_of(tensors, config)
     looked_up = sum(tensor.n_weights for tensor in tensors if tensor.name in tables and tensor.name != head)
     given = (effort, n_weights, n_weights - looked_up, is_convolutional(tensors))
-    steps = steps_of(*given)
+    steps, options = steps_of(*given), refit_options(*given)
     all_steps = EFFORTS[effort].looks + (steps + _TRIALS if steps else 0)
     coding = _CODING + (_compared(n_weights) if steps else 0)
-    columns = [matrix_columns(tensor.shape) for tensor in tensors if len(tensor.shape) > 1]
-    of_a_step = max(WORK * STEP_TOKENS * (n_weights - looked_up) / SPEED, _OF_A_MATRIX * len(columns))
+    matrices = [tensor for tensor in tensors if len(tensor.shape) > 1 and tensor.name not in tables]
+    of_a_step = max(WORK * STEP_TOKENS * (n_weights - looked_up) / SPEED, _OF_A_MATRIX * len(matrices))
     seconds = n_weights * coding + all_steps * of_a_step
     if is_self and any(name in str(config.get("architectures")) for name in _WRITERS):
         looked = EFFORTS[effort].looks * STEP_TOKENS
-        written = tokens_for(Modality.CAUSAL, refit_options(*given).n_batches, looked, True)
+        written = tokens_for(Modality.CAUSAL, options.n_batches, looked, True)
         seconds += n_weights * written * _WRITING
-    copies = _COPIES_OF_REFITS if refit_options(*given).steps else _COPIES
-    answers = 0 if head is None else max(t.shape[0] for t in tensors if t.name == head) * STEP_TOKENS
-    n_floats = copies * n_weights + sum(n * n for n in columns) + _COPIES_OF_ANSWERS * answers
-    return Estimate(seconds / 60, 4 * n_floats + int(_PROGRAM))
+    classes = 0 if head is None else max(t.shape[0] for t in tensors if t.name == head)
+    return Estimate(seconds / 60, _bytes(n_weights, matrices, classes, options))
+
+
+def _bytes(n_weights: int, matrices: Sequence[SourceTensor], classes: int, options: RefitOptions) -> int:
+    """
+    Args:
+        matrices: that all tokens are multiplied by.
+        classes: of an answer to a token; 0 where there is no head.
+    """
+    copies = _COPIES_OF_REFITS if options.steps else _COPIES
+    columns = [matrix_columns(tensor.shape) for tensor in matrices]
+    between_layers = sum(n + t.n_weights // n for t, n in zip(matrices, columns, strict=True))
+    of_a_token = between_layers + _COPIES_OF_ANSWERS * classes
+    n_tokens = STEP_TOKENS if options.is_any else _TOKENS_OF_A_LOOK
+    return 4 * (copies * n_weights + sum(n * n for n in columns) + n_tokens * of_a_token) + int(_PROGRAM)
 
 
 def _compared(n_weights: int) -> float:

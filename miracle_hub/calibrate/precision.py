@@ -7,8 +7,8 @@ from miracle_hub.calibrate.outputs import device_of
 
 # With AVX-512 BF16 a step of SmolLM2, and of one of its blocks, took 0.6 of the time of float32.
 _OF_CPUS = ("avx512_bf16", "amx_bf16")
-# Weights of models whose texts and answers take minutes in float32: SmolLM2's texts 90 of 333 seconds of effort 1
-# with narrow windows. Its tokens, written 19 or 60 at a time, take 0.59 or 0.72 of that.
+# Weights of models whose texts and answers take minutes in float32: SmolLM2's texts 90 of 333 seconds of
+# effort 1 with narrow windows. Its tokens, written 19 or 60 at a time, take 0.59 or 0.72 of that.
 _LARGE = 30_000_000
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from miracle_hub.calibrate.matrix import MatrixInMaking, code_all
 from miracle_hub.calibrate.norms import Norms
+from miracle_hub.calibrate.precision import fast_if_large
 from miracle_hub.calibrate.teacher import Teacher
 from miracle_hub.codec.jobs import Job
 from miracle_hub.codec.kept import Kept
@@ -122,7 +123,8 @@ def _diverged(
         code_all((matrix, matrix.columns) for matrix in made)
         if norms:
             norms.estimate()
-        return held_out.mean_divergence(model)
+        with fast_if_large(model):  # all trials are rounded alike
+            return held_out.mean_divergence(model)
     finally:
         for own_values, values in zip(changed, before, strict=True):
             own_values.copy_(values)

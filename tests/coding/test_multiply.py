@@ -39,7 +39,7 @@ def expected(x: Tensor, part: CodedRows, layout: MatrixLayout) -> Tensor:
     return x.double() @ weights.double().T
 
 
-@pytest.mark.parametrize("batch", [1, 3, 16])
+@pytest.mark.parametrize("batch", [1, 3, 32])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("code", CODES, ids=str)
 @pytest.mark.parametrize("has_row_scales", [True, False])
