@@ -19,8 +19,8 @@ from miracle_hub.coding import cpu
 from miracle_hub.coding.lookup import PIECE, decode_by_table
 from miracle_hub.coding.matrix import CodedRows, MatrixLayout
 
-# Rows of x: at 16 a product takes 0.2 to 0.6 of the time of one by decoded bands, at 32 0.6 to 1.1, at 64 0.6 to
-# 1.8 (benchmarks/kept_on_cpu.py, four shapes, 2 bits).
+# Rows of x: at 16 a product takes 0.2 to 0.6 of the time of one by decoded bands, at 32 0.6 to 1.1, at 64
+# 0.6 to 1.8 (benchmarks/kept_on_cpu.py, four shapes, 2 bits).
 _MOST_ROWS = 32
 # Weights of a task: fewer take less time than a thread that is woken for them.
 _FEWEST_WEIGHTS = 1 << 17

@@ -105,7 +105,7 @@ def test_several_callers_at_once_get_their_own_products(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("code", "layout", "batch"),
     [
-        (CODES[0], LAYOUTS["rows"], 17),
+        (CODES[0], LAYOUTS["rows"], 33),
         (CODES[0], LAYOUTS["rows"], 0),
         (CODES[0], MatrixLayout(192, permuted=True), 1),
         (Code(9, 4, 5), LAYOUTS["rows"], 1),  # a step would lie in two rows
