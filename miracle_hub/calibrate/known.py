@@ -16,7 +16,6 @@ from miracle_hub.calibrate.kept_knowledge import kept_of_jobs
 from miracle_hub.calibrate.kept_refits import KeptMaking, steps_of
 from miracle_hub.calibrate.matrix import MatrixInMaking
 from miracle_hub.calibrate.norms import Norms
-from miracle_hub.calibrate.precision import fast_if_large
 from miracle_hub.calibrate.refits import RefitOptions, Refits
 from miracle_hub.calibrate.sensitivity import Sensitivity
 from miracle_hub.calibrate.teacher import Teacher, spread
@@ -118,8 +117,9 @@ class Known:
         self.model.requires_grad_(False)
         parameters, statistics = self.parameters, norms.buffers if norms else {}
         vectors = _vectors(plans, parameters) if self.states_tuned and self.options.is_any else {}
-        with fast_if_large(self.model):
-            teacher = Teacher(self.model, self.inputs.batches[: self.options.all_steps], self.progress)
+        teacher = Teacher(
+            self.model, self.inputs.batches[: self.options.all_steps], self.progress, judges=False
+        )
         known = [job for job in jobs if job.source.name in parameters]
         kept = kept_of_jobs(self.kept, known, backend).given(*statistics)
         if self.options.is_any:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from miracle_hub.calibrate.outputs import answers, divergence, parts
+from miracle_hub.calibrate.precision import fast_if_large
 from miracle_hub.calibrate.rows import rows_of_batch, tokens_of
 
 Batch = Mapping[str, Tensor]
@@ -35,11 +37,18 @@ class _Answer:
 class Teacher:
     """The dense model's answers to batches, by their numbers."""
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch], progress: bool = False) -> None:
-        self.batches = batches
-        with torch.no_grad():
-            shown = tqdm(batches, desc="dense answers", disable=not progress)
-            self.kept = [_kept(*answers(model, batch)) for batch in shown]
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Batch], progress: bool = False, *, judges: bool = True
+    ) -> None:
+        """
+        Args:
+            judges: rather than that something is fitted to the answers, which large models then give faster.
+        """
+        self.batches, self.kept = batches, list[_Answer]()
+        for batch in tqdm(batches, desc="dense answers", disable=not progress):
+            with torch.no_grad(), nullcontext() if judges else fast_if_large(model):
+                kind, found = answers(model, batch)
+            self.kept.append(_kept(kind, found))
 
     def __len__(self) -> int:
         return len(self.batches)
