@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import miracle_hub
-from miracle_hub.calibrate import recipe
+from miracle_hub.calibrate import precision, recipe, teacher
 from miracle_hub.calibrate.judge import tensors_of
 from miracle_hub.calibrate.models import load_dense
 from miracle_hub.calibrate.outputs import answers, divergence
@@ -86,6 +86,18 @@ def test_a_family_calibrates_itself_and_loads_as_it_was_judged(
     dense, coded = load_dense(folder), cls.from_pretrained(tmp_path / "out").eval()
     moved = [n for n, own in tensors_of(dense).items() if not torch.equal(own, tensors_of(coded)[n].float())]
     assert moved and report.calibration.divergence < 0.1
+
+
+@pytest.mark.parametrize("cls", [LlamaForCausalLM, BartForConditionalGeneration])
+def test_a_large_model_with_many_classes_is_fitted_to_rounded_answers(
+    cls: Any, saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "_LARGE", 0)
+    monkeypatch.setattr(precision, "_OF_CPUS", ("sse2", "avx512_bf16"))
+    _, folder = saved(cls, vocab_size=4 * teacher._KEPT + 1, head_dim=32, **WIDER)
+    report = miracle_hub.compress(folder, tmp_path / "out", effort=1, **QUICK)
+    assert report.calibration is not None and not report.uncalibrated, report.uncalibrated
+    assert report.calibration.divergence < 0.1
 
 
 def test_a_speech_model_with_fewer_positions_than_words_calibrates_itself(
