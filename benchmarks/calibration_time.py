@@ -41,7 +41,7 @@ def said(name: str, effort: int, is_self: bool) -> dict[str, float]:
 def known(name: str, bits: float) -> dict[str, Any]:
     """Runs of before, of the same size."""
     path = record.RESULTS / f"calibration-time-{name}.json"
-    found = json.loads(path.read_text()) if path.exists() else {"results": {"bits_per_weight": None}}
+    found: Any = json.loads(path.read_text()) if path.exists() else {"results": {"bits_per_weight": None}}
     if found["results"]["bits_per_weight"] != bits:
         return {}
     runs = found["results"]["runs"]
