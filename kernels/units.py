@@ -40,13 +40,20 @@ def _codebook(given: Launched) -> Work:
 
 def _decode(given: Launched) -> Work:
     across = given["columns"] / _parts(given["columns"], given["TILE_COLUMNS"])
-    return Work("weight", given["TILE_ROWS"] * across, persistent=True)
+    return Work("weight", min(given["TILE_ROWS"], given["n_rows"]) * across, persistent=True)
 
 
 def _linear(given: Launched) -> Work:
     """A tile is some rows of the matrix; the loop goes over its columns, TILE_COLUMNS at a time."""
     times = _parts(given["columns"], given["TILE_COLUMNS"])
-    return Work("weight", given["TILE_ROWS"] * given["columns"], (Passes(times),), persistent=True)
+    rows = min(given["TILE_ROWS"], given["rows"])
+    return Work("weight", rows * given["columns"], (Passes(times),), persistent=True)
+
+
+def _product(given: Launched) -> Work:
+    """Sixteen rows; the loop goes over their columns, TILE_COLUMNS at a time."""
+    times = _parts(given["columns"], given["TILE_COLUMNS"])
+    return Work("weight", min(16, given["rows"]) * given["columns"], (Passes(times),), persistent=True)
 
 
 def _rotate(given: Launched) -> Work:
@@ -80,6 +87,8 @@ _WORK: dict[str, Callable[[Launched], Work]] = {
     "codebook_kernel": _codebook,
     "decode_kernel": _decode,
     "vector_kernel": _linear,
+    "product_kernel": _product,
+    "split_kernel": _tile("element"),
     "matrix_kernel": _linear,
     "rotate_kernel": _rotate,
     "rotate_vector_kernel": _tile("element"),

@@ -13,7 +13,7 @@ _DEFAULTS: dict[str, dict[str, int]] = {
     "codebook": {"TILE_STATES": 128, "TILE_GROUPS": 2, "num_warps": 4},
     # A table of up to 16 KiB is copied to shared memory once per tile: 4 bytes per weight at most.
     "decode": {
-        "TILE": 4096, "TILE_GENERAL": 2048, "num_warps": 8, "programs_per_processor": 4,
+        "TILE": 8192, "TILE_GENERAL": 2048, "num_warps": 8, "programs_per_processor": 4,
         "largest_shared_bytes": 16384,
     },
     "decode[with_digest=1]": {"TILE": 2048},  # 4,096 spill on sm_90
