@@ -1,15 +1,20 @@
-"""The GPU benchmark's problems, what each must at least do, and what that predicts for an H200.
+"""What each problem of the GPU benchmark must at least do, and what that predicts for an H200.
 
     python benchmarks/gpu.py --floors-only    # writes benchmarks/results/gpu-floors.json; needs no GPU
 
-`work` counts bytes, instructions and gathers per problem; `unit_seconds` divides them by a chip's rates.
-The largest is what a perfect overlap would take, their sum what no overlap at all would.
+`work` counts bytes and gathers per problem, and takes instructions from kernels/resources.json, which counts
+them in the compiled kernels; `unit_seconds` divides all by a chip's rates. The largest is what a perfect
+overlap would take, their sum what no overlap at all would.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from gpu_problems import PROBLEMS, Problem
 
 RESOURCES = Path(__file__).resolve().parents[1] / "kernels" / "resources.json"
 
@@ -20,19 +25,10 @@ PHILOX_INTEGER = ROUNDS * (PRODUCTS * INSTRUCTIONS_PER_PRODUCT + XORS)
 # Per 16-bit half that is used: one mask or shift, and two instructions for a 64-bit address.
 HALF_INTEGER = 1 + 2
 
-# Instructions per weight of decode's loop on the grouped path, read off the SASS for sm_90 (L = 12, k = 2).
-DECODE_INSTRUCTIONS, DECODE_INTEGER = 13.7, 6.0
-# A rotation by 128: additions, selections and 5 shuffles; the digest: three 64-bit products, six xor-shifts.
-ROTATION_INSTRUCTIONS, ROTATION_SHUFFLES, DIGEST_INSTRUCTIONS = 20.0, 5.0, 48.0
-# Without a table each weight calls Philox for itself: static count of the general path, per weight.
-GENERAL_INSTRUCTIONS = 225.0
-# decode_linear's loop per weight (window, gather, conversion, multiply-add) by V, read off the SASS for
-# sm_90. The one for several rows has a candidate's weights in different threads, which all look it up.
-VECTOR_INSTRUCTIONS, MATRIX_INSTRUCTIONS = {1: 9.3, 2: 7.2, 4: 6.8}, 13.5
-# select per score, from the SASS of the scan: maximum, multiply-add, exponential, sum, and the rest shared.
-SELECT_INSTRUCTIONS, SELECT_TILE_BLOCKS = 9.0, 256
-# slide per state, and its two contiguous loads; float32 costs and one byte per node go to the L2.
-SLIDE_INSTRUCTIONS, SLIDE_READS, SLIDE_MARGIN = 14.0, 2.0, 16 / 2048
+# Blocks that share a tile of select's candidates; the margin of slide's pieces.
+SELECT_TILE_BLOCKS, SLIDE_MARGIN = 256, 16 / 2048
+# Contiguous loads of slide per transition.
+SLIDE_READS = 2.0
 
 
 @dataclass(frozen=True)
@@ -69,110 +65,6 @@ H200_SLOW_CLOCK_HZ = 1.755e9
 
 
 @dataclass(frozen=True)
-class Problem:
-    """One thing to measure.
-
-    Args:
-        size: weights; states for codebook, blocks for select; a multiple of `columns` where that is not 0.
-        code: L, k, V.
-        stage: of reparameterize: forward, backward, or step: both, through autograd.
-        target: the ratio to reach, None where a number is only reported; `limit` says that less is better.
-        optional: skipped when time runs out.
-    """
-
-    op: str
-    size: int
-    code: tuple[int, int, int] = (12, 2, 1)
-    columns: int = 0
-    dtype: str = "float32"
-    rotation: int = 1
-    digest: bool = False
-    selection: str = "best"
-    batch: int = 1
-    stage: str = ""
-    target: float | None = None
-    limit: bool = False
-    optional: bool = False
-
-    @property
-    def label(self) -> str:
-        """What tells it from the op's other problems."""
-        code = ".".join(map(str, self.code))
-        rows = self.size // self.columns if self.columns else 0
-        return " ".join(part for part in (
-            self.stage or (f"L={self.code[0]} V={self.code[2]}" if self.op == "select" else code),
-            f"{rows}x{self.columns}" if rows else f"n={self.size}",
-            self.dtype if self.op in ("decode", "decode_linear") else "",
-            f"rotation={self.rotation}" if self.rotation > 1 else "",
-            "digest" if self.digest else "",
-            "sample" if self.selection == "sample" else "",
-            f"batch={self.batch}" if self.op == "decode_linear" else "",
-        ) if part)  # fmt: skip
-
-
-def _decodes() -> list[Problem]:
-    codes = [(12, 2, 1), (12, 4, 2), (12, 1, 1), (12, 4, 1), (10, 2, 1)]
-    kinds = [(dtype, rotation) for dtype in ("float32", "bfloat16") for rotation in (1, 128)]
-    size, columns = 1 << 27, 8192
-    wanted = [Problem("decode", size, code, columns, *kind, target=0.6) for code in codes for kind in kinds]
-    more: dict[str, Any] = dict(columns=columns, dtype="bfloat16")
-    digests = [Problem("decode", size, rotation=r, digest=True, **more) for r in (1, 128)]
-    longer = [Problem("decode", size, code, rotation=128, **more) for code in ((14, 2, 1), (16, 2, 1))]
-    philox = [Problem("decode", 1 << 26, code, **more, optional=True) for code in ((20, 2, 1), (20, 20, 8))]
-    sizes = [Problem("decode", n, optional=True, **more) for n in (1 << 22, 1 << 24, 1 << 29)]
-    return wanted + digests + longer + philox + sizes
-
-
-def _selects() -> list[Problem]:
-    main = [Problem("select", 1 << 16, (20, 20, 32), selection=s, target=0.4) for s in ("best", "sample")]
-    shorter = [Problem("select", 1 << 16, (bits, bits, 32)) for bits in (12, 16)]
-    return main + shorter + [Problem("select", 1 << 20, (16, 16, 8), optional=True)]
-
-
-def _slides() -> list[Problem]:
-    main = Problem("slide", 1 << 27, target=1.0)
-    others = [((10, 2, 1), 27), ((14, 2, 1), 24), ((12, 4, 2), 25), ((12, 1, 1), 26), ((16, 2, 1), 22)]
-    rest = [Problem("slide", 1 << bits, code, optional=bits == 22) for code, bits in others]
-    return [main, *rest, Problem("slide", 1 << 24, selection="sample")]
-
-
-def _reparameterizations() -> list[Problem]:
-    found = []
-    for op in ("reparameterize", "reparameterize_mean_kl"):
-        for stage in ("forward", "backward"):
-            found.append(Problem(op, 1 << 26, stage=stage, target=1.3, limit=True))
-        found.append(Problem(op, 1 << 26, stage="step", target=3.0))
-        found.append(Problem(op, 1 << 22, stage="step", optional=True))
-    return found
-
-
-def _linears() -> list[Problem]:
-    square: dict[str, Any] = dict(columns=8192, dtype="bfloat16", rotation=128)
-    codes = ((12, 2, 1), (12, 4, 2), (12, 8, 4))
-    one = [Problem("decode_linear", 1 << 26, code, target=2.0, **square) for code in codes]
-    more = [Problem("decode_linear", 1 << 26, batch=n, **square) for n in (4, 16, 64)]
-    more += [
-        Problem("decode_linear", 1 << 26, (12, 8, 4), batch=n, optional=True, **square) for n in (16, 64)
-    ]
-    wide: dict[str, Any] = dict(square, columns=14336)
-    more += [Problem("decode_linear", 4096 * 14336, code, **wide) for code in codes[:2]]
-    return one + more
-
-
-PROBLEMS: list[Problem] = [
-    Problem("codebook", 1 << 24, (24, 24, 32), target=0.5),
-    Problem("codebook", 1 << 26, (24, 24, 8), target=0.5),
-    Problem("codebook", 1 << 24, (24, 24, 1)),
-    Problem("codebook", 1 << 16, (16, 16, 1), optional=True),
-    *_decodes(),
-    *_selects(),
-    *_slides(),
-    *_reparameterizations(),
-    *_linears(),
-]
-
-
-@dataclass(frozen=True)
 class Work:
     """What a problem takes, counted over all threads.
 
@@ -197,16 +89,35 @@ class Work:
     shuffles: float = 0
 
 
+@lru_cache(1)
+def _report() -> dict[str, Any]:
+    return json.loads(RESOURCES.read_text())["variants"] if RESOURCES.exists() else {}
+
+
 def reported(variant: str, kernel: str) -> dict[str, Any]:
     """What the ahead-of-time report says of a kernel on sm_90; empty where it says nothing."""
-    variants = json.loads(RESOURCES.read_text())["variants"] if RESOURCES.exists() else {}
-    return variants.get(variant, {}).get("sm_90", {}).get(kernel, {})
+    return _report().get(variant, {}).get("sm_90", {}).get(kernel, {})
 
 
-def straight_instructions(variant: str, kernel: str, tile: int, otherwise: float) -> float:
-    """Instructions per element of a kernel without loops: those of a thread over a thread's elements."""
-    used = reported(variant, kernel)
-    return used["instructions"] * 32 * used["num_warps"] / tile if "instructions" in used else otherwise
+def counted(variant: str, kernel: str, n: float) -> dict[str, float]:
+    """Fields of `Work`: instructions for n units of a kernel's work, counted over whole tiles.
+
+    Raises:
+        LookupError: the report has no counts of it.
+    """
+    each = reported(variant, kernel).get("per_unit")
+    if not each:
+        raise LookupError(
+            f"{RESOURCES}: expected counts of {kernel} in {variant} for sm_90, found none; "
+            "run make kernel-compile"
+        )
+    kinds = {
+        "instructions": "instructions",
+        "integer": "integer",
+        "special": "special",
+        "shuffles": "shuffle",
+    }
+    return {field: n * each.get(kind, 0) for field, kind in kinds.items()}
 
 
 def codebook_integer(n_states: int, step_weights: int) -> float:
@@ -216,21 +127,31 @@ def codebook_integer(n_states: int, step_weights: int) -> float:
 
 def _codebook(problem: Problem) -> Work:
     n, v = problem.size, problem.code[2]
-    integer, halves = codebook_integer(n, v), 8 * -(-v // 8) * n  # the kernel reads all eight of a group
-    return Work(4 * n, 2 * n * v, integer, 1.2 * integer, l1_gathers=halves)
+    halves = 8 * -(-v // 8) * n  # the kernel reads all eight of a group
+    done = counted(f"codebook[step_weights={v}]", "codebook_kernel", n * v)
+    return Work(4 * n, 2 * n * v, **done | {"integer": codebook_integer(n, v)}, l1_gathers=halves)
+
+
+def _decode_variant(problem: Problem) -> str:
+    """The variant of the report that has the problem's path, rotation and digest; of bfloat16, which other
+    dtypes differ from by a cast."""
+    bits, _, v = problem.code
+    on_the_fly = bits > 16
+    code = ("20.20.8" if v > 1 else "20.2.1") if on_the_fly else ("12.4.2" if v > 1 else "12.2.1")
+    if v << bits > 8192 and not on_the_fly:  # a table that is read through the cache
+        code = "16.2.1"
+    told = ",rotation=128" * (problem.rotation > 1) + ",on_the_fly=True" * on_the_fly
+    return f"decode[code={code},bfloat16{told}{',with_digest=True' * problem.digest}]"
 
 
 def _decode(problem: Problem) -> Work:
     (bits, step_bits, v), n = problem.code, problem.size
+    done = counted(_decode_variant(problem), "decode_kernel", n)
     read, written = n * step_bits / v / 8, n * (4 if problem.dtype == "float32" else 2)
     if bits > 16:
-        integer = n * (PHILOX_INTEGER + HALF_INTEGER)
-        return Work(read, written, integer, n * GENERAL_INSTRUCTIONS, l1_gathers=n)
-    rotated, shared = problem.rotation > 1, v << bits <= 8192
-    each = DECODE_INSTRUCTIONS + rotated * ROTATION_INSTRUCTIONS + problem.digest * DIGEST_INSTRUCTIONS
-    integer = n * (DECODE_INTEGER + 0.9 * problem.digest * DIGEST_INSTRUCTIONS)
-    gathers = {"shared_gathers" if shared else "l1_gathers": n / v}
-    return Work(read, written, integer, n * each, shuffles=n * rotated * ROTATION_SHUFFLES, **gathers)
+        return Work(read, written, **done, l1_gathers=n)
+    gathers = {"shared_gathers" if v << bits <= 8192 else "l1_gathers": n / v}
+    return Work(read, written, **done, **gathers)
 
 
 def _select(problem: Problem) -> Work:
@@ -238,50 +159,58 @@ def _select(problem: Problem) -> Work:
     width = max(16, 1 << (v - 1).bit_length())
     scores = problem.size << bits
     drawn = -(-problem.size // SELECT_TILE_BLOCKS) * (width << bits)  # candidates, again for every tile
-    integer = drawn / 8 * (PHILOX_INTEGER + 8 * HALF_INTEGER)
+    code = "window_bits=16,step_weights=8" if v == 8 else "window_bits=20,step_weights=32"
+    done = counted(f"select[{code},{problem.selection}]", "scan_kernel", scores)
     return Work(
-        8 * v * problem.size, 16 * problem.size, integer, scores * SELECT_INSTRUCTIONS + integer,
-        special=scores, flops=4.0 * v * scores, l1_gathers=drawn,
+        8 * v * problem.size, 16 * problem.size, **done, flops=4.0 * v * scores, l1_gathers=drawn,
     )  # fmt: skip
+
+
+def _slide_variant(problem: Problem) -> str:
+    """The variant of the report that has the problem's code, or one with as many weights per step."""
+    code = ".".join(map(str, problem.code))
+    names = [f"slide[code={code},{problem.selection}{more}]" for more in (",weighted", "")]
+    other = "12.4.2" if problem.code[2] > 1 else "12.2.1"
+    return next((name for name in names if reported(name, "slide_kernel")),
+                f"slide[code={other},{problem.selection},weighted]")  # fmt: skip
 
 
 def _slide(problem: Problem) -> Work:
     bits, step_bits, v = problem.code
     steps = problem.size / v * (1 + SLIDE_MARGIN * bits / step_bits)
     states, nodes = steps * 2**bits, steps * 2 ** (bits - step_bits)
-    sample = problem.selection == "sample"  # Gumbel noise: a Philox call and two logarithms per state
-    each = SLIDE_INSTRUCTIONS + (v - 1) * 6 + sample * (PHILOX_INTEGER + 20)
+    done = counted(_slide_variant(problem), "slide_kernel", states)
     return Work(
-        4 * problem.size, nodes, states * 2, states * each, special=states * 3 * sample,
-        l1_reads=states * (SLIDE_READS + v - 1), l2_written=5 * nodes,
-    )  # fmt: skip
+        4 * problem.size, nodes, **done, l1_reads=states * (SLIDE_READS + v - 1), l2_written=5 * nodes
+    )
 
 
 def _reparameterize(problem: Problem) -> Work:
-    mean_kl, n = problem.op.endswith("mean_kl"), problem.size
-    variant = f"{problem.op}[{'block_weights=8,' * mean_kl}float32]"
-    forward = straight_instructions(variant, f"{problem.op}_kernel", 1024, 111 if mean_kl else 67)
-    backward = straight_instructions(variant, f"{problem.op}_backward_kernel", 1024, 165 if mean_kl else 76)
-    passes = {"forward": [(8, 4, forward)], "backward": [(12, 8, backward)]}
-    passes["step"] = passes["forward"] + passes["backward"]
-    read, written, each = (n * sum(column) for column in zip(*passes[problem.stage], strict=True))
-    drawn = n * len(passes[problem.stage])
-    integer = drawn / 8 * (PHILOX_INTEGER + 8 * HALF_INTEGER)
-    return Work(read, written, integer, each, special=drawn * (5 if mean_kl else 2), l1_gathers=drawn)
+    n = problem.size
+    variant = f"{problem.op}[{'block_weights=8,' * problem.op.endswith('mean_kl')}float32]"
+    stages = ("forward", "backward") if problem.stage == "step" else (problem.stage,)
+    done: dict[str, float] = {}
+    for stage in stages:
+        kernel = f"{problem.op}{'_backward' * (stage == 'backward')}_kernel"
+        for name, count in counted(variant, kernel, n).items():
+            done[name] = done.get(name, 0) + count
+    moved = {"forward": (8, 4), "backward": (12, 8)}
+    read, written = (n * sum(column) for column in zip(*(moved[stage] for stage in stages), strict=True))
+    return Work(read, written, **done, l1_gathers=n * len(stages))
 
 
 def _linear(problem: Problem) -> Work:
     (bits, step_bits, v), n = problem.code, problem.size
-    rows = n // problem.columns
+    rows, several = n // problem.columns, problem.batch > 1
     read = n * step_bits / v / 8 + 2 * rows + 2 * problem.batch * problem.columns + 2 * (v << bits)
-    several = problem.batch > 1
+    code, batch = {1: ("12.2.1", 16), 2: ("12.4.2", 16), 4: ("12.8.4", 64)}[v]
+    variant = f"decode_linear[code={code},batch={batch if several else 1},columns=8192,rotation=128]"
+    done = counted(variant, "matrix_kernel" if several else "product_kernel", n)
     gathers = {"shared_gathers" if 2 * v << bits <= 32768 else "l1_gathers": n if several else n / v}
-    instructions = n * (MATRIX_INSTRUCTIONS if several else VECTOR_INSTRUCTIONS[v])
-    flops = 2.0 * problem.batch * n if several else 0
-    return Work(read, 2 * problem.batch * rows, n * 4, instructions, flops=flops, **gathers)
+    return Work(read, 2 * problem.batch * rows, **done, flops=2.0 * max(8, problem.batch) * n, **gathers)
 
 
-_WORK = {
+_WORK: dict[str, Callable[[Problem], Work]] = {
     "codebook": _codebook, "decode": _decode, "select": _select, "slide": _slide, "decode_linear": _linear,
     "reparameterize": _reparameterize, "reparameterize_mean_kl": _reparameterize,
 }  # fmt: skip

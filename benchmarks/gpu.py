@@ -31,7 +31,8 @@ import gpu_checks
 import gpu_ops
 import gpu_tune
 import torch
-from floors import H200, PROBLEMS, Chip, Problem, predictions
+from floors import H200, Chip, predictions
+from gpu_problems import PROBLEMS, Problem
 from gpu_timing import time_calls
 
 from miracle_kernels._triton import HAS_TRITON

@@ -1,4 +1,4 @@
-"""How the GPU benchmark sets up, times and verifies each problem of floors.PROBLEMS."""
+"""How the GPU benchmark sets up, times and verifies each problem of gpu_problems.PROBLEMS."""
 
 import math
 import sys
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from floors import Chip, Problem, codebook_integer, met, ratio, work, yardstick
+from floors import Chip, codebook_integer, met, ratio, work, yardstick
+from gpu_problems import Problem
 from gpu_timing import Call, Timing, device_ms, peak_bytes, time_both, time_calls
 from torch import Tensor
 

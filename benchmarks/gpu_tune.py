@@ -12,8 +12,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from floors import Problem
 from gpu_ops import PREPARE, ROOT
+from gpu_problems import Problem
 from gpu_timing import device_ms
 
 from miracle_kernels import tuning
@@ -56,7 +56,7 @@ def _sweeps() -> list[Sweep]:
         ), {"TILE": (8192, 16384, 32768), "num_warps": (8, 16), "programs_per_processor": (1, 2, 4)}),
         Sweep("decode[with_digest=0]", tuple(
             Problem("decode", 1 << 27, rotation=rotation, **wide) for rotation in (1, 128)
-        ), {"TILE": (2048, 4096, 8192), "num_warps": (4, 8), "programs_per_processor": (2, 4, 8)}),
+        ), {"TILE": (4096, 8192, 16384), "num_warps": (4, 8), "programs_per_processor": (2, 4, 8)}),
         Sweep("slide[window_bits=12]", (Problem("slide", 1 << 24),),
               {"TILE_NODES": (256, 512, 1024), "num_warps": (2, 4, 8), "programs_per_processor": (4, 8, 16)}),
         Sweep("select[step_weights=32]", (Problem("select", 1 << 16, (18, 18, 32)),),

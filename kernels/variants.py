@@ -133,7 +133,7 @@ def decode_linear(
 
     code = f"{window_bits}.{step_bits}.{step_weights}"
     name = f"code={code},batch={batch},columns={columns},rotation={rotation}" + ",rows=1" * (rows == 1)
-    return Variant(f"decode_linear[{name}]", call, matrix=batch > 1)
+    return Variant(f"decode_linear[{name}]", call, matrix=batch > 1 or columns % 4 == 0)
 
 
 def reparameterize(dtype: torch.dtype, *, prior_mean: bool = False, n: int = 4 * ODD) -> Variant:
@@ -202,12 +202,17 @@ VARIANTS: list[Variant] = [
     *(codebook(step_weights) for step_weights in (1, 8, 32)),
     decode(8, 2, 1),
     decode(12, 2, 1),
+    decode(12, 2, 1, with_digest=True),
+    decode(12, 2, 1, rotation=128),
     decode(12, 2, 1, rotation=128, with_digest=True),
     decode(12, 2, 1, dtype=torch.float32, rotation=4096, has_mean=True, with_digest=True),
+    decode(12, 4, 2),
     decode(12, 4, 2, rotation=128),
     decode(16, 2, 1, rotation=128),
     decode(16, 8, 4, rotation=128),
     decode(12, 3, 1, rotation=128, band_columns=256),
+    decode(20, 2, 1, on_the_fly=True),
+    decode(20, 20, 8, on_the_fly=True),
     decode(20, 20, 8, on_the_fly=True, with_digest=True),
     decode_linear(12, 2, 1, 1),
     decode_linear(12, 4, 2, 1),

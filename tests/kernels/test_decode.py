@@ -190,7 +190,7 @@ def test_bits_past_two_to_the_31_of_one_row_are_right(
     monkeypatch: pytest.MonkeyPatch, run_alone: Callable[[int, int], None]
 ) -> None:
     """The last tile of a row of 2³⁰ weights at 4 bits, run alone; memory is sparse."""
-    code, columns, tile = Code(12, 4, 1), 2**30, 4096
+    code, columns, tile = Code(12, 4, 1), 2**30, 8192
     n_tiles, module = columns // tile, import_module("miracle_kernels.decode")
     monkeypatch.setattr(module, "resident_programs", lambda *_: 1)
     run_alone(n_tiles - 1, n_tiles)

@@ -97,11 +97,23 @@ def test_every_code_and_order_is_multiplied(
         check(Code(20, 20, 9, 7, 3), batch, 20, 63, device)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("magnitude", [1e-30, 1e-6, 1e4, 1e30])
-def test_large_and_small_inputs_keep_their_digits(device: torch.device, magnitude: float) -> None:
-    x = magnitude * torch.randn(3, 256, generator=generator(0))
-    x[1] = 0
-    check(Code(12, 2, 1), 3, 20, 256, device, x=x, rotation=128)
+def test_large_and_small_inputs_keep_their_digits(device: torch.device, magnitude: float, batch: int) -> None:
+    x = magnitude * torch.randn(batch, 256, generator=generator(0))
+    x[1:2] = 0
+    check(Code(12, 2, 1), batch, 20, 256, device, x=x, rotation=128)
+
+
+@pytest.mark.parametrize("code", [(12, 2, 1), (12, 4, 2), (12, 8, 4), (9, 3, 1)])
+@pytest.mark.parametrize("rotation", [1, 64])
+def test_one_row_keeps_all_digits(device: torch.device, code: Triple, rotation: int) -> None:
+    """Of numbers of many magnitudes: x is cut into parts of 11 bits, and nothing of it is left over."""
+    x = torch.randn(1, 1280, generator=generator(0)) * torch.randn(1, 1280, generator=generator(1)).exp2()
+    given = arguments(Code(*code), 1, 21, 1280, device, x=x, rotation=rotation)
+    expected = exact(given, Code(*code))
+    error = (decode_linear_triton(**given).cpu().double() - expected).norm() / expected.norm()
+    assert error <= 2.0**-18, float(error)
 
 
 @pytest.mark.parametrize("batch", [1, 4])

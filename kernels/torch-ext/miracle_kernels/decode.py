@@ -32,11 +32,23 @@ from .windows import (
     fits_shared_memory,
     path_steps,
     tile_columns,
+    whole_words,
     windows_torch,
 )
 
 
-@triton.jit(do_not_specialize=["n_bytes", "first_row", "band_columns", "seed", "stream_id", "first_index"])
+@triton.jit(
+    do_not_specialize=[
+        "n_bytes",
+        "mask",
+        "n_tiles",
+        "first_row",
+        "band_columns",
+        "seed",
+        "stream_id",
+        "first_index",
+    ]
+)
 def _decode_kernel(
     out_ptr,  # [n_rows, columns] float32, bfloat16 or float16
     digests_ptr,  # [programs] int64, if WITH_DIGEST
@@ -44,40 +56,52 @@ def _decode_kernel(
     table_ptr,  # STEPS: [2^L] integers of 16·V bits; else [2^L, V] candidates or [65536] quantiles, float16
     scales_ptr,  # [rows] or [1] bfloat16
     mean_ptr,  # [n_rows, columns] float32, if HAS_MEAN
-    n_bytes, rows, n_rows, first_row, columns, band_columns, seed, stream_id, first_index,
+    n_bytes, window_mask, n_tiles, rows, n_rows, first_row, columns, band_columns, seed, stream_id,
+    first_index,
     L: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     STEPS: tl.constexpr,  # of a group that is read as one word; 0: every weight finds its own window
+    WHOLE_WORDS: tl.constexpr,  # whether every row and tile is a whole number of 32-bit words
     FROM_TABLE: tl.constexpr, SHARED_TABLE: tl.constexpr, ROW_SCALES: tl.constexpr,
     HAS_MEAN: tl.constexpr, WITH_DIGEST: tl.constexpr, ROTATION: tl.constexpr,
+    WHOLE_COLUMNS: tl.constexpr,  # whether the columns are a whole number of tiles
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    across = tl.cdiv(columns, TILE_COLUMNS)
-    n_tiles = tl.cast(tl.cdiv(n_rows, TILE_ROWS), tl.int64) * across
+    """A column of programs for every TILE_COLUMNS columns; each goes down through tiles of TILE_ROWS rows."""
     digest = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.uint64)
     table = tl.load(table_ptr + tl.arange(0, 1 << L)) if SHARED_TABLE else 0
-    for tile in range(tl.program_id(0).to(tl.int64), n_tiles, tl.num_programs(0)):
-        out_row = tile // across * TILE_ROWS + tl.arange(0, TILE_ROWS).to(tl.int64)
-        row = out_row + first_row
-        tile_column = (tile % across).to(tl.int32)
-        column = tile_column * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-        mask = (out_row < n_rows)[:, None] & (column < columns)[None, :]
+    if SHARED_TABLE and V == 1:  # an entry is then one number, which is converted here for all weights
+        table = tl.cast(tl.cast(table, tl.float16, bitcast=True), tl.float32)
+    tile_column = tl.program_id(0)
+    column = tile_column * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    in_tile = tl.arange(0, TILE_ROWS)
+    # A row is up to 2^31 weights: 64 bits, but all of them the same in every tile.
+    within = in_tile.to(tl.int64)[:, None] * columns + column[None, :]
+    for tile in range(tl.program_id(1), n_tiles, tl.num_programs(1)):
+        first = tile * TILE_ROWS
+        n_left = n_rows - first
+        mask = (in_tile < n_left)[:, None]
+        if not WHOLE_COLUMNS:
+            mask = mask & (column < columns)[None, :]
+        # Past the last row the last one stands for all: what is read of it is not written.
+        row = first + first_row + tl.minimum(in_tile, n_left - 1)
         z = coded_candidates(
-            message_ptr, n_bytes, table_ptr, table, row, tile_column, rows, columns, band_columns, seed,
-            stream_id, L, K, V, STEPS, FROM_TABLE, SHARED_TABLE, TILE_COLUMNS,
+            message_ptr, n_bytes, window_mask, table_ptr, table, row, tile_column, rows, columns,
+            band_columns, seed, stream_id, L, K, V, STEPS, WHOLE_WORDS, FROM_TABLE, SHARED_TABLE,
+            TILE_COLUMNS,
         )  # fmt: skip
-        scale = tl.load(scales_ptr + row * ROW_SCALES, mask=out_row < n_rows, other=0.0).to(tl.float32)
-        # The product is exact (11 significant bits times 8), so fused and unfused sums agree.
-        weight = rotate(z.to(tl.float32) * scale[:, None], ROTATION)
-        position = out_row[:, None] * columns + column[None, :]
+        scale = tl.load(scales_ptr + row * ROW_SCALES).to(tl.float32)
+        # The product is exact (11 significant bits times 8), so fused and unfused sums agree: they are fused.
+        weight = rotate(z.to(tl.float32) * scale[:, None], ROTATION, STEPS * V)
+        start = tl.cast(first, tl.int64) * columns
         if HAS_MEAN:
-            weight += tl.load(mean_ptr + position, mask=mask, other=0.0)
+            weight += tl.load(mean_ptr + start + within, mask=mask, other=0.0)
         if WITH_DIGEST:
-            index = position + first_row.to(tl.int64) * columns + first_index
+            index = within + (start + first_row.to(tl.int64) * columns + first_index)
             digest += tl.where(mask, mixed_words(weight, index), tl.zeros_like(digest))
-        tl.store(out_ptr + position, rounded(weight, out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_ptr + start + within, rounded(weight, out_ptr.dtype.element_ty), mask=mask)
     if WITH_DIGEST:
         total = tl.sum(tl.sum(digest.to(tl.int64, bitcast=True), axis=1), axis=0)
-        tl.store(digests_ptr + tl.program_id(0), total)
+        tl.store(digests_ptr + tl.program_id(1) * tl.num_programs(0) + tile_column, total)
 
 
 class _Arguments(NamedTuple):
@@ -154,28 +178,34 @@ def decode_triton(given: _Arguments) -> Tensor:
     n_rows, columns = out.shape
     steps = path_steps(table, window_bits, step_bits, step_weights, columns, given.band_columns)
     shape, options = _tile_options(given, steps)
-    n_tiles = triton.cdiv(n_rows, shape["TILE_ROWS"]) * triton.cdiv(columns, shape["TILE_COLUMNS"])
-    n_programs = min(n_tiles, resident_programs(out.device, options.pop("programs_per_processor")))
-    digests = out.new_zeros(max(1, n_programs), dtype=torch.int64)
-    if n_tiles:
-        _decode_kernel[(n_programs,)](
+    across, down = triton.cdiv(columns, shape["TILE_COLUMNS"]), triton.cdiv(n_rows, shape["TILE_ROWS"])
+    resident = resident_programs(out.device, options.pop("programs_per_processor"))
+    grid = (across, min(down, triton.cdiv(resident, across)))
+    digests = out.new_zeros(max(1, grid[0] * grid[1]), dtype=torch.int64)
+    if down:
+        _decode_kernel[grid](
             out, digests, message, as_entries(table) if steps else table, scales, mean,
-            message.numel(), rows, n_rows, first_row, columns, given.band_columns, given.seed,
-            given.stream_id, given.first_index, L=window_bits, K=step_bits, V=step_weights, STEPS=steps,
-            FROM_TABLE=table.ndim == 2, ROW_SCALES=int(scales.numel() > 1), HAS_MEAN=mean is not None,
-            WITH_DIGEST=given.with_digest, ROTATION=given.rotation, enable_fp_fusion=False,
-            **shape, **options,
+            message.numel(), (1 << window_bits) - 1, down, rows, n_rows, first_row, columns,
+            given.band_columns, given.seed, given.stream_id, given.first_index,
+            L=window_bits, K=step_bits, V=step_weights, STEPS=steps, FROM_TABLE=table.ndim == 2,
+            ROW_SCALES=int(scales.numel() > 1), HAS_MEAN=mean is not None, WITH_DIGEST=given.with_digest,
+            ROTATION=given.rotation, enable_fp_fusion=True, **shape, **options,
         )  # fmt: skip
     return digests.sum()
 
 
 def _tile_options(given: _Arguments, steps: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Tile sizes and where the table lies; launch options."""
+    """Tile sizes and what they allow, and where the table lies; launch options."""
+    columns, code = given.out.shape[1], (given.step_bits, given.step_weights)
     tile = tiles("decode", given.out.device, steps=steps, with_digest=int(given.with_digest))
     largest = tile["TILE"] if steps else tile["TILE_GENERAL"]
-    width = tile_columns(given.out.shape[1], max(given.rotation, steps * given.step_weights, 16), largest)
-    shared = fits_shared_memory(given.table, steps, tile)
-    shape = {"TILE_ROWS": max(1, largest // width), "TILE_COLUMNS": width, "SHARED_TABLE": shared}
+    width = tile_columns(columns, max(given.rotation, steps * given.step_weights, 16), largest)
+    shape = {"TILE_ROWS": max(1, largest // width), "TILE_COLUMNS": width}
+    shape |= {
+        "WHOLE_COLUMNS": columns % width == 0,
+        "WHOLE_WORDS": steps > 0 and whole_words(*code, columns, width),
+    }
+    shape |= {"SHARED_TABLE": fits_shared_memory(given.table, steps, tile)}
     return shape, {name: tile[name] for name in ("num_warps", "programs_per_processor")}
 
 

@@ -26,10 +26,18 @@ from .checks import (
     check_width,
 )
 from .decode import decode_torch
+from .decode_vector import launch as launch_vector
 from .registration import register, takes
 from .rotation import rotate
 from .tuning import resident_programs, tiles
-from .windows import as_entries, coded_candidates, fits_shared_memory, path_steps, tile_columns
+from .windows import (
+    as_entries,
+    coded_candidates,
+    fits_shared_memory,
+    path_steps,
+    tile_columns,
+    whole_words,
+)
 
 MAX_BATCH = 64
 # Rows that the reference decodes at a time.
@@ -51,7 +59,7 @@ def _rotate_kernel(
     for first in range(0, columns, TILE):
         column = first + tl.arange(0, TILE)
         x = tl.load(x_ptr + at + column, mask=column < filled, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.max(tl.abs(rotate(x[None, :], ROTATION)), axis=1).sum(0))
+        largest = tl.maximum(largest, tl.max(tl.abs(rotate(x[None, :], ROTATION, 0)), axis=1).sum(0))
     # The exponent field alone, one higher: a power of two above the largest. 2^-126 … 2^127.
     exponent = tl.minimum(tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) + 1, 1), 253)
     unit = (exponent << 23).to(tl.float32, bitcast=True)
@@ -60,68 +68,18 @@ def _rotate_kernel(
     for first in range(0, columns, TILE):
         column = first + tl.arange(0, TILE)
         x = tl.load(x_ptr + at + column, mask=column < filled, other=0.0).to(tl.float32)
-        x = tl.reshape(rotate(x[None, :], ROTATION), [TILE])
+        x = tl.reshape(rotate(x[None, :], ROTATION, 0), [TILE])
         tl.store(rotated_ptr + at + column, (x * inverse).to(tl.float16), mask=column < columns)
 
 
-@triton.jit
-def _rotate_vector_kernel(
-    rotated_ptr,  # [columns] float32
-    x_ptr,  # [columns]
-    columns, ROTATION: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """x·H of one row. A kernel of its own: read from memory, x lies as the candidates do, so that a thread
-    has all V weights of a candidate and looks it up once."""
-    column = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    x = tl.load(x_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
-    rotated = tl.reshape(rotate(x[None, :], ROTATION), [TILE])
-    tl.store(rotated_ptr + column, rotated, mask=column < columns)
-
-
-@triton.jit(do_not_specialize=["n_bytes", "band_columns", "seed", "stream_id"])
-def _vector_kernel(
-    y_ptr,  # [rows]
-    x_ptr,  # [columns], rotated
-    message_ptr, table_ptr, scales_ptr,  # as in decode
-    n_bytes, rows, columns, band_columns, seed, stream_id,
-    L: tl.constexpr, K: tl.constexpr, V: tl.constexpr, STEPS: tl.constexpr, FROM_TABLE: tl.constexpr,
-    SHARED_TABLE: tl.constexpr, ROW_SCALES: tl.constexpr,
-    ONE_TILE: tl.constexpr,  # whether a tile spans all columns: x is then read once per program
-    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """One row of x, in float32 throughout."""
-    table = tl.load(table_ptr + tl.arange(0, 1 << L)) if SHARED_TABLE else 0
-    # Read for every row, so that x, and with it all else, is laid out with neighbors in one thread, which
-    # then looks up the V weights of a candidate once.
-    every_row = tl.zeros([TILE_ROWS, 1], tl.int32)
-    column = every_row + tl.arange(0, TILE_COLUMNS)[None, :]
-    x = tl.load(x_ptr + column, mask=column < columns, other=0.0)
-    n_tiles = tl.cdiv(rows, TILE_ROWS)
-    for tile in range(tl.program_id(0).to(tl.int64), n_tiles, tl.num_programs(0)):
-        row = tile * TILE_ROWS + tl.arange(0, TILE_ROWS).to(tl.int64)
-        total = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32)
-        for across in range(tl.cdiv(columns, TILE_COLUMNS)):
-            if not ONE_TILE:
-                column = every_row + (across * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS))[None, :]
-                x = tl.load(x_ptr + column, mask=column < columns, other=0.0)
-            z = coded_candidates(
-                message_ptr, n_bytes, table_ptr, table, row, across, rows, columns, band_columns, seed,
-                stream_id, L, K, V, STEPS, FROM_TABLE, SHARED_TABLE, TILE_COLUMNS,
-            )  # fmt: skip
-            total += z.to(tl.float32) * x.to(tl.float32)
-        scale = tl.load(scales_ptr + row * ROW_SCALES, mask=row < rows, other=0.0).to(tl.float32)
-        y = tl.sum(total, axis=1) * scale
-        tl.store(y_ptr + row, rounded(y, y_ptr.dtype.element_ty), mask=row < rows)
-
-
-@triton.jit(do_not_specialize=["n_bytes", "batch", "band_columns", "seed", "stream_id"])
+@triton.jit(do_not_specialize=["n_bytes", "window_mask", "batch", "band_columns", "seed", "stream_id"])
 def _matrix_kernel(
     y_ptr,  # [batch, rows]
     rotated_ptr, unit_ptr,  # of _rotate_kernel
     message_ptr, table_ptr, scales_ptr,  # as in decode
-    n_bytes, batch, rows, columns, band_columns, seed, stream_id,
-    L: tl.constexpr, K: tl.constexpr, V: tl.constexpr, STEPS: tl.constexpr, FROM_TABLE: tl.constexpr,
-    SHARED_TABLE: tl.constexpr, ROW_SCALES: tl.constexpr,
+    n_bytes, window_mask, batch, rows, columns, band_columns, seed, stream_id,
+    L: tl.constexpr, K: tl.constexpr, V: tl.constexpr, STEPS: tl.constexpr, WHOLE_WORDS: tl.constexpr,
+    FROM_TABLE: tl.constexpr, SHARED_TABLE: tl.constexpr, ROW_SCALES: tl.constexpr,
     BATCH: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Several rows of x, on tensor cores: candidates are exact in float16, sums are float32."""
@@ -136,8 +94,9 @@ def _matrix_kernel(
             at = item.to(tl.int64)[None, :] * columns + column[:, None]
             x = tl.load(rotated_ptr + at, mask=(column < columns)[:, None], other=0.0)
             z = coded_candidates(
-                message_ptr, n_bytes, table_ptr, table, row, across, rows, columns, band_columns, seed,
-                stream_id, L, K, V, STEPS, FROM_TABLE, SHARED_TABLE, TILE_COLUMNS,
+                message_ptr, n_bytes, window_mask, table_ptr, table, tl.minimum(row, rows - 1), across, rows,
+                columns, band_columns, seed, stream_id, L, K, V, STEPS, WHOLE_WORDS, FROM_TABLE, SHARED_TABLE,
+                TILE_COLUMNS,
             )  # fmt: skip
             total = tl.dot(z, x, total)
         scale = tl.load(scales_ptr + row * ROW_SCALES, mask=row < rows, other=0.0).to(tl.float32)
@@ -205,46 +164,20 @@ def decode_linear_triton(given: _Arguments) -> Tensor:
     y = x.new_empty((batch, rows))
     if rows == 0:
         return y
-    steps = path_steps(table, window_bits, step_bits, step_weights, columns, given.band_columns)
-    options = {"L": window_bits, "K": step_bits, "V": step_weights, "STEPS": steps}
-    options |= {"FROM_TABLE": table.ndim == 2, "ROW_SCALES": int(scales.numel() > 1)}
-    coded = (message, as_entries(table) if steps else table, scales)
-    sizes = (rows, columns, given.band_columns, given.seed, given.stream_id)
-    launch = _vector if batch == 1 else _matrix
-    launch(y, x, coded, sizes, given.rotation, options)
+    coded, sizes = (message, table, scales), (rows, columns, given.band_columns, given.seed, given.stream_id)
+    launch = launch_vector if batch == 1 else _matrix
+    launch(y, x, coded, sizes, given.rotation, (window_bits, step_bits, step_weights))
     return y
 
 
-def _vector(
-    y: Tensor, x: Tensor, coded: tuple[Tensor, ...], sizes: tuple[int, ...], rotation: int, options: dict
-) -> None:
-    rows, columns = sizes[:2]
-    tile = tiles("decode_linear", x.device, batch=1)
-    _, table, _ = coded
-    largest = tile["TILE"] if options["STEPS"] else tile["TILE_GENERAL"]
-    width = tile_columns(columns, max(options["STEPS"] * options["V"], 16), largest)
-    height = max(1, largest // width)
-    if rotation > 1:
-        x, given = torch.empty_like(x, dtype=torch.float32), x
-        step = max(rotation, 1024)
-        _rotate_vector_kernel[(triton.cdiv(columns, step),)](
-            x, given, columns, ROTATION=rotation, TILE=step, enable_fp_fusion=True
-        )
-    programs = min(triton.cdiv(rows, height), resident_programs(x.device, tile["programs_per_processor"]))
-    _vector_kernel[(programs,)](
-        y, x, *coded, coded[0].numel(), *sizes, ONE_TILE=width >= columns,
-        SHARED_TABLE=fits_shared_memory(table, options["STEPS"], tile),
-        TILE_ROWS=height, TILE_COLUMNS=width, num_warps=tile["num_warps"], enable_fp_fusion=True, **options,
-    )  # fmt: skip
-
-
 def _matrix(
-    y: Tensor, x: Tensor, coded: tuple[Tensor, ...], sizes: tuple[int, ...], rotation: int, options: dict
-) -> None:
-    rows, columns = sizes[:2]
+    y: Tensor, x: Tensor, coded: tuple[Tensor, Tensor, Tensor], sizes: tuple[int, ...], rotation: int,
+    code: tuple[int, int, int],
+) -> None:  # fmt: skip
+    (rows, columns, band_columns), (message, table, scales) = sizes[:3], coded
+    steps = path_steps(table, *code, columns, band_columns)
     padded = max(16, triton.next_power_of_2(x.shape[0]))
     tile = tiles("decode_linear", x.device, batch=padded)
-    _, table, _ = coded
     rotated = x.new_empty((padded, columns), dtype=torch.float16)
     unit = x.new_empty(padded, dtype=torch.float32)
     _rotate_kernel[(padded,)](
@@ -253,13 +186,15 @@ def _matrix(
         num_warps=tile["num_warps"], enable_fp_fusion=True,
     )  # fmt: skip
     height = tile["TILE_ROWS"]
-    width = tile_columns(columns, max(options["STEPS"] * options["V"], 16), tile["TILE_COLUMNS"])
+    width = tile_columns(columns, max(steps * code[2], 16), tile["TILE_COLUMNS"])
     programs = min(triton.cdiv(rows, height), resident_programs(x.device, tile["programs_per_processor"]))
     _matrix_kernel[(programs,)](
-        y, rotated, unit, *coded, coded[0].numel(), x.shape[0], *sizes, BATCH=padded,
-        SHARED_TABLE=fits_shared_memory(table, options["STEPS"], tile),
-        TILE_ROWS=height, TILE_COLUMNS=width, num_warps=tile["num_warps"], num_stages=tile["num_stages"],
-        enable_fp_fusion=True, **options,
+        y, rotated, unit, message, as_entries(table) if steps else table, scales, message.numel(),
+        (1 << code[0]) - 1, x.shape[0], *sizes, **dict(zip("LKV", code)), STEPS=steps,
+        WHOLE_WORDS=steps > 0 and whole_words(*code[1:], columns, width), FROM_TABLE=table.ndim == 2,
+        SHARED_TABLE=fits_shared_memory(table, steps, tile), ROW_SCALES=int(scales.numel() > 1),
+        BATCH=padded, TILE_ROWS=height, TILE_COLUMNS=width, num_warps=tile["num_warps"],
+        num_stages=tile["num_stages"], enable_fp_fusion=True,
     )  # fmt: skip
 
 
