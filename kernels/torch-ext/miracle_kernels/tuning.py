@@ -34,7 +34,8 @@ _DEFAULTS: dict[str, dict[str, int]] = {
     },
     "select[step_weights=128]": {"TILE_BLOCKS": 128},  # 256 spill on sm_80
     "slide": {
-        "TILE_NODES": 1024, "num_warps": 4, "programs_per_processor": 8,
+        "TILE_NODES": 1024, "TILE_STATES": 4096, "KEPT_CANDIDATES": 8192, "num_warps": 4,
+        "programs_per_processor": 8,
         "TILE_MESSAGE": 512, "TILE_COST": 4096,
     },
 }
