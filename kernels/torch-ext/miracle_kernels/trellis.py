@@ -64,7 +64,7 @@ def _kept_candidates(
     kept = ()
     if KEEP:
         _, state = _states(0, 0, L, K, TILE_NODES, 1 << K)
-        for v in tl.static_range(V):
+        for v in tl.static_range(V):  # pyright: ignore[reportGeneralTypeIssues]
             kept = kept + (tl.load(table_ptr + (v << L) + state).to(tl.float32),)
     return kept
 
@@ -76,7 +76,7 @@ def _step_coefficients(
     """Quadratics and linears of a step, if they are kept; and minus the least that any state may cost."""
     quadratics, linears, least = (), (), tl.full([], 0.0, tl.float32)
     if KEEP:
-        for v in tl.static_range(V):
+        for v in tl.static_range(V):  # pyright: ignore[reportGeneralTypeIssues]
             quadratic, linear, own = _coefficients(
                 quadratic_ptr, linear_ptr, weight + v, n_weights, QUADRATIC
             )
@@ -96,7 +96,7 @@ def _costs(
     """Of every way of a tile: what its source has cost and what its state adds."""
     cost = tl.load(reached_ptr + source)
     if KEEP:
-        for v in tl.static_range(V):
+        for v in tl.static_range(V):  # pyright: ignore[reportGeneralTypeIssues]
             cost += kept[v] * (quadratics[v] * kept[v] - linears[v])
     else:
         for v in range(V):
