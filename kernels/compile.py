@@ -3,10 +3,12 @@
     python kernels/compile.py                    # writes kernels/resources.json
     python kernels/compile.py --if-changed       # the same, where that is of other sources; then it fails
     python kernels/compile.py --only codebook    # prints what the variants of one op use
+    python kernels/compile.py --only "decode[code=12.2.1,bfloat16]" --target sm_90 --counts    # seconds
 
-Registers, spills and shared memory chose the default tile sizes of miracle_kernels/tuning.py. It fails when a
-kernel does not compile, spills or outgrows a GPU. The report names the sources it is of, so that nobody has
-to compile what has not changed: tests/kernels/test_compilation.py reads it and compiles a few kernels anew.
+Registers, spills and shared memory chose the default tile sizes of miracle_kernels/tuning.py. Instructions
+per unit of work, over whole tiles, are counted by counting.py and units.py. It fails when a kernel does not
+compile, spills or outgrows a GPU. The report names the sources it is of, so that nobody has to compile what
+has not changed: tests/kernels/test_compilation.py reads it and compiles a few kernels anew.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -31,14 +34,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from counting import base, listed
 from fits import misfits
 from miracle_kernels import _triton
 from sources import kept, source_digest
+from units import counted
 from variants import TARGETS, VARIANTS, Variant
 
 OUTPUT = Path(__file__).parent / "resources.json"
 COUNTED = ("LDS", "STS", "LDG", "STG", "SHFL", "IMAD", "MUFU", "LDL", "STL")
-_OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
 _AMD_COUNTS = (
     "vgpr_count", "agpr_count", "sgpr_count", "vgpr_spill_count", "sgpr_spill_count",
     "private_segment_fixed_size", "group_segment_fixed_size",
@@ -90,12 +94,14 @@ def tool(*arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def nvidia_usage(compiled: CompiledKernel, folder: Path) -> dict[str, Any]:
+def nvidia_usage(compiled: CompiledKernel, launch: Launch, folder: Path) -> dict[str, Any]:
     """Registers, memory and instructions of a cubin, by cuobjdump."""
     metadata, path = compiled.metadata, folder / f"{compiled.hash}.cubin"
     path.write_bytes(compiled.asm["cubin"])
     used = dict(re.findall(r"\b([A-Z]+):(\d+)", tool("-res-usage", str(path))))
-    opcodes = Counter(_OPCODE.findall(tool("-sass", str(path))))
+    sass = tool("-sass", str(path))
+    opcodes = Counter(base(instruction.opcode) for instruction in listed(sass))
+    launched = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.options
     # From sm_90 on, cuobjdump counts the KiB that the system keeps for itself; the limits do not.
     reserved = 1024 if metadata.target.arch >= 90 else 0
     return {
@@ -109,7 +115,13 @@ def nvidia_usage(compiled: CompiledKernel, folder: Path) -> dict[str, Any]:
         "tensor_cores": any(opcode.endswith("MMA") for opcode in opcodes),
         "instructions": opcodes.total() - opcodes["NOP"],
         **{opcode: opcodes[opcode] for opcode in COUNTED},
+        **counted(plain_name(launch), launched, sass, 32 * metadata.num_warps),
     }
+
+
+def plain_name(launch: Launch) -> str:
+    """Of the kernel, as reports have it."""
+    return launch.kernel.__name__.strip("_")
 
 
 def amd_usage(compiled: CompiledKernel) -> dict[str, Any]:
@@ -135,10 +147,11 @@ def usage(variant: Variant, target: GPUTarget) -> dict[str, Any]:
             if compiled.hash in hashes:  # the same kernel again, on other data
                 continue
             hashes.add(compiled.hash)
-            name = launch.kernel.__name__.strip("_")
+            name = plain_name(launch)
             name += f"#{len(hashes)}" if name in found else ""
             is_cuda = target.backend == "cuda"
-            found[name] = nvidia_usage(compiled, Path(folder)) if is_cuda else amd_usage(compiled)
+            used = nvidia_usage(compiled, launch, Path(folder)) if is_cuda else amd_usage(compiled)
+            found[name] = used
     return found
 
 
@@ -167,13 +180,22 @@ def compile_all(
     """Variant name → target → kernel → usage."""
     report: dict[str, dict[str, Any]] = {VARIANTS[index].name: {} for index in indices}
     tasks = [(index, target, folder) for index in indices for target in targets]
-    # Spawned, not forked: torch and LLVM have threads.
-    with multiprocessing.get_context("spawn").Pool(len(os.sched_getaffinity(0)), single_threaded) as pool:
-        for (index, target, _), (found, seconds) in zip(tasks, pool.imap(attempt, tasks), strict=True):
-            name = VARIANTS[index].name
-            report[name][target] = found
-            print(f"{name} {target}: {found.get('error', 'ok')} ({seconds:.2f} s)", flush=True)
+    for (index, target, _), (found, seconds) in zip(tasks, attempts(tasks), strict=True):
+        name = VARIANTS[index].name
+        report[name][target] = found
+        print(f"{name} {target}: {found.get('error', 'ok')} ({seconds:.2f} s)", flush=True)
     return report
+
+
+def attempts(tasks: list[tuple[int, str, Path | None]]) -> Iterator[tuple[dict[str, Any], float]]:
+    """What `attempt` gives for each task, by as many processes as there are processors."""
+    n_processes = min(len(tasks), len(os.sched_getaffinity(0)))
+    if n_processes < 2:
+        yield from map(attempt, tasks)
+        return
+    # Spawned, not forked: torch and LLVM have threads.
+    with multiprocessing.get_context("spawn").Pool(n_processes, single_threaded) as pool:
+        yield from pool.imap(attempt, tasks)
 
 
 def single_threaded() -> None:
@@ -209,6 +231,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--if-changed", action="store_true", help="only if the report is of other sources")
     parser.add_argument("--only", nargs="+", default=[""], help="variants whose name starts so")
     parser.add_argument("--target", choices=TARGETS, help="this one alone")
+    parser.add_argument("--counts", action="store_true", help="print instructions per unit instead of all")
     parser.add_argument("--kept", type=Path, help="a folder of results that need not be compiled again")
     if knobs.runtime.interpret:
         parser.error(
@@ -249,6 +272,8 @@ def main() -> int:
     output = chosen.output or (OUTPUT if whole and before.get("sources") != now["sources"] else None)
     if output:
         write(output, report)
+    elif chosen.counts:
+        print("\n".join(count_lines(report["variants"])))
     elif not chosen.if_changed:
         print(json.dumps(report, indent=2))
     wrong = wrong_in(report["variants"])
@@ -256,6 +281,24 @@ def main() -> int:
         wrong.append(f"{OUTPUT}: expected the report of these sources, found another's; commit the new one")
     print("\n".join(wrong))
     return int(bool(wrong))
+
+
+def count_lines(report: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Instructions per unit of every kernel of a report that is counted."""
+    for name, targets in report.items():
+        for target, kernels in targets.items():
+            for kernel, used in kernels.items():
+                if isinstance(used, dict) and "unit" in used:
+                    yield f"{name} {target} {kernel}: {counts_of(used)}"
+
+
+def counts_of(used: dict[str, Any]) -> str:
+    """What a kernel's usage says of its work, in one line."""
+    kinds = dict(used.get("per_unit", {}))
+    each, once = kinds.pop("instructions", used.get("uncounted")), kinds.pop("once_per_program", 0)
+    told = ", ".join(f"{kind} {count:g}" for kind, count in kinds.items())
+    memory = f"{used['registers']} registers, {used['shared_bytes']} bytes of shared memory"
+    return f"{each} per {used['unit']} ({told}), {once} once per program; {memory}"
 
 
 def wrong_in(report: dict[str, dict[str, Any]]) -> list[str]:

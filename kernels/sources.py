@@ -9,7 +9,7 @@ from typing import Any
 
 KERNELS = Path(__file__).resolve().parent
 # Scripts beside the package that decide what is compiled and counted.
-_SCRIPTS = ("compile.py", "variants.py")
+_SCRIPTS = ("compile.py", "counting.py", "units.py", "variants.py")
 
 
 def source_digest(folder: Path = KERNELS) -> str:
