@@ -107,7 +107,7 @@ def check(
 
 
 # A candidate tile that no GPU has room for; the interpreter takes longer for many tiles.
-WIDE = 8192 if os.environ.get("TRITON_INTERPRET") == "1" else 64
+WIDE = 4096 if os.environ.get("TRITON_INTERPRET") == "1" else 64
 # (blocks, V, L, programs, block tile, candidate tile); a program takes every third tile, or all, or one.
 SHAPES = [
     (1, 1, 1, 3, 256, 64),

@@ -170,8 +170,15 @@ def test_the_message_does_not_depend_on_tile_sizes(
 ) -> None:
     cost = random_cost(11 * code.step_weights, KINDS[1])
     expected, _ = encode(cost, code, device, selection)
-    set_tiles(monkeypatch, TILE_NODES=8, TILE_MESSAGE=2, TILE_COST=4)
-    assert torch.equal(encode(cost, code, device, selection)[0], expected)
+    changes = [
+        dict(TILE_NODES=8, TILE_STATES=1 << 16, TILE_MESSAGE=2, TILE_COST=4),
+        dict(TILE_NODES=8, TILE_STATES=16),  # several tiles of branches
+        dict(KEPT_CANDIDATES=0),  # candidates are read at every step
+        dict(TILE_NODES=4, TILE_STATES=4, KEPT_CANDIDATES=0),
+    ]
+    for change in changes:
+        set_tiles(monkeypatch, **change)
+        assert torch.equal(encode(cost, code, device, selection)[0], expected), change
 
 
 @pytest.mark.parametrize(

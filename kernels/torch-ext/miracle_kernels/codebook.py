@@ -24,13 +24,14 @@ def _codebook_kernel(
     TILE_STATES: tl.constexpr,
     TILE_GROUPS: tl.constexpr,  # of eight weights, a power of two
 ):
+    at = tl.arange(0, TILE_STATES * TILE_GROUPS)
+    row = tl.program_id(0).to(tl.int64) * TILE_STATES + at // TILE_GROUPS
+    group = (tl.program_id(1) * TILE_GROUPS + at % TILE_GROUPS).to(tl.uint32)
+    state = tl.load(states_ptr + row, mask=row < n, other=0).to(tl.uint32)
+    zero = tl.zeros_like(group)
+    halves = philox_halves(state, group, stream_id.to(tl.uint32) + zero, zero, seed)
+    z = tl.reshape(tl.trans(tl.load(quantiles_ptr + halves)), [TILE_STATES, 8 * TILE_GROUPS])
     rows = tl.program_id(0).to(tl.int64) * TILE_STATES + tl.arange(0, TILE_STATES)
-    groups = tl.program_id(1) * TILE_GROUPS + tl.arange(0, TILE_GROUPS)
-    state = tl.load(states_ptr + rows, mask=rows < n, other=0).to(tl.uint32)
-    zero = tl.zeros([TILE_STATES, TILE_GROUPS], tl.uint32)
-    first, second = state[:, None] + zero, groups.to(tl.uint32)[None, :] + zero
-    halves = philox_halves(first, second, stream_id.to(tl.uint32) + zero, zero, seed)
-    z = tl.load(quantiles_ptr + tl.reshape(halves, [TILE_STATES, 8 * TILE_GROUPS]))
     weights = tl.program_id(1) * TILE_GROUPS * 8 + tl.arange(0, 8 * TILE_GROUPS)
     mask = (rows < n)[:, None] & (weights < STEP_WEIGHTS)[None, :]
     # Written once, read by other kernels: .cs keeps the quantile table in the first-level cache.

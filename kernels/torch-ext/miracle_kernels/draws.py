@@ -31,7 +31,25 @@ def noise(first_group, quantiles_ptr, seed, stream_id, TILE: tl.constexpr):
     low, high = groups.to(tl.uint32), (groups >> 32).to(tl.uint32)
     halves = philox_halves(low, high, stream_id.to(tl.uint32) + zero, zero + _DOMAIN, seed)
     # The table is all that is read twice: streams pass it by (.cg, .cs), it stays in the first-level cache.
-    return tl.load(quantiles_ptr + tl.reshape(halves, [TILE]), eviction_policy="evict_last").to(tl.float32)
+    eps = tl.load(quantiles_ptr + halves, eviction_policy="evict_last")
+    return tl.reshape(tl.trans(eps), [TILE]).to(tl.float32)
+
+
+@triton.jit
+def places(n, TILE: tl.constexpr, GROUP: tl.constexpr):
+    """A program's tile `[TILE / GROUP, GROUP]`: first element, places after it, mask `[TILE / GROUP, 1]`."""
+    first = tl.program_id(0).to(tl.int64) * TILE
+    group = (tl.arange(0, TILE // GROUP) * GROUP)[:, None]
+    is_inside = group < tl.minimum(n - first, TILE).to(tl.int32)
+    return first, group + tl.arange(0, GROUP)[None, :], is_inside
+
+
+def group_of(n: int) -> int:
+    """Elements that are inside or outside a tensor of n together: those of a word of 16 bytes, or one.
+
+    A mask that is said once for four of them lets the compiler read them at once.
+    """
+    return 1 if n % 4 else 4
 
 
 def noise_torch(at: slice, quantiles: Tensor, seed: int, stream_id: int) -> Tensor:

@@ -8,6 +8,7 @@ a second kernel scores that one tile again in float32 and chooses within it.
 # What Triton's language means by these operators is not what its stubs say.
 # pyright: reportOperatorIssue=false
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,9 @@ from .tuning import resident_programs, tiles
 MAX_WINDOW_BITS = 24
 MAX_STEP_WEIGHTS = 128
 SELECTIONS = ("best", "sample")
-_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(math.log(2))
+# Threads that share the scores of a block, after a product on the tensor cores of NVIDIA.
+_LANES = 4
 # Candidates that the reference scores at a time.
 _REFERENCE_TILE = 1 << 12
 
@@ -42,60 +45,99 @@ def _tile_candidates(
     quantiles_ptr, first, seed, stream_id, TILE_CANDIDATES: tl.constexpr, WIDTH: tl.constexpr
 ):
     """float16 `[TILE_CANDIDATES, WIDTH]`, the candidates of states first, first + 1, …"""
-    zero = tl.zeros([TILE_CANDIDATES, WIDTH // 8], tl.uint32)
-    state = (first + tl.arange(0, TILE_CANDIDATES)).to(tl.uint32)[:, None] + zero
-    group = tl.arange(0, WIDTH // 8).to(tl.uint32)[None, :] + zero
+    at = tl.arange(0, TILE_CANDIDATES * WIDTH // 8)
+    state, group = (first + at // (WIDTH // 8)).to(tl.uint32), (at % (WIDTH // 8)).to(tl.uint32)
+    zero = tl.zeros_like(state)
     halves = philox_halves(state, group, stream_id.to(tl.uint32) + zero, zero, seed)
-    return tl.load(quantiles_ptr + tl.reshape(halves, [TILE_CANDIDATES, WIDTH]))
+    return tl.reshape(tl.trans(tl.load(quantiles_ptr + halves)), [TILE_CANDIDATES, WIDTH])
+
+
+@triton.jit
+def _taken_in(
+    score, largest, total, chosen, unit, block, tile, noise_seed, SAMPLE: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    """Largest score, sum and chosen tile of each block, `[blocks, LANES]`, with another tile of scores."""
+    # A thread's candidates of a block: pairs, in every fourth of which matrix instructions leave them.
+    score = tl.reshape(score, [score.shape[0], score.shape[1] // (2 * LANES), LANES, 2])
+    tile_largest = tl.max(tl.max(score, axis=3), axis=1)
+    above = tl.maximum(largest, tile_largest)
+    # Powers of two scale without rounding, so that the difference is exact where it is 0.
+    scaled = above * unit[:, None]
+    power = tl.exp2(tl.fma(score, unit[:, None, None, None], -scaled[:, None, :, None]))
+    tile_total = tl.sum(tl.sum(power, axis=3), axis=1)
+    total = tl.fma(total, tl.exp2(tl.fma(largest, unit[:, None], -scaled)), tile_total)
+    if SAMPLE:
+        # A tile replaces the one chosen before in proportion to its share of the sum so far.
+        draw = uniform(noise_seed, block, tile, block >> 32, SELECT_TILE)
+        chosen = tl.where(draw[:, None] * total < tile_total, tile, chosen)
+    else:
+        chosen = tl.where(tile_largest > largest, tile, chosen)
+    return above, total, chosen
+
+
+@triton.jit
+def _merged(largest, total, chosen, unit):
+    """What a block's lanes found, as one: the largest score in nats, the sum, the tile of the choice."""
+    top = tl.max(largest, axis=1)
+    below = largest - top[:, None]  # pyright: ignore[reportCallIssue, reportArgumentType]
+    # Logarithms instead of products: their sum is the same number in every thread.
+    power = tl.exp2(below * unit[:, None] + tl.log2(total))
+    tile = tl.min(tl.where(below == 0, chosen, 0x7FFFFFFF), axis=1)
+    return top * unit * _LN_2, tl.sum(power, axis=1), tile
 
 
 @triton.jit(do_not_specialize=["n_blocks", "n_tiles", "seed", "stream_id", "noise_seed"])
 def _scan_kernel(
-    largest_ptr,  # [splits, n_blocks] float32, the largest scaled score
+    largest_ptr,  # [splits, n_blocks] float32, the largest score
     total_ptr,  # [splits, n_blocks] float32, Σ exp(score - largest)
     tile_ptr,  # [splits, n_blocks] int32, the tile that holds the choice
-    coefficients_ptr,  # [n_blocks, 2, WIDTH] float16: -q/2 and l/2 over the block's unit
-    unit_ptr,  # [n_blocks] float32
+    coefficients_ptr,  # [n_blocks, WIDTH, 2] float16: -q/2 and l/2 in bits over the block's unit
+    unit_ptr,  # [n_blocks] float32, powers of two
     quantiles_ptr,  # [65536] float16
     n_blocks, n_tiles, seed, stream_id, noise_seed,
     WIDTH: tl.constexpr,  # step_weights, rounded up to what a matrix instruction takes
     N_CANDIDATES: tl.constexpr, SAMPLE: tl.constexpr,
+    LANES: tl.constexpr,  # parts of a tile whose maxima and sums are kept apart up to the end
+    PARTS: tl.constexpr,  # of the blocks of a tile, which score its candidates one after the other
     TILE_BLOCKS: tl.constexpr, TILE_CANDIDATES: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0).to(tl.int64) * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)
-    mask = block < n_blocks
-    at = block[:, None] * (2 * WIDTH) + tl.arange(0, WIDTH)[None, :]
-    quadratic = tl.load(coefficients_ptr + at, mask=mask[:, None], other=0.0)
-    linear = tl.load(coefficients_ptr + at + WIDTH, mask=mask[:, None], other=0.0)
-    # exp(score) = exp2(scaled score · unit · log2 e)
-    factor = tl.load(unit_ptr + block, mask=mask, other=1.0) * _LOG2_E
-    largest = tl.full([TILE_BLOCKS], float("-inf"), tl.float32)
-    total = tl.zeros([TILE_BLOCKS], tl.float32)
-    chosen = tl.zeros([TILE_BLOCKS], tl.int32)
+    size: tl.constexpr = TILE_BLOCKS // PARTS
+    blocks, coefficients, units = (), (), ()
+    largest, total, chosen = (), (), ()
+    for part in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
+        block = (tl.program_id(0).to(tl.int64) * PARTS + part) * size + tl.arange(0, size)
+        mask = block < n_blocks
+        at = block[:, None] * (2 * WIDTH) + tl.arange(0, 2 * WIDTH)[None, :]
+        coefficients += (tl.load(coefficients_ptr + at, mask=mask[:, None], other=0.0),)
+        units += (tl.load(unit_ptr + block, mask=mask, other=1.0),)
+        blocks += (block,)
+        largest += (tl.full([size, LANES], float("-inf"), tl.float32),)
+        total += (tl.zeros([size, LANES], tl.float32),)
+        chosen += (tl.zeros([size, LANES], tl.int32),)
     for tile in range(tl.program_id(1), n_tiles, tl.num_programs(1)):
         first = tile * TILE_CANDIDATES
         z = _tile_candidates(quantiles_ptr, first, seed, stream_id, TILE_CANDIDATES, WIDTH)
-        score = tl.dot(quadratic, tl.trans((z.to(tl.float32) * z.to(tl.float32)).to(tl.float16)))
-        score = tl.dot(linear, tl.trans(z), score)
-        if N_CANDIDATES < TILE_CANDIDATES:
-            score = tl.where((tl.arange(0, TILE_CANDIDATES) < N_CANDIDATES)[None, :], score, float("-inf"))
-        tile_largest = tl.max(score, axis=1)
-        above = tl.maximum(largest, tile_largest)
-        # Differences before products: a fused multiply-add of score · factor - above · factor leaves the
-        # rounding error of the second product, which may be any number, where the difference is 0.
-        tile_total = tl.sum(tl.exp2((score - above[:, None]) * factor[:, None]), axis=1)
-        total = total * tl.exp2((largest - above) * factor) + tile_total
-        if SAMPLE:
-            # A tile replaces the one chosen before in proportion to its share of the sum so far.
-            draw = uniform(noise_seed, block, tile, block >> 32, SELECT_TILE)
-            chosen = tl.where(draw * total < tile_total, tile, chosen)
-        else:
-            chosen = tl.where(tile_largest > largest, tile, chosen)
-        largest = above
-    at = tl.program_id(1).to(tl.int64) * n_blocks + block
-    tl.store(largest_ptr + at, largest * factor / _LOG2_E, mask=mask)
-    tl.store(total_ptr + at, total, mask=mask)
-    tl.store(tile_ptr + at, chosen, mask=mask)
+        terms = tl.trans(tl.reshape(tl.join(z * z, z), [TILE_CANDIDATES, 2 * WIDTH]))
+        new_largest, new_total, new_chosen = (), (), ()
+        for part in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
+            score = tl.dot(coefficients[part], terms)
+            if N_CANDIDATES < TILE_CANDIDATES:
+                is_one = (tl.arange(0, TILE_CANDIDATES) < N_CANDIDATES)[None, :]
+                score = tl.where(is_one, score, float("-inf"))
+            found = _taken_in(
+                score, largest[part], total[part], chosen[part], units[part], blocks[part], tile, noise_seed,
+                SAMPLE, LANES,
+            )  # fmt: skip
+            new_largest, new_total = new_largest + (found[0],), new_total + (found[1],)
+            new_chosen += (found[2],)
+        largest, total, chosen = new_largest, new_total, new_chosen
+    for part in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
+        at = tl.program_id(1).to(tl.int64) * n_blocks + blocks[part]
+        mask = blocks[part] < n_blocks
+        found = _merged(largest[part], total[part], chosen[part], units[part])
+        tl.store(largest_ptr + at, found[0], mask=mask)
+        tl.store(total_ptr + at, found[1], mask=mask)
+        tl.store(tile_ptr + at, found[2], mask=mask)
 
 
 @triton.jit(do_not_specialize=["n_blocks", "n_splits", "seed", "stream_id", "noise_seed"])
@@ -214,14 +256,16 @@ def select_triton(given: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
     n_tiles = triton.cdiv(1 << window_bits, code["TILE_CANDIDATES"])
     tile_blocks = min(tile["TILE_BLOCKS"], max(16, triton.next_power_of_2(n_blocks)))
     across = triton.cdiv(n_blocks, tile_blocks)
+    parts = max(1, tile_blocks // tile["PART_BLOCKS"])
     wanted = triton.cdiv(resident_programs(linear.device, tile["programs_per_processor"]), across)
+    lanes = 1 if code["SAMPLE"] or code["N_CANDIDATES"] < code["TILE_CANDIDATES"] else _LANES
     n_splits = max(1, min(n_tiles, wanted, tile["largest_splits"]))
     coefficients, unit = _scaled_coefficients(quadratic, linear, width)
     partial = [linear.new_empty((n_splits, n_blocks), dtype=d) for d in (torch.float32,) * 2 + (torch.int32,)]
     _scan_kernel[(across, n_splits)](
         *partial, coefficients, unit, quantiles, n_blocks, n_tiles, seed, stream_id, noise_seed,
-        TILE_BLOCKS=tile_blocks, num_warps=tile["num_warps"], num_stages=tile["num_stages"],
-        enable_fp_fusion=True, **code,
+        TILE_BLOCKS=tile_blocks, PARTS=parts, LANES=lanes, enable_fp_fusion=True,
+        num_warps=tile["num_warps"], num_stages=tile["num_stages"], **code,
     )  # fmt: skip
     # A sum of products, fused across a shuffle, is another number in other threads, and all of them store it.
     _choose_kernel[(n_blocks,)](
@@ -233,12 +277,13 @@ def select_triton(given: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _scaled_coefficients(quadratic: Tensor, linear: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """float16 `[n_blocks, 2, width]` of magnitude at most 1, and each block's power of two."""
-    coefficients = torch.stack((-0.5 * quadratic, 0.5 * linear), dim=1)
+    """float16 `[n_blocks, width, 2]` of magnitude below 2, in bits, and each block's power of two."""
+    coefficients = torch.stack((-0.5 * quadratic, 0.5 * linear), dim=2) / _LN_2.value
     _, exponent = torch.frexp(coefficients.abs().amax(dim=(1, 2)))
-    unit = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
+    # One less than would make them at most 1, so that it is finite wherever the coefficients are.
+    unit = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent - 1)
     scaled = (coefficients / unit[:, None, None]).half()
-    return torch.nn.functional.pad(scaled, (0, width - linear.shape[1])), unit
+    return torch.nn.functional.pad(scaled, (0, 0, 0, width - linear.shape[1])), unit
 
 
 @takes(_Arguments, _check)

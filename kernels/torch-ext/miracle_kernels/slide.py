@@ -34,6 +34,8 @@ SELECTIONS = ("best", "sample")
 _MERGE_WINDOWS = 16
 # Margins then add a tenth to the work of L = 12, k = 2.
 _PIECE_STEPS = 2048
+# Weights of a step whose candidates may stay in registers: the code for each stands there by itself.
+_MAX_KEPT = 8
 
 
 @triton.jit(do_not_specialize=["n_weights"])
@@ -143,8 +145,6 @@ def _search(states: Tensor, table: Tensor, given: _Arguments, code: dict[str, in
     device, n_steps = linear.device, states.numel()
     nodes = 1 << (window_bits - step_bits)
     tile = tiles("slide", device, window_bits=window_bits, step_bits=step_bits)
-    tile_nodes = min(nodes, tile["TILE_NODES"])
-    tile_branches = min(1 << step_bits, max(1, tile["TILE_NODES"] // tile_nodes))
     margin = min(n_steps, -(-_MERGE_WINDOWS * window_bits // step_bits))
     n_pieces = count_pieces(n_steps, margin, 2 * resident_programs(device, tile["programs_per_processor"]))
     stride = -(-n_steps // n_pieces) + 2 * margin
@@ -159,9 +159,21 @@ def _search(states: Tensor, table: Tensor, given: _Arguments, code: dict[str, in
             slide_kernel[(min(n_programs, n_parity - first),)](
                 states, branches, reached, table, quadratic, linear, linear.numel(), n_steps, n_pieces,
                 first, margin, stride, seed, K=step_bits, JOIN=int(join), SAMPLE=selection == "sample",
-                TILE_NODES=tile_nodes, TILE_BRANCHES=tile_branches, num_warps=tile["num_warps"], num_stages=1,
-                enable_fp_fusion=True, **code,
+                num_stages=1, enable_fp_fusion=True, **code, **_tile_shape(tile, given),
             )  # fmt: skip
+
+
+def _tile_shape(tile: dict[str, int], given: _Arguments) -> dict[str, int]:
+    """Nodes and branches of a tile, and whether it is the only one and keeps its candidates in registers."""
+    nodes, n_candidates = 1 << (given.window_bits - given.step_bits), given.step_weights << given.window_bits
+    tile_nodes = min(nodes, tile["TILE_NODES"])
+    tile_branches = min(1 << given.step_bits, max(1, tile["TILE_STATES"] // tile_nodes))
+    is_whole = tile_nodes * tile_branches == 1 << given.window_bits
+    keep = is_whole and given.step_weights <= _MAX_KEPT and n_candidates <= tile["KEPT_CANDIDATES"]
+    return {
+        "TILE_NODES": tile_nodes, "TILE_BRANCHES": tile_branches, "KEEP": int(keep),
+        "num_warps": tile["num_warps"],
+    }  # fmt: skip
 
 
 def count_pieces(n_steps: int, margin: int, wanted: int) -> int:

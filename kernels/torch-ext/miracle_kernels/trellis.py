@@ -3,6 +3,9 @@
 A node is the L - k bits that two neighboring windows share; a step goes from node `state >> k` to node
 `state & (2^(L-k) - 1)`. Forward, the best way into each node is kept (Viterbi), or the sum over all ways and
 one drawn in proportion; backward, the path is read off.
+
+A tile of nodes is `[sources, targets]`: the targets of a source lie side by side, in one thread, which so
+reads a source once, and candidates and costs as words of 16 bytes.
 """
 
 # What Triton's language means by these operators is not what its stubs say.
@@ -22,52 +25,117 @@ _LARGEST_CANDIDATE = tl.constexpr(4.5)
 
 
 @triton.jit
-def _step_costs(
-    table_ptr, quadratic_ptr, linear_ptr, weight, n_weights, state,
-    L: tl.constexpr, V: tl.constexpr, QUADRATIC: tl.constexpr,
+def _nodes(first_node, K: tl.constexpr, TILE_NODES: tl.constexpr):
+    """Nodes of a tile, int32 `[sources, targets]`, the first of every source alone and all of them."""
+    targets: tl.constexpr = (1 << K) if (1 << K) < TILE_NODES else TILE_NODES
+    head = first_node + tl.arange(0, TILE_NODES // targets) * targets
+    return head, head[:, None] + tl.arange(0, targets)[None, :]
+
+
+@triton.jit
+def _states(
+    first_branch, first_node, L: tl.constexpr, K: tl.constexpr,
+    TILE_NODES: tl.constexpr, TILE_BRANCHES: tl.constexpr,
 ):  # fmt: skip
-    """quadratic · z² - linear · z of the candidates of `state` at one step, above the least possible."""
-    cost = tl.zeros(state.shape, tl.float32)
-    for v in range(V):
-        within = weight + v < n_weights
-        quadratic = tl.load(quadratic_ptr + (weight + v) * QUADRATIC, mask=within, other=0.0)
-        linear = tl.load(linear_ptr + weight + v, mask=within, other=0.0)
-        z = tl.load(table_ptr + (v << L) + state).to(tl.float32)
-        # Subtracting the least cost of any candidate keeps float32 sums over thousands of steps small.
-        slope = tl.abs(linear)
-        convex = quadratic * (2 * _LARGEST_CANDIDATE) > slope
-        at = tl.where(convex, slope / tl.where(convex, 2 * quadratic, 1.0), _LARGEST_CANDIDATE)
-        cost += z * (quadratic * z - linear) + at * (slope - quadratic * at)
+    """Sources and states of the ways into a tile's nodes, int32 `[branches, sources, targets]`."""
+    head, node = _nodes(first_node, K, TILE_NODES)
+    branch = (first_branch + tl.arange(0, TILE_BRANCHES)) << (L - K)
+    state = branch[:, None, None] + node[None, :, :]
+    return tl.broadcast_to(((branch[:, None] + head[None, :]) >> K)[:, :, None], state.shape), state
+
+
+@triton.jit
+def _coefficients(quadratic_ptr, linear_ptr, weight, n_weights, QUADRATIC: tl.constexpr):
+    """Quadratic and linear of a weight, and minus the least cost that any candidate may have there."""
+    within = weight < n_weights
+    quadratic = tl.load(quadratic_ptr + weight * QUADRATIC, mask=within, other=0.0)
+    linear = tl.load(linear_ptr + weight, mask=within, other=0.0)
+    slope = tl.abs(linear)
+    convex = quadratic * (2 * _LARGEST_CANDIDATE) > slope
+    at = tl.where(convex, slope / tl.where(convex, 2 * quadratic, 1.0), _LARGEST_CANDIDATE)
+    return quadratic, linear, at * (slope - quadratic * at)
+
+
+@triton.jit
+def _kept_candidates(
+    table_ptr, L: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KEEP: tl.constexpr, TILE_NODES: tl.constexpr
+):  # fmt: skip
+    """Candidates of all states, a tensor for each weight of a step; none where they are not kept."""
+    kept = ()
+    if KEEP:
+        _, state = _states(0, 0, L, K, TILE_NODES, 1 << K)
+        for v in tl.static_range(V):  # pyright: ignore[reportGeneralTypeIssues]
+            kept = kept + (tl.load(table_ptr + (v << L) + state).to(tl.float32),)
+    return kept
+
+
+@triton.jit
+def _step_coefficients(
+    quadratic_ptr, linear_ptr, weight, n_weights, V: tl.constexpr, QUADRATIC: tl.constexpr, KEEP: tl.constexpr
+):  # fmt: skip
+    """Quadratics and linears of a step, if they are kept; and minus the least that any state may cost."""
+    quadratics, linears, least = (), (), tl.full([], 0.0, tl.float32)
+    if KEEP:
+        for v in tl.static_range(V):  # pyright: ignore[reportGeneralTypeIssues]
+            quadratic, linear, own = _coefficients(
+                quadratic_ptr, linear_ptr, weight + v, n_weights, QUADRATIC
+            )
+            quadratics, linears, least = quadratics + (quadratic,), linears + (linear,), least + own
+    else:
+        for v in range(V):
+            _, _, own = _coefficients(quadratic_ptr, linear_ptr, weight + v, n_weights, QUADRATIC)
+            least += own
+    return quadratics, linears, least
+
+
+@triton.jit
+def _costs(
+    reached_ptr, kept, quadratics, linears, table_ptr, quadratic_ptr, linear_ptr, weight, n_weights,
+    source, state, L: tl.constexpr, V: tl.constexpr, QUADRATIC: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """Of every way of a tile: what its source has cost and what its state adds."""
+    cost = tl.load(reached_ptr + source)
+    if KEEP:
+        for v in tl.static_range(V):  # pyright: ignore[reportGeneralTypeIssues]
+            cost += kept[v] * (quadratics[v] * kept[v] - linears[v])
+    else:
+        for v in range(V):
+            quadratic, linear, _ = _coefficients(quadratic_ptr, linear_ptr, weight + v, n_weights, QUADRATIC)
+            z = tl.load(table_ptr + (v << L) + state).to(tl.float32)
+            cost += z * (quadratic * z - linear)
     return cost
 
 
 @triton.jit
 def _relax(
-    reached_ptr, table_ptr, quadratic_ptr, linear_ptr, weight, n_weights, node, step, piece, seed,
-    L: tl.constexpr, K: tl.constexpr, V: tl.constexpr, QUADRATIC: tl.constexpr,
-    SAMPLE: tl.constexpr, TILE_BRANCHES: tl.constexpr,
+    reached_ptr, kept, quadratics, linears, table_ptr, quadratic_ptr, linear_ptr, weight, n_weights,
+    first_node, step, piece, seed,
+    L: tl.constexpr, K: tl.constexpr, V: tl.constexpr, QUADRATIC: tl.constexpr, SAMPLE: tl.constexpr,
+    KEEP: tl.constexpr, TILE_NODES: tl.constexpr, TILE_BRANCHES: tl.constexpr,
 ):  # fmt: skip
     """Best (or drawn) way into each node: its cost, or -2 log of the sum of all ways, and its branch."""
-    overlap: tl.constexpr = L - K
-    best = tl.full(node.shape, 3e38, tl.float32)
-    choice = tl.zeros(node.shape, tl.int32)
-    largest = tl.full(node.shape, -3e38, tl.float32)
-    total = tl.zeros(node.shape, tl.float32)
+    targets: tl.constexpr = (1 << K) if (1 << K) < TILE_NODES else TILE_NODES
+    best = tl.full([TILE_NODES // targets, targets], 3e38, tl.float32)
+    choice, largest, total = tl.zeros(best.shape, tl.int32), -best, tl.zeros_like(best)
     for first in range(0, 1 << K, TILE_BRANCHES):
-        branch = first + tl.arange(0, TILE_BRANCHES)
-        state = (branch[:, None] << overlap) + node[None, :]
-        cost = tl.load(reached_ptr + (state >> K))
-        cost += _step_costs(table_ptr, quadratic_ptr, linear_ptr, weight, n_weights, state, L, V, QUADRATIC)
+        source, state = _states(first, first_node, L, K, TILE_NODES, TILE_BRANCHES)
+        cost = _costs(
+            reached_ptr, kept, quadratics, linears, table_ptr, quadratic_ptr, linear_ptr, weight, n_weights,
+            source, state, L, V, QUADRATIC, KEEP,
+        )  # fmt: skip
         if SAMPLE:
             log_weight = -0.5 * cost
             above = tl.maximum(largest, tl.max(log_weight, axis=0))
-            total = total * tl.exp(largest - above) + tl.sum(tl.exp(log_weight - above[None, :]), axis=0)
+            total = total * tl.exp(largest - above) + tl.sum(tl.exp(log_weight - above[None, :, :]), axis=0)
             largest = above
             cost -= 2 * gumbel(seed, state, step, piece, SLIDE)
         tile_best, tile_choice = tl.min(cost, axis=0, return_indices=True)
-        better = tile_best < best
-        best = tl.where(better, tile_best, best)
-        choice = tl.where(better, first + tile_choice, choice)
+        if TILE_BRANCHES == 1 << K:
+            best, choice = tile_best, tile_choice
+        else:
+            better = tile_best < best
+            best = tl.where(better, tile_best, best)
+            choice = tl.where(better, first + tile_choice, choice)
     if SAMPLE:
         best = -2 * (largest + tl.log(total))
     return best, choice
@@ -102,7 +170,9 @@ def slide_kernel(
     n_weights, n_steps, n_pieces, first_piece, margin, stride, seed,
     L: tl.constexpr, K: tl.constexpr, V: tl.constexpr, QUADRATIC: tl.constexpr,
     JOIN: tl.constexpr,  # odd pieces, which start and end at their neighbors' nodes
-    SAMPLE: tl.constexpr, TILE_NODES: tl.constexpr, TILE_BRANCHES: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    KEEP: tl.constexpr,  # all candidates, in registers, over all steps
+    TILE_NODES: tl.constexpr, TILE_BRANCHES: tl.constexpr,
 ):  # fmt: skip
     """One piece per program: even pieces with their margins, then (JOIN) the odd ones between their ends."""
     NODES: tl.constexpr = 1 << (L - K)
@@ -122,17 +192,23 @@ def slide_kernel(
     for tile in range(0, NODES, TILE_NODES):
         node = tile + tl.arange(0, TILE_NODES)
         tl.store(reached_ptr + node, tl.where((first < 0) | (node == first), 0.0, _UNREACHED))
+    kept = _kept_candidates(table_ptr, L, K, V, KEEP, TILE_NODES)
     for step in range(length):
+        weight = (run_start + step) * V
+        quadratics, linears, least = _step_coefficients(
+            quadratic_ptr, linear_ptr, weight, n_weights, V, QUADRATIC, KEEP
+        )
         # Every thread must see the costs that all threads wrote before it reads them.
         tl.debug_barrier()
         source, target = reached_ptr + (step % 2) * NODES, reached_ptr + ((step + 1) % 2) * NODES
         for tile in range(0, NODES, TILE_NODES):
-            node = tile + tl.arange(0, TILE_NODES)
             cost, choice = _relax(
-                source, table_ptr, quadratic_ptr, linear_ptr, (run_start + step) * V, n_weights, node,
-                step, piece, seed, L, K, V, QUADRATIC, SAMPLE, TILE_BRANCHES,
+                source, kept, quadratics, linears, table_ptr, quadratic_ptr, linear_ptr, weight, n_weights,
+                tile, step, piece, seed, L, K, V, QUADRATIC, SAMPLE, KEEP, TILE_NODES, TILE_BRANCHES,
             )  # fmt: skip
-            tl.store(target + node, cost)
+            _, node = _nodes(tile, K, TILE_NODES)
+            # Without the least cost of any candidate, float32 sums over thousands of steps stay small.
+            tl.store(target + node, cost + least)
             tl.store(branches_ptr + step * NODES + node, choice.to(branches_ptr.dtype.element_ty))
     tl.debug_barrier()
     if last < 0:
