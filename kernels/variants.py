@@ -133,7 +133,7 @@ def decode_linear(
 
     code = f"{window_bits}.{step_bits}.{step_weights}"
     name = f"code={code},batch={batch},columns={columns},rotation={rotation}" + ",rows=1" * (rows == 1)
-    return Variant(f"decode_linear[{name}]", call, matrix=batch > 1 or columns % 4 == 0)
+    return Variant(f"decode_linear[{name}]", call, matrix=batch > 1)
 
 
 def reparameterize(dtype: torch.dtype, *, prior_mean: bool = False, n: int = 4 * ODD) -> Variant:

@@ -78,6 +78,19 @@ def test_weights_equal_the_definition(device: torch.device, rows: int, columns: 
     check(Code(*code), rows, columns, device)
 
 
+@pytest.mark.parametrize("rotation", [1, 128])
+@pytest.mark.parametrize("code", [(12, 2, 1), (12, 4, 2), (10, 8, 4), (14, 2, 1)])
+def test_without_a_digest_the_weights_are_the_same(device: torch.device, code: Triple, rotation: int) -> None:
+    """Another kernel: it has registers left, and reads another table."""
+    coded = Code(*code)
+    for dtype in DTYPES:
+        out = torch.empty(5, 384, dtype=dtype)
+        given = arguments(coded, 5, 384, device, out=out, rotation=rotation, with_digest=False)
+        assert int(decode_triton(**given)) == 0
+        expected = defined_weights(given["message"].cpu(), coded, given["scales"].cpu(), 5, 384, rotation)
+        assert torch.equal(given["out"].cpu(), expected.to(dtype)), dtype
+
+
 @pytest.mark.parametrize(
     "code", [(8, 1, 1), (12, 2, 1), (12, 3, 1), (14, 4, 1), (16, 5, 2), (12, 7, 4), (16, 8, 1)]
 )

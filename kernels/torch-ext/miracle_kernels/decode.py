@@ -69,7 +69,8 @@ def _decode_kernel(
     """A column of programs for every TILE_COLUMNS columns; each goes down through tiles of TILE_ROWS rows."""
     digest = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.uint64)
     table = tl.load(table_ptr + tl.arange(0, 1 << L)) if SHARED_TABLE else 0
-    if SHARED_TABLE and V == 1:  # an entry is then one number, which is converted here for all weights
+    # With V = 1 an entry is one number, and converted here for all weights; the digest needs the registers.
+    if SHARED_TABLE and V == 1 and not WITH_DIGEST:
         table = tl.cast(tl.cast(table, tl.float16, bitcast=True), tl.float32)
     tile_column = tl.program_id(0)
     column = tile_column * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)

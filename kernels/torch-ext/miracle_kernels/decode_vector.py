@@ -33,8 +33,10 @@ from .windows import (
     words_of_row,
 )
 
-# Of the matrix instruction m16n8k16: rows, columns of x, and threads that hold a row's weights.
-_ROWS, _PARTS, _THREADS = 16, 8, 4
+# Of the matrix instruction m16n8k16: its rows, and the threads that hold a row's weights.
+_ROWS, _THREADS = 16, 4
+# Columns of the smallest product of matrix instructions, of which three are taken; AMD's have 16.
+_PARTS = 16 if torch.version.hip else 8
 # Columns that share a unit, at least; a choice: 8 per thread of four warps.
 _UNIT = 1024
 
@@ -64,9 +66,9 @@ def _split_kernel(
 @triton.jit
 def _parts(
     parts_ptr, padded, first,
-    CHUNKS: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr, WARPS: tl.constexpr,
+    CHUNKS: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """float16 `[WARPS, columns of a warp, 8]`: x as the second factor, in the order of `_weights`.
+    """float16 `[WARPS, columns of a warp, PARTS]`: x as the second factor, in the order of `_weights`.
 
     Read so that neighbors of a group are neighbors in one thread. The last part fills the columns of x that
     there are no parts for: that takes no mask, and no other memory.
@@ -74,15 +76,15 @@ def _parts(
     PIECE: tl.constexpr = 8 if GROUP > 8 else GROUP  # of float16: up to 16 bytes
     chunk = tl.arange(0, CHUNKS)[:, None, None, None, None]
     warp = tl.arange(0, WARPS)[None, :, None, None, None]
-    part = tl.minimum(tl.arange(0, 8), 2)[None, None, :, None, None]
+    part = tl.minimum(tl.arange(0, PARTS), 2)[None, None, :, None, None]
     group = tl.arange(0, 4)[None, None, None, :, None]
     column = ((warp * CHUNKS + chunk) * 4 + group) * GROUP + tl.arange(0, PIECE)[None, None, None, None, :]
     at = parts_ptr + first + (part * tl.cast(padded, tl.int64) + column)
     x = tl.load(at)
     if GROUP == 16:
         x = tl.permute(tl.join(x, tl.load(at + 8)), [0, 1, 2, 3, 5, 4])
-    x = tl.reshape(x, [CHUNKS, WARPS, 8, 4, GROUP // RUN, RUN])
-    return tl.reshape(tl.permute(x, [1, 0, 4, 3, 5, 2]), [WARPS, CHUNKS * 4 * GROUP, 8])
+    x = tl.reshape(x, [CHUNKS, WARPS, PARTS, 4, GROUP // RUN, RUN])
+    return tl.reshape(tl.permute(x, [1, 0, 4, 3, 5, 2]), [WARPS, CHUNKS * 4 * GROUP, PARTS])
 
 
 @triton.jit
@@ -110,6 +112,7 @@ def _product_kernel(
     L: tl.constexpr, K: tl.constexpr, V: tl.constexpr, STEPS: tl.constexpr, WORDS: tl.constexpr,
     WHOLE_WORDS: tl.constexpr, SHARED_TABLE: tl.constexpr, ROW_SCALES: tl.constexpr,
     UNIT: tl.constexpr, CHUNKS: tl.constexpr, TILE_COLUMNS: tl.constexpr, WARPS: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """Sixteen rows per tile; warps share out their columns, TILE_COLUMNS at a time."""
     GROUPS: tl.constexpr = TILE_COLUMNS // (STEPS * V)
@@ -127,7 +130,7 @@ def _product_kernel(
         first_row = tile * 16
         # Past the last row the last one stands for all, and is not written.
         row = (first_row + tl.minimum(in_tile, rows - 1 - first_row)).to(tl.int64)
-        total = tl.zeros([WARPS, 16, 8], tl.float32)
+        total = tl.zeros([WARPS, 16, PARTS], tl.float32)
         for across in range(tl.cdiv(columns, TILE_COLUMNS)):
             ahead = tl.cast(across, tl.int64)
             if WHOLE_WORDS:
@@ -140,10 +143,10 @@ def _product_kernel(
             place = tl.minimum(group, columns // (STEPS * V) - 1 - across * GROUPS)
             bits = group_bits(words_ptr, start, shift + place * (STEPS * K), (STEPS - 1) * K + L, WORDS)
             z = _weights(bits, window_mask, table_ptr, table, L, K, V, STEPS, RUN, SHARED_TABLE)
-            x = _parts(parts_ptr, padded, across * TILE_COLUMNS, CHUNKS, STEPS * V, RUN, WARPS)
+            x = _parts(parts_ptr, padded, across * TILE_COLUMNS, CHUNKS, STEPS * V, RUN, WARPS, PARTS)
             unit = tl.load(units_ptr + (across * WARPS + warp) * (TILE_COLUMNS // WARPS) // UNIT)
             total += tl.dot(z, x) * unit[:, None, None]
-        part = tl.arange(0, 8)[None, None, :]
+        part = tl.arange(0, PARTS)[None, None, :]
         factor = tl.where(part == 0, 1.0, tl.where(part == 1, 2.0**-11, 2.0**-22))
         y = tl.sum(tl.sum(tl.where(part < 3, total * factor, 0.0), axis=2), axis=0)
         row, mask = first_row + tl.arange(0, 16), tl.arange(0, 16) < rows - first_row
@@ -237,7 +240,8 @@ def _product(
         y, parts, units, message, as_entries(table), scales, (1 << bits) - 1, rows, columns, padded,
         WORDS=group_words(bits, step_bits, v, steps, columns), WHOLE_WORDS=whole,
         SHARED_TABLE=fits_shared_memory(table, steps, tile), UNIT=unit, CHUNKS=width // least,
-        TILE_COLUMNS=width, WARPS=warps, num_warps=warps, num_stages=1, enable_fp_fusion=True, **options,
+        TILE_COLUMNS=width, WARPS=warps, PARTS=_PARTS, num_warps=warps, num_stages=1,
+        enable_fp_fusion=True, **options,
     )  # fmt: skip
 
 
