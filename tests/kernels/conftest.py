@@ -68,4 +68,4 @@ def run_alone(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
 def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the interpreter only, which takes longer for many tiles than for one of 2^16 states."""
     if INTERPRETED:
-        set_tiles(monkeypatch, TILE_NODES=1 << 16, TILE_STATES=1 << 16)
+        set_tiles(monkeypatch, TILE_NODES=1 << 16, TILE_STATES=1 << 16, TILE_STATES_DRAWN=1 << 16)

@@ -171,10 +171,10 @@ def test_the_message_does_not_depend_on_tile_sizes(
     cost = random_cost(11 * code.step_weights, KINDS[1])
     expected, _ = encode(cost, code, device, selection)
     changes = [
-        dict(TILE_NODES=8, TILE_STATES=1 << 16, TILE_MESSAGE=2, TILE_COST=4),
-        dict(TILE_NODES=8, TILE_STATES=16),  # several tiles of branches
+        dict(TILE_NODES=8, TILE_MESSAGE=2, TILE_COST=4),
+        dict(TILE_NODES=8, TILE_STATES=16, TILE_STATES_DRAWN=16),  # several tiles of branches
         dict(KEPT_CANDIDATES=0),  # candidates are read at every step
-        dict(TILE_NODES=4, TILE_STATES=4, KEPT_CANDIDATES=0),
+        dict(TILE_NODES=4, TILE_STATES=4, TILE_STATES_DRAWN=4),
     ]
     for change in changes:
         set_tiles(monkeypatch, **change)

@@ -167,7 +167,8 @@ def _tile_shape(tile: dict[str, int], given: _Arguments) -> dict[str, int]:
     """Nodes and branches of a tile, and whether it is the only one and keeps its candidates in registers."""
     nodes, n_candidates = 1 << (given.window_bits - given.step_bits), given.step_weights << given.window_bits
     tile_nodes = min(nodes, tile["TILE_NODES"])
-    tile_branches = min(1 << given.step_bits, max(1, tile["TILE_STATES"] // tile_nodes))
+    tile_states = tile["TILE_STATES" if given.selection == "best" else "TILE_STATES_DRAWN"]
+    tile_branches = min(1 << given.step_bits, max(1, tile_states // tile_nodes))
     is_whole = tile_nodes * tile_branches == 1 << given.window_bits
     keep = is_whole and given.step_weights <= _MAX_KEPT and n_candidates <= tile["KEPT_CANDIDATES"]
     return {

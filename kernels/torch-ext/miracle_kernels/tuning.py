@@ -38,9 +38,11 @@ _DEFAULTS: dict[str, dict[str, int]] = {
         "programs_per_processor": 2, "largest_splits": 256,
     },
     "select[step_weights=128]": {"TILE_BLOCKS": 128},  # 256 spill on sm_80
+    # 32 states of a thread at once, and as many candidates in its registers for good. When ways are drawn, 32
+    # spill on sm_90 and 8 on sm_100.
     "slide": {
-        "TILE_NODES": 1024, "TILE_STATES": 4096, "KEPT_CANDIDATES": 8192, "num_warps": 4,
-        "programs_per_processor": 8,
+        "TILE_NODES": 1024, "TILE_STATES": 4096, "TILE_STATES_DRAWN": 2048, "KEPT_CANDIDATES": 8192,
+        "num_warps": 4, "programs_per_processor": 8,
         "TILE_MESSAGE": 512, "TILE_COST": 4096,
     },
 }

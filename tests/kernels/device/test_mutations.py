@@ -50,8 +50,9 @@ NOT_NEEDED: dict[str, dict[str, int]] = {
     "_scan_kernel": {"barrier": 4, "fence": 1, "wait": 1},
     # The barrier inside the exchange before has already followed its reads.
     "_choose_kernel": {"barrier": 1},
-    # The same for one of each exchange; and a piece that joins two others never looks for its last node.
-    "slide_kernel": {"barrier": 5},
+    # The same for one of each exchange, of which a draw has four: largest, sum, least and its branch. And a
+    # piece that joins two others never looks for its last node, which takes two.
+    "slide_kernel": {"barrier": 6},
     # A thread writes the rows that it has read.
     "_reparameterize_mean_kl_backward_kernel": {"barrier": 1},
 }

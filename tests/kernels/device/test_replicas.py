@@ -4,6 +4,7 @@ A fused multiply-add takes in what came by a shuffle before it is rounded, so th
 in its last bit from thread to thread. Launches that forbid fusing are right; if they did not, it is found.
 """
 
+import importlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -20,11 +21,15 @@ from tests.kernels.device.problems import DeviceFault
 
 ARCHITECTURE = os.environ.get("MIRACLE_DEVICE", "")
 pytestmark = pytest.mark.skipif(not ARCHITECTURE, reason="compiled kernels only: make test-compiled")
+# The package's attribute `select` is the op.
+MODULE: Any = importlib.import_module("miracle_kernels.select")
 
 
 def choose() -> Any:
-    quadratic, linear = torch.randn(2, 63, 16, generator=generator(0))
-    return select_triton(quadratic, linear, quantiles(), 8, 1, 2, "best", 3)
+    """Of 64 splits, whose sums of products come from several warps."""
+    quadratic, linear = torch.randn(2, 7, 16, generator=generator(0))
+    with mock.patch.object(MODULE, "resident_programs", lambda *_: 1000):
+        return select_triton(quadratic, linear, quantiles(), 12, 1, 2, "best", 3)
 
 
 def gradients_of_blocks() -> Any:
@@ -35,13 +40,20 @@ def gradients_of_blocks() -> Any:
 
 
 @pytest.mark.parametrize("call", [choose, gradients_of_blocks])
-def test_copies_of_a_sum_are_equal_unless_products_are_fused(call: Callable[[], Any]) -> None:
+def test_copies_of_a_sum_are_equal(call: Callable[[], Any]) -> None:
+    from tests.kernels.device.launching import launches_on
+
+    with launches_on(ARCHITECTURE):
+        call()
+
+
+def test_they_would_not_be_if_products_were_fused() -> None:
+    """Of `choose` alone: the threads of a block's gradients keep their copies for themselves."""
     from triton.runtime.jit import JITFunction
 
     from tests.kernels.device.launching import launches_on
 
     with launches_on(ARCHITECTURE):
-        call()
         launch: Any = JITFunction.run
 
         def fused(kernel: Any, *arguments: Any, **options: Any) -> Any:
@@ -51,4 +63,4 @@ def test_copies_of_a_sum_are_equal_unless_products_are_fused(call: Callable[[], 
             mock.patch.object(JITFunction, "run", fused),
             pytest.raises(DeviceFault, match="writes what thread .* writes, with no barrier between them"),
         ):
-            call()
+            choose()
