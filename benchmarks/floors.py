@@ -26,9 +26,9 @@ PHILOX_INTEGER = ROUNDS * (PRODUCTS * INSTRUCTIONS_PER_PRODUCT + XORS)
 HALF_INTEGER = 1 + 2
 
 # Blocks that share a tile of select's candidates; the margin of slide's pieces.
-SELECT_TILE_BLOCKS, SLIDE_MARGIN = 256, 16 / 2048
-# Contiguous loads of slide per transition.
-SLIDE_READS = 2.0
+SELECT_TILE_BLOCKS, SLIDE_MARGIN = 512, 16 / 2048
+# Contiguous loads of slide per transition: a source is read once for its four targets.
+SLIDE_READS = 0.25
 
 
 @dataclass(frozen=True)
