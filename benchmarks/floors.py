@@ -150,7 +150,8 @@ def _decode(problem: Problem) -> Work:
     read, written = n * step_bits / v / 8, n * (4 if problem.dtype == "float32" else 2)
     if bits > 16:
         return Work(read, written, **done, l1_gathers=n)
-    gathers = {"shared_gathers" if v << bits <= 8192 else "l1_gathers": n / v}
+    # A shared entry of four candidates is read as two words.
+    gathers = {"shared_gathers": n / min(v, 2)} if v << bits <= 8192 else {"l1_gathers": n / v}
     return Work(read, written, **done, **gathers)
 
 
@@ -206,7 +207,8 @@ def _linear(problem: Problem) -> Work:
     code, batch = {1: ("12.2.1", 16), 2: ("12.4.2", 16), 4: ("12.8.4", 64)}[v]
     variant = f"decode_linear[code={code},batch={batch if several else 1},columns=8192,rotation=128]"
     done = counted(variant, "matrix_kernel" if several else "product_kernel", n)
-    gathers = {"shared_gathers" if 2 * v << bits <= 32768 else "l1_gathers": n if several else n / v}
+    each = n if several else n / min(v, 2)
+    gathers = {"shared_gathers" if 2 * v << bits <= 32768 else "l1_gathers": each}
     return Work(read, 2 * problem.batch * rows, **done, flops=2.0 * max(8, problem.batch) * n, **gathers)
 
 
