@@ -5,7 +5,7 @@ and of real ones (benchmarks/self_inputs.py; 1 for equal ones):
 
     stories260K    .976 to its stories, of which 87 % of the tokens are the same; C4's texts have .913
     SmolLM2-135M   .871 to WikiText in windows of 64; C4 has .826, other windows of WikiText .953
-    MiniLM-L6      .774 to Wikipedia; C4 has .858, TinyStories .698
+    MiniLM-L6      .773 to Wikipedia; C4 has .858, TinyStories .698
     ResNet-44      .947 to CIFAR-10; white noise has .659
 
 What must not be trusted: a text of a model's own has what it knows, and none of what it is used for; words of
