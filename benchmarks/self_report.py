@@ -10,8 +10,8 @@ _SETS = ("again", "self", "c4", "stories", "white noise")
 _HEAD = """## Inputs without data
 
 How near second moments of the inputs of every layer, E[x xᵀ], come to those of real data: the mean cosine
-over layers (`benchmarks/self_inputs.py`). "Again" is other data of the same source, "self" what the model makes
-by itself; real texts of another kind stand beside it."""
+over layers (`benchmarks/self_inputs.py`). "Again" is other data of the same source, "self" what the model
+makes by itself; real texts of another kind stand beside it."""
 
 
 def section() -> str:
