@@ -12,6 +12,7 @@ from expectations import table as expectations
 from figures import PEERS, load, write_figures
 from kept_report import section as kept
 from record import ROOT
+from self_report import section as self_made
 from size_rule_report import section as size_rule
 from zoo_report import section
 from zoo_rows import Row, key, known
@@ -319,7 +320,7 @@ def summary() -> str:
 
 def results_page() -> str:
     """docs/results.md."""
-    models = (minilm(), stories(), section(), ablation(), calibration(), size_rule())
+    models = (minilm(), stories(), section(), ablation(), self_made(), calibration(), size_rule())
     parts = (_HEAD, *models, fine_tuning(), lenet(), rate_distortion(), speed(), kept(), gpu())
     return "\n\n".join(parts) + "\n"
 
