@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -55,9 +56,16 @@ def run_alone(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
         if not INTERPRETED:
             monkeypatch.setattr("tests.kernels.device.launching.directed", (program, n_programs))
             return
+        from triton.runtime.interpreter import GridExecutor
         from triton.runtime.interpreter import interpreter_builder as interpreter
 
-        place, size = interpreter.set_grid_idx, interpreter.set_grid_dim
+        place, size, launch = interpreter.set_grid_idx, interpreter.set_grid_dim, GridExecutor.__call__
+
+        def once(executor: GridExecutor, *arguments: Any, **options: Any) -> None:
+            executor.grid = (1,)
+            launch(executor, *arguments, **options)
+
+        monkeypatch.setattr(GridExecutor, "__call__", once)
         monkeypatch.setattr(interpreter, "set_grid_dim", lambda *_: size(n_programs, 1, 1))
         monkeypatch.setattr(interpreter, "set_grid_idx", lambda *_: place(program, 0, 0))
 
