@@ -11,10 +11,10 @@ _HEAD = """## What calibration takes
 
 Compressions one after the other, each in a process of its own that has the machine for itself
 (`benchmarks/calibration_time.py`); "said" is what is said before the work begins. Texts of its own are in
-the time."""
+the time. Texts, trials and answers to fit to were in float32 then, and in what is said was less memory."""
 _MEMORY = """Most memory that is resident while each part of it runs, in MB, and, after a slash, its seconds
-(`benchmarks/calibration_memory.py`); coding is with windows of 8 bits here, which take less time and no less
-memory than those of 14."""
+(`benchmarks/calibration_memory.py`); coding is with windows of 8 bits here, which take less time and about
+as much memory as those of 14."""
 
 
 def section() -> str:

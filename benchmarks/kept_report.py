@@ -5,6 +5,8 @@ from typing import Any
 from figures import load
 from zoo_report import SHOWN
 
+from miracle_hub.coding import multiply
+
 _MODEL = "smollm2"
 _COLUMNS = ("bits per weight", "dtype", "batch", "ms per step, dense", "compressed", "times", "MB, dense")
 
@@ -26,7 +28,8 @@ def section() -> str:
         "",
         f"Products of one matrix straight from the message take {_ratios(products, 1)} of the time of those "
         f"by decoded bands with one row of inputs, {_ratios(products, 16)} with 16, {_ratios(products, 32)} "
-        f"with 32 and {_ratios(products, 64)} with 64. With more than 32, bands are decoded.",
+        f"with 32 and {_ratios(products, 64)} with 64. With more than {multiply._MOST_ROWS}, bands are "
+        "decoded.",
     ]
     return "\n".join(lines)
 
