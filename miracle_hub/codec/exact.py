@@ -74,6 +74,7 @@ class Exact:
         backend: Backend,
         earlier: Sequence[Tensor] = (),
         curvature: Curvature | None = None,
+        base: Tensor | None = None,
     ) -> bytes:
         """The shortest payload, of any tensor that the format has.
 

@@ -46,6 +46,7 @@ class PayloadFacts:
         scale: median prior scale, 0 if there is none.
         is_exact: whether it keeps every bit of a tensor, which then may have any dtype.
         has_rows: whether rows of a matrix decode without the others, so that it can stay compressed.
+        is_difference: whether its weights are what a tensor has beyond that of a base.
     """
 
     codec: str
@@ -59,6 +60,7 @@ class PayloadFacts:
     scale: float = 0.0
     has_rows: bool = False
     is_exact: bool = False
+    is_difference: bool = False
 
 
 class Packed(Protocol):
@@ -179,6 +181,7 @@ class Codec(Protocol):
         backend: Backend,
         earlier: Sequence[Tensor] = (),
         curvature: Curvature | None = None,
+        base: Tensor | None = None,
     ) -> bytes:
         """The payload of a tensor, a pure function of its arguments.
 
@@ -186,6 +189,7 @@ class Codec(Protocol):
             earlier: float32 weights of payloads that come before in the tensor's sum; what they leave is
                 coded. Only a codec that `stages` chooses gets any.
             curvature: what errors cost, where somebody measured it; else it is not given.
+            base: of any dtype; the difference to it is coded. Else it is not given.
         """
         ...
 

@@ -79,9 +79,10 @@ class Trellis:
         backend: Backend,
         earlier: Sequence[Tensor] = (),
         curvature: Curvature | None = None,
+        base: Tensor | None = None,
     ) -> bytes:
         """The payload of the least error that the search finds, squared or as curvature weighs it."""
-        given = {"where": where, "backend": backend, "earlier": earlier, "curvature": curvature}
+        given = {"where": where, "backend": backend, "earlier": earlier, "curvature": curvature, "base": base}
         return encode_tensor(weights, segments_of(choice), choice.option.recipe.rotation, **given)
 
 
@@ -119,7 +120,8 @@ class TrellisPayload:
             rotation=header.rotation,
             row_scales=any(segment.row_scales for segment in header.segments),
             scale=float(np.median(scales.float().numpy())),
-            has_rows=is_packable(header),
+            has_rows=is_packable(header) and not header.is_difference,
+            is_difference=header.is_difference,
         )
 
     def decode(self, backend: Backend, *, verify: bool = True, rounded: bool = False) -> Tensor:
@@ -183,6 +185,7 @@ def encode_tensor(
     backend: Backend | None = None,
     earlier: Sequence[Tensor] = (),
     curvature: Curvature | None = None,
+    base: Tensor | None = None,
 ) -> bytes:
     """The payload of a tensor; `decode_payload` gives its weights back.
 
@@ -195,6 +198,7 @@ def encode_tensor(
         earlier: float32 weights of payloads that come before in the tensor's sum: what they leave is coded.
         curvature: with moments of the columns, every band of them makes up for the errors of those before;
             bands are then those of `feedback`.
+        base: of any dtype; the payload is the difference to it.
 
     Raises:
         OptionError: the rotation or the segments do not fit the tensor.
@@ -210,8 +214,11 @@ def encode_tensor(
     factor = None if curvature is None else curvature.factor(rotation, backend)
     width = band_columns if factor is None else bands_of(columns)
     dtype, shape = "F32" if earlier else DTYPE_NAMES[weights.dtype], tuple(weights.shape)
-    header = Header(dtype, shape, columns, rotation, tuple(segments), width, permuted)
+    header = Header(
+        dtype, shape, columns, rotation, tuple(segments), width, permuted, is_difference=base is not None
+    )
     weights = weights.to(backend.device)
+    earlier = earlier if base is None else [base.to(backend.device).float(), *earlier]
     matrix = rotated_matrix(left_by(earlier, weights), columns, rotation, backend)
     if factor is not None:
         parts = encode_with_feedback(matrix, header.segments, rotation, factor, backend)

@@ -45,10 +45,16 @@ def auto_class(architecture: str) -> str:
     return next((auto for end, auto in _AUTO_CLASSES.items() if architecture.endswith(end)), "AutoModel")
 
 
-def write_card(folder: Path, report: Report, source: Path, base_model: str | None) -> None:
-    """README.md of what was just compressed, with the license, languages and tags of the source's card."""
+def write_card(
+    folder: Path, report: Report, source: Path, base_model: str | None, base: Path | None = None
+) -> None:
+    """README.md of what was just compressed, with the license, languages and tags of the source's card.
+
+    Args:
+        base: a folder with the model to which differences are stored, if there is one.
+    """
     reading = read_all(folder)
-    found = facts_of_folder(folder, inspected(repository_of(reading)), reading.weights_sha256)
+    found = facts_of_folder(folder, inspected(repository_of(reading, base)), reading.weights_sha256)
     left_out = tuple(told_by_reason(report.left_out))
     facts = replace(
         found, dense_bytes=report.dense_bytes, versions=versions(), left_out=left_out,
@@ -207,9 +213,11 @@ def stale_card(folder: Path, verification: Verification) -> str:
     )
 
 
-def verify_with_card(folder: Path, dense: Path | None, backend: str = "auto") -> Verification:
+def verify_with_card(
+    folder: Path, dense: Path | None, backend: str = "auto", base: Path | None = None
+) -> Verification:
     """Whether a repository is sound, and its card is that of its files; see `miracle_hub.verify`."""
-    found = verify_folder(folder, dense=dense, backend=backend)
+    found = verify_folder(folder, dense=dense, backend=backend, base=base)
     stale = stale_card(folder, found)
     return replace(found, defects=(*found.defects, stale)) if stale else found
 
