@@ -6,6 +6,7 @@ FORMAT.md, "Base". What a base is, where it lies and how its tensors are known i
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,21 @@ def _unsound(where: Path, expected: str, found: str) -> FormatError:
         f"{where}: quantization_config.{FIELD}: expected {expected}, found {found[:80]!r}; the file is hostile "
         "or damaged: download it again"
     )
+
+
+def compared(tensors: Sequence[StoredTensor]) -> list[StoredTensor]:
+    """Tensors whose bases are those that are stated, for who must know before any is loaded; those of a base
+    that is compressed are compared when they are decoded.
+
+    Raises:
+        BaseModelError: one is another.
+    """
+    dense = [t for t in tensors if t.base is not None and not t.base.is_coded]
+    with ThreadPoolExecutor() as pool:  # hashing needs no lock of the interpreter
+        for _ in pool.map(StoredTensor.load_base, dense):
+            pass
+    names = {tensor.name for tensor in dense}
+    return [replace(t, base_digest="") if t.name in names else t for t in tensors]
 
 
 def names_left_out(facts: Mapping[str, Any], where: Path) -> tuple[str, ...]:

@@ -35,7 +35,7 @@ class StoredTensor(TensorSpec):
         parts: entries of files, in the order in which they are added.
         facts: what each of them says, if they are payloads; none for a plain tensor.
         base: what they are added to, of another repository; without parts it is all there is.
-        base_digest: of the base's tensor, as readers get it.
+        base_digest: of the base's tensor, as readers get it; empty if it was compared before.
     """
 
     parts: tuple[SourceTensor, ...]
@@ -102,7 +102,7 @@ class StoredTensor(TensorSpec):
         if self.base is None:
             return None
         found = self.base.load(backend=backend).cpu()
-        if self.base_digest != (digest := base_digest_of(found)):
+        if self.base_digest and self.base_digest != (digest := base_digest_of(found)):
             raise BaseModelError(
                 f"{self.base.path.parent}: {self.base.name}: expected the base's tensor of digest {self.base_digest}, found "
                 f"{digest}; this is another model or revision, or a damaged one: give the base that "

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from yaml import YAMLError
 
+from miracle_hub.codec.base import read_base
 from miracle_hub.codec.config import read_config, read_quantization
 from miracle_hub.codec.inspection import inspected
 from miracle_hub.codec.naming import CARD
@@ -92,6 +93,8 @@ def update_card(
     text = _text(path) if metadata is None else ""
     head = dict(read_metadata(path) if metadata is None else metadata)
     is_plugin = is_miracle(read_quantization(folder))
+    if (difference := read_base(read_quantization(folder), path)) is not None:
+        base = difference.repository or None
     base = base or (head.get("base_model") if isinstance(head.get("base_model"), str) else None)
     data = _completed(head, facts, base, is_plugin and "model_type" in config)
     usage = usage or ("" if is_plugin else _kept_usage(text, repo_id))
@@ -125,7 +128,7 @@ def rendered(
         compressed=f"{facts.n_bytes:,}", dense=f"{facts.dense_bytes:,}" if facts.dense_bytes else "",
         rate=rate, rows=_rows(facts), evaluations=facts.evaluations, calibration=facts.calibration,
         certificate=facts.certificate, limits=facts.limits, copied=facts.copied, left_out=facts.left_out,
-        plots=facts.plots, verify=repo_id,
+        plots=facts.plots, verify=repo_id, added_to=facts.added_to,
     )  # fmt: skip
     return re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
 
@@ -153,7 +156,7 @@ def _completed(head: dict[str, Any], facts: CardFacts, base: str | None, loads: 
     if loads:
         head["library_name"] = "transformers"
     if base is not None:
-        head |= {"base_model": base, "base_model_relation": "quantized"}
+        head |= {"base_model": base, "base_model_relation": "finetune" if facts.added_to else "quantized"}
     head.pop("miracle", None)
     if carried := facts.carried():
         head["miracle"] = carried

@@ -1,15 +1,18 @@
 """One load of a compressed repository by transformers: opened, converted, finished, and saved again."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
+from weakref import finalize
 
 import torch
 from torch import Tensor
 from transformers.core_model_loading import WeightTransform, revert_weight_conversion
 
-from miracle_hub.codec.base import given_base, with_base
+from miracle_hub.codec.base import compared, given_base, with_base
 from miracle_hub.codec.config import digests_of, read_config
 from miracle_hub.codec.guarded import check_config
 from miracle_hub.codec.inherited import INHERITED, are_plain, is_inherited
@@ -56,7 +59,7 @@ class Loading:
         self._digests = digests_of(self._facts, Path(CONFIG))
         self._stages = 1
         self._model: PreTrainedModel | None = None
-        self._temporary: TemporaryDirectory[str] | None = None
+        self._remove_stand_ins: Callable[[], object] = lambda: None
         self._stored: list[StoredTensor] = []
         self._conversions: list[WeightTransform] = []
 
@@ -125,20 +128,22 @@ class Loading:
         """The tensors of a repository with those of its base.
 
         Raises:
-            BaseModelError: the base is missing. OptionError: layers were to stay compressed.
+            BaseModelError: the base is missing, or another. OptionError: layers were to stay compressed.
         """
-        found = with_base(own, facts, folder, lambda base: open_repository(base).tensors, given_base(self.config.base))
+        given = given_base(self.config.base)
+        found = with_base(own, facts, folder, lambda base: open_repository(base).tensors, given)
         if self.config.keep_compressed and any(tensor.base is not None for tensor in found):
             raise OptionError(
                 f"keep_compressed: expected a repository that is a model by itself, found {folder}, which is a "
                 "difference to a base, and is added to it in dense weights; load a dense model"
             )
-        return found
+        return compared(found)
 
     def _stand_ins(self) -> str:
         """A file in place of the checkpoint's, as long as the load takes."""
-        self._temporary = TemporaryDirectory(prefix="miracle-")
-        path = Path(self._temporary.name) / SINGLE
+        folder = mkdtemp(prefix="miracle-")
+        self._remove_stand_ins = finalize(self, rmtree, folder, ignore_errors=True)  # also if the load fails
+        path = Path(folder) / SINGLE
         write_stand_ins(self._stored, path)
         self._decoder.take_standing(self._stored)
         return str(path)
@@ -188,7 +193,8 @@ class Loading:
             model._weight_conversions = without_decoding(used)  # pyright: ignore[reportArgumentType]
         decode_leftovers(model, self._decoder)
         self._decoder.warn_of_overflow()
-        self._model, self._stored, self._temporary = None, [], None
+        self._model, self._stored = None, []
+        self._remove_stand_ins()
         self._decoder.forget()
         is_staged = "stage_digests" in self._facts
         forget_facts(model, is_kept=self.config.keep_compressed, is_staged=is_staged)
