@@ -98,7 +98,8 @@ class CompressOptions:
     ] = 1
     base: Annotated[
         str | Path | None,
-        "Folder or Hub id of the model that the source was fine-tuned from: only the difference to it is stored.",
+        "Folder or Hub id of the model that the source was fine-tuned from: only the difference to it is "
+        "stored.",
     ] = None
     base_revision: Annotated[str | None, "Branch, tag or commit of the base, a Hub id."] = None
     calibrate: Calibrate = "self"

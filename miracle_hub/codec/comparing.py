@@ -125,6 +125,5 @@ def _agree(found: float, promised: float) -> bool:
 
 def _other_model(tensor: StoredTensor, fault: str) -> SourceError:
     return SourceError(
-        f"{tensor.path}: {tensor.name}: {fault}; give the model that was compressed, or compress it "
-        "again"
+        f"{tensor.path}: {tensor.name}: {fault}; give the model that was compressed, or compress it again"
     )

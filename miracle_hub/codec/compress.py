@@ -11,8 +11,8 @@ from miracle_hub.codec.companions import of_source
 from miracle_hub.codec.comparing import TUNED
 from miracle_hub.codec.config import read_config, read_quantization, write_config
 from miracle_hub.codec.curvature import Curvature
-from miracle_hub.codec.differences import Differences, differing
 from miracle_hub.codec.detector import TO_COMPRESS, require
+from miracle_hub.codec.differences import Differences, differing
 from miracle_hub.codec.finite import NON_FINITE
 from miracle_hub.codec.jobs import Job, refining
 from miracle_hub.codec.keeping import Roles, keep_exact, kept_bytes, warn_of_kept
@@ -296,7 +296,7 @@ def _differences(base: Path | None, plans: dict[str, Plan], options: CompressOpt
 
 
 def _tensors_of(folder: Path) -> Sequence[StoredTensor]:
-    """See `base.Read`."""
+    """See `based.Read`."""
     return open_repository(folder).tensors
 
 

@@ -1,4 +1,4 @@
-"""What of a model is a difference to its base, and what is the base's: plans, and what is stated of the base."""
+"""What of a model is a difference to its base, and what is the base's: plans, and what is stated of it."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from miracle_hub.codec.base import Base, Read, named_base, tensors_of_base
+from miracle_hub.codec.base import Base, named_base
+from miracle_hub.codec.based import Read, tensors_of_base
 from miracle_hub.codec.dtypes import TORCH_DTYPES
 from miracle_hub.codec.handed_out import left_by
 from miracle_hub.codec.plan import Coded, Plain, Plan, Same, Why
@@ -51,10 +52,11 @@ class Differences:
         base = Base(*named_base(folder), prefix=_prefix(tensors, found))
         result = cls(folder, found, base)
         if not any(result._theirs(tensor) for tensor in tensors):
+            theirs, own = (", ".join([*names][:3]) for names in (sorted(found), (t.name for t in tensors)))
             raise SourceError(
-                f"{folder}: expected a base with tensors of the names and shapes of the model's, found none of "
-                f"them ({', '.join(sorted(found)[:3])}, … beside {', '.join(t.name for t in tensors[:3])}, …); "
-                "give the model that this one was made from, or compress without a base"
+                f"{folder}: expected a base with tensors of the names and shapes of the model's, found none "
+                f"of them ({theirs}, … beside {own}, …); give the model that this one was made from, or compress "
+                "without a base"
             )
         return result
 
@@ -69,7 +71,7 @@ class Differences:
         return theirs if are_floating or theirs.dtype == tensor.dtype else None
 
     def plan(self, plans: dict[str, Plan]) -> None:
-        """Replace plans of tensors that are the base's, or differ from it; all others are coded by themselves.
+        """Replace plans of tensors that are the base's, or differ from it; others are coded by themselves.
 
         Every tensor is read, one at a time, and the base's with it.
 
@@ -93,8 +95,8 @@ class Differences:
         self.base = replace(self.base, digests=digests, dtypes=dtypes)
         if all(isinstance(plan, Same) for plan in plans.values()):
             raise SourceError(
-                f"{self.folder}: expected a model that differs from its base, found the same tensors in both; "
-                "share the base itself"
+                f"{self.folder}: expected a model that differs from its base, found the same tensors in "
+                "both; share the base itself"
             )
 
     def _compared(self, source: SourceTensor, theirs: StoredTensor) -> tuple[StoredTensor, str, bool]:

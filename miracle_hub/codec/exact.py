@@ -51,7 +51,7 @@ class Exact:
         """
         return ExactPayload(data, where)
 
-    def survey(self, spec: TensorSpec, weights: Tensor, request: Request) -> Any:
+    def survey(self, spec: TensorSpec, weights: Tensor, request: Request, is_difference: bool = False) -> Any:
         """None: what is a weight is not kept exact."""
         return None
 

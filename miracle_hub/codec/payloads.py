@@ -25,7 +25,11 @@ from miracle_hub.format import network
 from miracle_hub.format.spec import TensorSpec
 
 # Where the codec of every magic is. Imported when one is met: reading needs no other's code.
-CODECS = {b"MRCL": "miracle_hub.codec.trellis:TRELLIS", b"MRCX": "miracle_hub.codec.exact:EXACT"}
+CODECS = {
+    b"MRCL": "miracle_hub.codec.trellis:TRELLIS",
+    b"MRCX": "miracle_hub.codec.exact:EXACT",
+    b"MRCR": "miracle_hub.codec.rows:ROWS",
+}
 _MAGIC_BYTES = 4
 
 
@@ -161,8 +165,10 @@ class Codec(Protocol):
         """
         ...
 
-    def survey(self, spec: TensorSpec, weights: Tensor, request: Request) -> Any:
-        """What `offers` needs to know of a tensor, little in size; None if this codec does not take it."""
+    def survey(self, spec: TensorSpec, weights: Tensor, request: Request, is_difference: bool = False) -> Any:
+        """What `offers` needs to know of a tensor, or of its difference to a base, little in size; None if
+        this codec does not take it.
+        """
         ...
 
     def offers(self, surveys: Sequence[Any], request: Request) -> list[list[Option]]:

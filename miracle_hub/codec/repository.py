@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from miracle_hub.codec.base import with_base
+from miracle_hub.codec.based import with_base
 from miracle_hub.codec.config import digests_of, read_config, read_facts
 from miracle_hub.codec.guard import GUARD, Contents, Sealing, placeholder, read_contents
 from miracle_hub.codec.guarded import check_config, check_together
@@ -74,7 +74,9 @@ def open_repository(path: Path, stages: int | None = None, base: Path | None = N
     index = index_name(stages, len(digests))
     files = weight_files(path, index)
     own = sound_tensors(files, digests[stages - 1], stages, used_index(path, index))
-    return Repository(path, tuple(with_base(own, facts, path, _tensors_of, base)), facts, stages, len(digests))
+    return Repository(
+        path, tuple(with_base(own, facts, path, _tensors_of, base)), facts, stages, len(digests)
+    )
 
 
 @files_kept_open()
@@ -125,7 +127,7 @@ def repository_of(reading: Reading, base: Path | None = None) -> Repository:
 
 
 def _tensors_of(folder: Path) -> Sequence[StoredTensor]:
-    """See `base.Read`."""
+    """See `based.Read`."""
     return open_repository(folder).tensors
 
 

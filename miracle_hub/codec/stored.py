@@ -104,8 +104,9 @@ class StoredTensor(TensorSpec):
         found = self.base.load(backend=backend).cpu()
         if self.base_digest and self.base_digest != (digest := base_digest_of(found)):
             raise BaseModelError(
-                f"{self.base.path.parent}: {self.base.name}: expected the base's tensor of digest {self.base_digest}, found "
-                f"{digest}; this is another model or revision, or a damaged one: give the base that "
+                f"{self.base.path.parent}: {self.base.name}: expected the base's tensor of digest "
+                f"{self.base_digest}, found {digest}; this is another model or revision, or a damaged one: "
+                "give the base that "
                 "config.json names, or delete it from the cache and load again"
             )
         return found
@@ -151,8 +152,8 @@ def decode_sum(
     parts = [payload_at(entry, name) for entry in entries]
     if base is None and parts[0].facts.is_difference:
         raise BaseModelError(
-            f"{name}: expected weights, found a difference to those of a base, which alone means nothing; read "
-            "the folder that it is in"
+            f"{name}: expected weights, found a difference to those of a base, which alone means nothing; "
+            "read the folder that it is in"
         )
     if len(parts) == 1 and base is None:
         return parts[0].decode(chosen, verify=verify, rounded=True)

@@ -26,7 +26,8 @@ def survey(plans: dict[str, Plan], request: Request) -> tuple[list[Curve], dict[
     codecs, surveys, contents = payloads.codecs(), {}, {}
     for name, plan in [(n, p) for n, p in plans.items() if isinstance(p, Coded)]:
         weights = differing(plan)
-        found = [codec.survey(plan.source, weights, request) for codec in codecs]
+        is_difference = plan.based is not None
+        found = [codec.survey(plan.source, weights, request, is_difference) for codec in codecs]
         if all(each is None for each in found):
             plans[name] = Plain(plan.source, Why.OUT_OF_RANGE)
             continue

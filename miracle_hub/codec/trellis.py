@@ -51,16 +51,16 @@ class Trellis:
         """
         return TrellisPayload(data, where)
 
-    def survey(self, spec: TensorSpec, weights: Tensor, request: Request) -> Any:
+    def survey(self, spec: TensorSpec, weights: Tensor, request: Request, is_difference: bool = False) -> Any:
         """Some rows, rotated; None if the tensor's size is beyond that of scales."""
         from miracle_hub.codec.ladder import sample_rows
 
         columns = matrix_columns(spec.shape)
         rotation = widest_rotation(columns, request.rotation)
-        return sample_rows(weights, columns, rotation, request.n_tensors, request.backend)
+        return sample_rows(weights, columns, rotation, request.n_tensors, request.backend, is_difference)
 
     def offers(self, surveys: Sequence[Any], request: Request) -> list[list[Option]]:
-        """Rates from 0.25 to 8 bits per weight, with one scale and with one per row."""
+        """Rates from 0.25 to 8 bits per weight, of differences from 1/32 bit; one scale, or one per row."""
         from miracle_hub.codec.ladder import measure_options
 
         return measure_options(surveys, request)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from miracle_hub.codec.companions import of_repository, of_source
 from miracle_hub.codec.base import names_left_out
+from miracle_hub.codec.companions import of_repository, of_source
 from miracle_hub.codec.comparing import (
     TUNED,
     check_finite,

@@ -18,10 +18,10 @@ from miracle_hub.codec.verification import Verification
 from miracle_hub.errors import DataError, RemoteMismatchError, SourceError, UploadError
 from miracle_hub.files.digests import hashes_of, sha256_of
 from miracle_hub.files.folders import visible_files
+from miracle_hub.files.snapshots import CLIENT_ERRORS
 from miracle_hub.hub.card import carried_facts, update_card, verify_with_card
 from miracle_hub.hub.facts import CardFacts, facts_of_folder, read_facts
 from miracle_hub.hub.plots import read_journal, write_plots
-from miracle_hub.files.snapshots import CLIENT_ERRORS
 
 _PLOTS = "plots"
 

@@ -14,7 +14,6 @@ from miracle_hub.codec.kinds import Found, Kind, refusal, told_by_names
 from miracle_hub.codec.naming import WEIGHTS_ENDING, stage_patterns
 from miracle_hub.codec.purpose import STAYING_PATTERNS, why_staying
 from miracle_hub.codec.source import names_in
-from miracle_hub.errors import SourceError
 from miracle_hub.files.snapshots import CLIENT_ERRORS, download, snapshot, unreadable
 
 

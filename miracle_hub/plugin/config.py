@@ -50,8 +50,8 @@ class MiracleConfig(QuantizationConfigMixin):
             keep_compressed: linear layers keep their payloads and decode them in each forward pass,
                 instead of once on load.
             backend: who decodes: "cpu", "triton", or "auto" for Triton where a payload is on a GPU.
-            base: folder or Hub id of the base, of a repository that is a difference to one; by default the one
-                it names.
+            base: folder or Hub id of the base, of a repository that is a difference to one; by default the
+                one it names.
             figures: others of config.json; for `make_variational`, the options of
                 `training.config.VariationalConfig`: bits_per_weight or size (of whole files), rate or
                 message_bits, target_modules, exclude_modules, modules_to_save, parametrization, streams,

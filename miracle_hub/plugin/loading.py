@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import WeightTransform, revert_weight_conversion
 
-from miracle_hub.codec.base import compared, given_base, with_base
+from miracle_hub.codec.base import given_base
+from miracle_hub.codec.based import compared, with_base
 from miracle_hub.codec.config import digests_of, read_config
 from miracle_hub.codec.guarded import check_config
 from miracle_hub.codec.inherited import INHERITED, are_plain, is_inherited
@@ -134,8 +135,8 @@ class Loading:
         found = with_base(own, facts, folder, lambda base: open_repository(base).tensors, given)
         if self.config.keep_compressed and any(tensor.base is not None for tensor in found):
             raise OptionError(
-                f"keep_compressed: expected a repository that is a model by itself, found {folder}, which is a "
-                "difference to a base, and is added to it in dense weights; load a dense model"
+                f"keep_compressed: expected a repository that is a model by itself, found {folder}, which "
+                "is a difference to a base, and is added to it in dense weights; load a dense model"
             )
         return compared(found)
 

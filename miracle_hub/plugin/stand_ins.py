@@ -1,7 +1,8 @@
 """Stand-ins: what transformers reads in place of tensors that are more than one entry of a file.
 
-It takes every tensor from an entry, and entries from files: those of a repository with a base are sums of which
-a part lies elsewhere, or all of it. A file of a few bytes per tensor says which of them an entry stands for.
+It takes every tensor from an entry, and entries from files: those of a repository with a base are sums
+of which a part lies elsewhere, or all of it. A file of a few bytes per tensor says which of them an entry
+stands for.
 """
 
 from collections.abc import Sequence

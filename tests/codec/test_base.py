@@ -187,8 +187,9 @@ def test_a_base_may_itself_be_compressed(
 ) -> None:
     compress(base, tmp_path / "small-base")
     difference(tuned, tmp_path / "small-base", tmp_path / "delta")
-    found, theirs = load_state_dict(tmp_path / "delta", base=tmp_path / "small-base"), load_state_dict(
-        tmp_path / "small-base"
+    found, theirs = (
+        load_state_dict(tmp_path / "delta", base=tmp_path / "small-base"),
+        load_state_dict(tmp_path / "small-base"),
     )
     held = load_file(tmp_path / "delta" / "model.safetensors")
     decoded, _ = decode_payload(held["first.weight"], "first.weight")

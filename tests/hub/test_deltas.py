@@ -76,9 +76,7 @@ def test_from_pretrained_equals_the_decompressed_folder(
 ) -> None:
     miracle_hub.decompress(delta, tmp_path / "dense", base=repository.source, progress=False)
     config = MiracleConfig(base=repository.source)
-    ours, info = repository.auto.from_pretrained(
-        delta, quantization_config=config, output_loading_info=True
-    )
+    ours, info = repository.auto.from_pretrained(delta, quantization_config=config, output_loading_info=True)
     twin, twin_info = repository.auto.from_pretrained(tmp_path / "dense", output_loading_info=True)
     assert_same(ours.state_dict(), twin.state_dict())
     assert_same(dict(ours.named_buffers()), dict(twin.named_buffers()))
@@ -121,7 +119,9 @@ def test_a_head_on_a_base_without_one(classifier: Repository, tmp_path: Path) ->
     report = miracle_hub.compress(
         tmp_path / "tuned", tmp_path / "delta", base=tmp_path / "encoder", bits_per_weight=1.5, **OPTIONS
     )
-    assert report.n_same + report.n_differing == len(BertModel.from_pretrained(tmp_path / "encoder").state_dict())
+    assert report.n_same + report.n_differing == len(
+        BertModel.from_pretrained(tmp_path / "encoder").state_dict()
+    )
     config = MiracleConfig(base=tmp_path / "encoder")
     model, info = AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "delta", quantization_config=config, output_loading_info=True
@@ -141,9 +141,7 @@ def test_another_base_is_refused_by_from_pretrained(classifier: Repository, tmp_
     delta = make_delta(classifier, tmp_path)
     moved(classifier.auto.from_pretrained(classifier.source), seed=1).save_pretrained(tmp_path / "other")
     with pytest.raises(BaseModelError, match="expected the base's tensor of digest"):
-        classifier.auto.from_pretrained(
-            delta, quantization_config=MiracleConfig(base=tmp_path / "other")
-        )
+        classifier.auto.from_pretrained(delta, quantization_config=MiracleConfig(base=tmp_path / "other"))
     with pytest.raises(BaseModelError, match="expected to be told where the base is"):
         classifier.auto.from_pretrained(delta)
 
@@ -245,9 +243,7 @@ def test_the_command_line_compresses_verifies_inspects_decompresses_and_pushes(
     assert "base_model_relation: finetune" in card
 
 
-def test_every_repository_loads_without_its_base_only_loudly(
-    classifier: Repository, tmp_path: Path
-) -> None:
+def test_every_repository_loads_without_its_base_only_loudly(classifier: Repository, tmp_path: Path) -> None:
     """Without the plug-in, what is stored of a tensor has another shape than the tensor."""
     delta = make_delta(classifier, tmp_path)
     copy = shutil.copytree(delta, tmp_path / "copy")
