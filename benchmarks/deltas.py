@@ -1,13 +1,13 @@
 """A fine-tune as a small file beside its base: all-MiniLM-L6-v2 with a head tuned on SST-2.
 
-    python benchmarks/deltas.py --tune                          the base with a head, and its fine-tune: minutes
-    python benchmarks/deltas.py --method data-free --bits 0.3   a row of results/deltas.json; --method peers: all of them
-    python benchmarks/deltas.py --test                          rows of every file again, on test
+    python benchmarks/deltas.py --tune                         the base with a head, and its fine-tune: minutes
+    python benchmarks/deltas.py --method data-free --bits 0.3  a row of results/deltas.json
+    python benchmarks/deltas.py --method peers                 those of all others
 
-A row has the whole file (all safetensors files, and what config.json states of the base), accuracy, and how much
-of the gain of the fine-tune over the head alone is left. Settings are chosen on `dev.tsv`, a part of the official
-training set; `test.tsv`, the official development set, is for figures. Calibration sees training sentences
-without labels.
+A row has the whole file (all safetensors files, and what config.json states of the base), accuracy, and how
+much of the gain of the fine-tune over the head alone is left. Settings are chosen on `dev.tsv`, a part of the
+official training set; `test.tsv`, the official development set, is for figures. Calibration sees training
+sentences without labels.
 """
 
 import argparse
@@ -152,7 +152,8 @@ def ours(task: Task, bits: float, options: dict[str, Any]) -> tuple[int, nn.Modu
     print(report.base, report.n_same, report.n_differing, len(report.differences_left_out), flush=True)
     print("\n".join(report.calibration_lines), flush=True)
     config = miracle_hub.MiracleConfig(base=task.base)
-    return file_bytes(out), AutoModelForSequenceClassification.from_pretrained(out, quantization_config=config)
+    model = AutoModelForSequenceClassification.from_pretrained(out, quantization_config=config)
+    return file_bytes(out), model
 
 
 def keep(task: Task, method: str, setting: str, make: Callable[[], tuple[int, nn.Module]]) -> None:
@@ -195,8 +196,9 @@ def main() -> None:
         options = {"calibrate": how[a.method], "effort": a.effort, "window_bits": a.window_bits}
         setting = f"{bits:g}" + ("" if a.method == "data-free" else f", effort {a.effort}")
         keep(task, a.method, setting, lambda bits=bits, options=options: ours(task, bits, options))
-    for method in deltas_peers.METHODS if a.method == "peers" else [a.method] if a.method not in how and a.method else []:
-        made = deltas_peers.METHODS[method]
+    for method, made in deltas_peers.METHODS.items():
+        if a.method not in ("peers", method):
+            continue
         keep(task, method, "", lambda made=made: made(task, load(task.tuned), load(task.headed)))
 
 

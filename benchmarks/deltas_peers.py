@@ -1,7 +1,8 @@
 """Peers of benchmarks/deltas.py: what other methods make of the same difference, and in how many bytes.
 
-Their own code is for large language models; here is each method's arithmetic, as its paper states it, with bytes
-as its files would have them. What a method leaves dense is counted in bfloat16, as far as the fine-tune changed it.
+Their own code is for large language models; here is each method's arithmetic, as its paper states it, with
+bytes as its files would have them. What a method leaves dense is counted in bfloat16, as far as the fine-tune
+changed it.
 """
 
 import lzma
@@ -22,7 +23,9 @@ def _is_linear(name: str, tensor: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _with(tuned: nn.Module, base: nn.Module, make: Callable[[str, Tensor], tuple[Tensor, float]]) -> tuple[int, nn.Module]:
+def _with(
+    tuned: nn.Module, base: nn.Module, make: Callable[[str, Tensor], tuple[Tensor, float]]
+) -> tuple[int, nn.Module]:
     """The fine-tune with differences replaced; bytes of what is not dense come with them.
 
     Args:
@@ -45,11 +48,15 @@ def _with(tuned: nn.Module, base: nn.Module, make: Callable[[str, Tensor], tuple
 
 def sign_by_row(task: Any, tuned: nn.Module, base: nn.Module) -> tuple[int, nn.Module]:
     """Signs and a scale per row (arXiv:2512.19720, with scales of least squares)."""
-    return _with(tuned, base, lambda _, d: (d.sign() * d.abs().mean(1, keepdim=True), d.numel() / 8 + 2 * len(d)))
+
+    def make(_: str, d: Tensor) -> tuple[Tensor, float]:
+        return d.sign() * d.abs().mean(1, keepdim=True), d.numel() / 8 + 2 * len(d)
+
+    return _with(tuned, base, make)
 
 
 def bitdelta(task: Any, tuned: nn.Module, base: nn.Module) -> tuple[int, nn.Module]:
-    """BitDelta (arXiv:2402.10193): signs, a scale per matrix, and scales distilled to the fine-tune's logits."""
+    """BitDelta (arXiv:2402.10193): signs, and a scale per matrix, distilled to the fine-tune's logits."""
     wanted = task.logits(tuned, "train", 4096).clone()
     theirs = {name: p.detach().clone() for name, p in base.named_parameters()}
     signs: dict[str, Tensor] = {}
@@ -94,8 +101,8 @@ def dare(task: Any, tuned: nn.Module, base: nn.Module) -> tuple[int, nn.Module]:
 
 
 def svd(task: Any, tuned: nn.Module, base: nn.Module) -> tuple[int, nn.Module]:
-    """Delta-CoMe (arXiv:2406.08903): singular vectors in 8 bits (2 of them), 3 bits (32) and 2 bits (a quarter of
-    all), in groups of 128 with 16-bit scales, rounded to nearest instead of GPTQ.
+    """Delta-CoMe (arXiv:2406.08903): singular vectors in 8 bits (2 of them), 3 bits (32) and 2 bits (a quarter
+    of all), in groups of 128 with 16-bit scales, rounded to nearest instead of GPTQ.
     """
 
     def make(_: str, d: Tensor) -> tuple[Tensor, float]:

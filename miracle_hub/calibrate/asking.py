@@ -72,7 +72,9 @@ class Asking:
         if self.known is None:
             return None
         found = self.known.curvature(source)
-        if found is None:
+        if (
+            found is None and len(source.shape) > 1
+        ):  # vectors, of which differences are coded, are not watched
             self.unseen.append(source.name)
         return found
 

@@ -304,7 +304,7 @@ def _told_of_base(differences: Differences | None, plans: Mapping[str, Plan]) ->
     """What a report says of a base."""
     if differences is None:
         return {}
-    same = [name for name, plan in plans.items() if isinstance(plan, Same) and not plan.is_left_out]
+    same = [name for name, plan in plans.items() if isinstance(plan, Same) and plan.based is None]
     base = differences.base
     return {
         "base": base.said,

@@ -116,7 +116,8 @@ class Differences:
     def leave_out(self, plans: dict[str, Plan], choices: Mapping[str, Chosen]) -> None:
         """Tensors whose differences are not worth their bytes are the base's; what is kept exact is not."""
         names = sorted(name for name, choice in choices.items() if choice.option.codec == LEFT_OUT)
-        plans |= {name: Same(plans[name].source, is_left_out=True) for name in names}
+        coded = {name: plan for name in names if isinstance(plan := plans[name], Coded)}
+        plans |= {name: Same(plan.source, plan.based) for name, plan in coded.items()}
         casts = {
             name: plans[name].source.dtype
             for name in names

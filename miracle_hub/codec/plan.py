@@ -91,11 +91,11 @@ class Same:
     """A tensor of which nothing is stored: it is the base's.
 
     Attributes:
-        is_left_out: it differs from that, by what is not worth its bytes.
+        based: the base's tensor, if it differs from that, by what is not worth its bytes.
     """
 
     source: SourceTensor
-    is_left_out: bool = False
+    based: StoredTensor | None = None
 
 
 @dataclass(frozen=True)

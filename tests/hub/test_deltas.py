@@ -18,10 +18,11 @@ import miracle_hub
 from miracle_hub import MiracleConfig
 from miracle_hub.codec.repository import open_repository
 from miracle_hub.codec.trellis import decode_payload
-from miracle_hub.errors import BaseModelError, OptionError
+from miracle_hub.errors import BaseModelError, OptionError, SourceError
 
 from .client import Client
 from .loopback import LoopbackHub
+from .loopback_parts import TOKEN
 from .test_loading import assert_same
 
 if TYPE_CHECKING:
@@ -170,6 +171,16 @@ print(json.dumps(sum(p.detach().double().sum().item() for p in model.parameters(
 """
 
 
+PUSH = (
+    """
+import json, sys, miracle_hub
+done = miracle_hub.push(sys.argv[1], sys.argv[2], token=%r)
+print(json.dumps(done.digest))
+"""
+    % TOKEN
+)
+
+
 @pytest.fixture
 def hub(classifier: Repository, tmp_path: Path) -> Iterator[tuple[LoopbackHub, Client]]:
     """A Hub with a base and a delta of it, made by a client."""
@@ -241,6 +252,24 @@ def test_the_command_line_compresses_verifies_inspects_decompresses_and_pushes(
     card = (tmp_path / "again" / "README.md").read_text()
     assert "base_model: user/base" in card
     assert "base_model_relation: finetune" in card
+
+
+def test_a_delta_is_pushed_with_its_base_in_the_card(
+    hub: tuple[LoopbackHub, Client], classifier: Repository, tmp_path: Path
+) -> None:
+    running, client = hub
+    done = client.run(PUSH, tmp_path / "delta", "user/pushed")
+    assert done.returncode == 0, done.stderr
+    card = running.repositories["user/pushed"].files("main")["README.md"].data.decode()
+    assert "base_model: user/base" in card
+    assert "A fine-tune, stored as its difference to user/base at" in card
+    reader = Client(running.url, tmp_path / "reader")
+    assert reader.python(LOAD, "user/pushed") == total(tmp_path / "delta", classifier.source)
+
+
+def test_a_delta_of_a_folder_is_not_pushed(classifier: Repository, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="a difference to a base on the Hub, found one to a folder"):
+        miracle_hub.push(make_delta(classifier, tmp_path), "user/never")
 
 
 def test_every_repository_loads_without_its_base_only_loudly(classifier: Repository, tmp_path: Path) -> None:
