@@ -1,8 +1,8 @@
 """A fine-tune as a small file beside its base: all-MiniLM-L6-v2 with a head tuned on SST-2.
 
-    python benchmarks/deltas.py --tune                         the base with a head, and its fine-tune: minutes
-    python benchmarks/deltas.py --method data-free --bits 0.3  a row of results/deltas.json
-    python benchmarks/deltas.py --method peers                 those of all others
+    python benchmarks/deltas.py --tune                        the base with a head, and its fine-tune: minutes
+    python benchmarks/deltas.py --method data-free --bits 0.3 a row of results/deltas.json
+    python benchmarks/deltas.py --method peers                those of all others
 
 A row has the whole file (all safetensors files, and what config.json states of the base), accuracy, and how
 much of the gain of the fine-tune over the head alone is left. Settings are chosen on `dev.tsv`, a part of the

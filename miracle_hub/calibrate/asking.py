@@ -72,9 +72,8 @@ class Asking:
         if self.known is None:
             return None
         found = self.known.curvature(source)
-        if (
-            found is None and len(source.shape) > 1
-        ):  # vectors, of which differences are coded, are not watched
+        # Vectors are coded as differences to a base alone, and are not watched.
+        if found is None and len(source.shape) > 1:
             self.unseen.append(source.name)
         return found
 

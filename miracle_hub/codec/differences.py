@@ -55,8 +55,8 @@ class Differences:
             theirs, own = (", ".join([*names][:3]) for names in (sorted(found), (t.name for t in tensors)))
             raise SourceError(
                 f"{folder}: expected a base with tensors of the names and shapes of the model's, found none "
-                f"of them ({theirs}, … beside {own}, …); give the model that this one was made from, or compress "
-                "without a base"
+                f"of them ({theirs}, … beside {own}, …); give the model that this one was made from, or "
+                "compress without a base"
             )
         return result
 

@@ -109,8 +109,8 @@ def _require_named_base(folder: Path) -> None:
     base = read_base(read_quantization(folder), folder / CONFIG)
     if base is not None and not base.repository:
         raise SourceError(
-            f"{folder}: expected a difference to a base on the Hub, found one to a folder that only its writer "
-            "has; push that base, and compress again with its Hub id as base"
+            f"{folder}: expected a difference to a base on the Hub, found one to a folder that only its "
+            "writer has; push that base, and compress again with its Hub id as base"
         )
 
 

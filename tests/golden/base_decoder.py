@@ -1,4 +1,4 @@
-"""Reads a difference and its base in numpy, by FORMAT.md, "Base" and "Rows payload", and the sections they name."""
+"""Reads a difference and its base in numpy, by FORMAT.md, "Base", and the sections it names."""
 
 import hashlib
 import json

@@ -171,14 +171,11 @@ print(json.dumps(sum(p.detach().double().sum().item() for p in model.parameters(
 """
 
 
-PUSH = (
-    """
+PUSH = f"""
 import json, sys, miracle_hub
-done = miracle_hub.push(sys.argv[1], sys.argv[2], token=%r)
+done = miracle_hub.push(sys.argv[1], sys.argv[2], token={TOKEN!r})
 print(json.dumps(done.digest))
 """
-    % TOKEN
-)
 
 
 @pytest.fixture
