@@ -33,7 +33,7 @@ class MatrixInMaking:
         self.base = None if job.based is None else job.based.load_base()
         self.segments = segments_of(job.choice)
         factor = None if job.curvature is None else job.curvature.factor(self.rotation, backend)
-        self.coder = BandCoder(self.rotated(), self.segments, factor, backend)
+        self.coder = BandCoder(self.rotated(), self.segments, factor, backend, self.base is not None)
         n_scales = sum(segment.n_scales for segment in self.segments)
         self.n_coded, self.gains = 0, torch.ones(n_scales, device=parameter.device)
 

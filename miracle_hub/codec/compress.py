@@ -31,7 +31,7 @@ from miracle_hub.codec.worth import by_worth, worths
 from miracle_hub.codec.writer import Writer
 from miracle_hub.coding.backend import Backend, choose
 from miracle_hub.coding.narrowing import half_holds
-from miracle_hub.errors import BudgetError, OptionError
+from miracle_hub.errors import BudgetError, OptionError, SourceError
 from miracle_hub.files.whole import output_folder, refuse_overlap, writing
 from miracle_hub.options import CompressOptions, budget_bytes, parse_size
 
@@ -68,7 +68,7 @@ def compress_folder(
     with output_folder(out, options.overwrite) as temporary:
         copied = _copy_and_count(source, temporary, weights)
         plans = plan_all(weights, options.modules_to_not_convert or [], coded or {}, half)
-        differences = _differences(base, plans, options)
+        differences = _differences(source, base, plans, options)
         non_finite = keep_exact(plans, known := roles(source))
         n_weights = sum(plan.source.n_weights for plan in plans.values()) + copied.n_weights
         given = (options, copied.n_bytes, n_weights, backend, half, knowledge, differences)
@@ -80,7 +80,7 @@ def compress_folder(
             digest=written.digests[-1],
             backend=backend.name,
             left_out={**copied.left_out, **(not_downloaded or {})},
-            notes=_notes(source),
+            notes=_notes(source, differences),
             judged_by=known.said_by,
             budget_bytes=_asked(options, n_weights),
             **_told_of_base(differences, plans),
@@ -151,12 +151,13 @@ def _source_files(source: Path, out: Path) -> list[Path]:
     return weights
 
 
-def _notes(source: Path) -> tuple[str, ...]:
-    """What from_pretrained will miss."""
+def _notes(source: Path, differences: Differences | None) -> tuple[str, ...]:
+    """What from_pretrained will miss, and what else to know of a difference."""
+    told = () if differences is None else differences.notes(source)
     lacking = "no config.json" if not (source / CONFIG).exists() else "no model_type in config.json"
     if "model_type" in read_config(source):
-        return ()
-    return (f"{lacking}: not for from_pretrained; miracle_hub.load_state_dict reads the tensors",)
+        return told
+    return (*told, f"{lacking}: not for from_pretrained; miracle_hub.load_state_dict reads the tensors")
 
 
 @dataclass(frozen=True)
@@ -277,7 +278,9 @@ def _take(
     return sorted(tuned)
 
 
-def _differences(base: Path | None, plans: dict[str, Plan], options: CompressOptions) -> Differences | None:
+def _differences(
+    source: Path, base: Path | None, plans: dict[str, Plan], options: CompressOptions
+) -> Differences | None:
     """What of the tensors to be stored is a difference to a base; None if there is none.
 
     Raises:
@@ -290,7 +293,12 @@ def _differences(base: Path | None, plans: dict[str, Plan], options: CompressOpt
         raise OptionError(
             f"stages: expected 1 with a base, found {options.stages}; leave out either stages or base"
         )
-    found = Differences.of(base, [plan.source for plan in plans.values()], _tensors_of)
+    if not (source / CONFIG).exists():
+        raise SourceError(
+            f"{source}: expected a config.json beside the weights, which states the base, found none; add one, or "
+            "compress without a base"
+        )
+    found = Differences.of(source, base, [plan.source for plan in plans.values()], _tensors_of)
     found.plan(plans)
     return found
 

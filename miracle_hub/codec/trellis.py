@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from miracle_hub.code import Code
+from miracle_hub.codec.aligned import gain
 from miracle_hub.codec.body import body_of, check_payload, coded_rows
 from miracle_hub.codec.curvature import Curvature
 from miracle_hub.codec.dtypes import DTYPE_NAMES, TORCH_DTYPES
@@ -221,7 +222,8 @@ def encode_tensor(
     earlier = earlier if base is None else [base.to(backend.device).float(), *earlier]
     matrix = rotated_matrix(left_by(earlier, weights), columns, rotation, backend)
     if factor is not None:
-        parts = encode_with_feedback(matrix, header.segments, rotation, factor, backend)
+        given = (rotation, factor, backend, header.is_difference)
+        parts = encode_with_feedback(matrix, header.segments, *given)
     else:
         parts = [
             _encode_segment(rows, segment, header, selection, generator, backend)
@@ -295,8 +297,17 @@ def _encode_segment(
     z = backend.decode_stream(message, segment.code, rows.numel())
     if order is not None:
         z = torch.empty_like(z).index_copy_(0, order, z)
-    fitted = _least_squares_scales(rows, z.view(rows.shape), segment.row_scales) / math.sqrt(header.rotation)
+    fitted = _least_squares_scales(rows, z.view(rows.shape), segment.row_scales)
+    if header.is_difference:
+        fitted = fitted * _gain(rows, fitted[:, None] * z.view(rows.shape))
+    fitted = fitted / math.sqrt(header.rotation)
     return CodedRows(segment.rows, segment.code, rounded_scales(fitted).bfloat16(), message)
+
+
+def _gain(rows: Tensor, found: Tensor) -> float:
+    """By which values of least squared error are multiplied; see `aligned`."""
+    power = float(rows.double().square().sum())
+    return gain(min(1.0, float((rows - found).double().square().sum()) / power)) if power else 1.0
 
 
 def _least_squares_scales(rows: Tensor, z: Tensor, per_row: bool) -> Tensor:
