@@ -295,8 +295,8 @@ def _differences(
         )
     if not (source / CONFIG).exists():
         raise SourceError(
-            f"{source}: expected a config.json beside the weights, which states the base, found none; add one, or "
-            "compress without a base"
+            f"{source}: expected a config.json beside the weights, which states the base, found none; "
+            "add one, or compress without a base"
         )
     found = Differences.of(source, base, [plan.source for plan in plans.values()], _tensors_of)
     found.plan(plans)

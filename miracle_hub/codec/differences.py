@@ -138,8 +138,8 @@ class Differences:
         difference, power = self.squares
         if difference > _FAR * power:
             found.append(
-                f"the difference to the base is large: its square has {difference / power:.0%} of the model's "
-                "own; compressed without a base, the same bytes may come closer"
+                f"the difference to the base is large: its square has {difference / power:.0%} of the "
+                "model's own; compressed without a base, the same bytes may come closer"
             )
         if others := [name for name in _TOKENIZERS if _is_another(source / name, self.folder / name)]:
             found.append(f"other than the base's, and stored whole: {', '.join(others)}")
