@@ -192,7 +192,8 @@ def _decide(
     """Files and jobs of every stage; tensors that cannot be coded, or have no budget, become plain."""
     shard_bytes, stem = parse_size(options.max_shard_size, "max_shard_size"), stem_of(1, options.stages)
     left = {name: plan.source for name, plan in plans.items() if isinstance(plan, Coded)}
-    are_coded = not left and any(isinstance(plan, Ready) for plan in plans.values())
+    is_nothing_left = differences is not None or any(isinstance(plan, Ready) for plan in plans.values())
+    are_coded = not left and is_nothing_left
     if not options.has_budget or are_coded:
         plans |= {name: narrowed(Plain(tensor, Why.NO_BUDGET), half) for name, tensor in left.items()}
         files = lay_out(plans, {}, shard_bytes, stem)

@@ -18,7 +18,7 @@ from miracle_hub.codec.inspection import inspect_folder
 from miracle_hub.codec.report import Report
 from miracle_hub.codec.trellis import decode_payload
 from miracle_hub.codec.verification import verify_folder
-from miracle_hub.errors import BaseModelError, FormatError, OptionError, SourceError
+from miracle_hub.errors import BaseModelError, BudgetError, FormatError, OptionError, SourceError
 from miracle_hub.options import CompressOptions, DecompressOptions
 
 Save = Callable[..., Path]
@@ -218,6 +218,43 @@ def test_a_tune_of_another_dtype_keeps_its_own(
     assert {tensor.dtype for tensor in found.values()} == {dtype}
     assert torch.equal(found["second.weight"], tensors["second.weight"].to(dtype))
     assert "second.weight" not in load_file(tmp_path / "delta" / "model.safetensors")
+
+
+def test_a_new_head_alone_is_all_that_is_stored(
+    base: Path, save_model: Save, tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """As a payload: who has no plug-in gets a size mismatch, and no model of which all else is random."""
+    headed = {**tensors, "head.weight": torch.randn(2, 64), "head.bias": torch.zeros(2)}
+    report = difference(save_model(headed, "headed"), base, tmp_path / "delta")
+    held = load_file(tmp_path / "delta" / "model.safetensors")
+    assert sorted(held) == ["head.bias", "head.weight"]
+    assert any(entry.dtype == torch.uint8 for entry in held.values())
+    assert (report.n_same, report.n_differing) == (4, 0)
+    found = load_state_dict(tmp_path / "delta", base=base)
+    assert all(torch.equal(found[name], tensor) for name, tensor in headed.items())
+
+
+def test_a_size_at_which_nothing_would_be_stored_is_refused(base: Path, tuned: Path, tmp_path: Path) -> None:
+    with pytest.raises(BudgetError):
+        difference(tuned, base, tmp_path / "out", size=300)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_else_differs_is_said(
+    base: Path, tuned: Path, save_model: Save, tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
+    (base / "vocab.txt").write_text("a")
+    (tuned / "vocab.txt").write_text("b")
+    assert any("vocab.txt" in note for note in difference(tuned, base, tmp_path / "out").notes)
+    far = {name: torch.randn_like(tensor) for name, tensor in tensors.items()}
+    notes = difference(save_model(far, "far"), base, tmp_path / "far-out").notes
+    assert any("the difference to the base is large" in note for note in notes)
+    other = save_model(tuned_from(tensors), "other", config={"model_type": "gpt2"})
+    with pytest.raises(SourceError, match="a base of model_type 'gpt2', as"):
+        difference(other, base, tmp_path / "never")
+    (tuned / "config.json").unlink()
+    with pytest.raises(SourceError, match="expected a config.json beside the weights"):
+        difference(tuned, base, tmp_path / "never")
 
 
 def test_models_that_share_nothing_are_refused(base: Path, save_model: Save, tmp_path: Path) -> None:
