@@ -42,6 +42,8 @@ def compress(
     modules_to_not_convert: list[str] | str | None = None,
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     stages: int = 1,
+    base: str | Path | None = None,
+    base_revision: str | None = None,
     calibrate: str | Any | None = "self",
     effort: int = 1,
     work: str | Path | None = None,
@@ -69,6 +71,9 @@ def compress(
         max_shard_size: of one output file.
         stages: files of their own, 1 to 9, that can be loaded one after the other; each but the first halves
             the squared error for 4/7 bits per weight. The size is that of all together.
+        base: folder or Hub id of the model that the source was fine-tuned from: only the difference to it is
+            stored.
+        base_revision: branch, tag or commit of the base, a Hub id.
         calibrate: what the model is run on, without labels: "self" (inputs of its own making), "none" (it is
             not run), a file or folder, a Hub id; or, in Python, texts, a data set or arrays.
         effort: of calibration, 0 to 5: each takes 4 times as long as the one before, or more.
@@ -87,6 +92,7 @@ def compress(
 
     Raises:
         SourceError: and its subclasses: the source cannot be read, is no dense model or holds NaN.
+        BaseModelError: the base cannot be read, or is a difference itself.
         CalibrationError: the model does not run on what was given.
         DataError: the data cannot be read, are none that the model takes, or too few.
         BudgetError: the size cannot be met; the message says the least or most possible.
@@ -102,9 +108,10 @@ def compress(
 
     options.require_budget()  # before a Hub source is downloaded
     folder = local_folder(source, options.revision, taken=TO_COMPRESS)
-    plainly = partial(compress_folder, folder, roles=roles_of)
+    based_on = _base_folder(options.base, options.base_revision)
+    plainly = partial(compress_folder, folder, roles=roles_of, base=based_on)
     about_output: dict[str, Any] = {
-        "card": lambda target, report: write_card(target, report, folder, _hub_id(source)),
+        "card": lambda target, report: write_card(target, report, folder, _hub_id(source), based_on),
         "not_downloaded": not_downloaded(source, options.revision, folder),
     }
     if not is_asked(options.calibrate):
@@ -112,7 +119,14 @@ def compress(
         return plainly(Path(out), options, **about_output)
     from miracle_hub.calibrate.compression import compress_calibrated
 
-    return compress_calibrated(plainly, folder, Path(out), options, model=model, **about_output)
+    return compress_calibrated(
+        plainly, folder, Path(out), options, model=model, base=based_on, **about_output
+    )
+
+
+def _base_folder(base: str | Path | None, revision: str | None = None) -> Path | None:
+    """The local folder of a base that a user gives."""
+    return None if base is None else local_folder(base, revision, taken=TO_DECODE)
 
 
 def _hub_id(source: str | Path) -> str | None:
@@ -142,6 +156,7 @@ def decompress(
     *,
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     stages: int | None = None,
+    base: str | Path | None = None,
     backend: str = "auto",
     revision: str | None = None,
     overwrite: bool = False,
@@ -155,6 +170,8 @@ def decompress(
         out: the folder to write; it appears whole or not at all.
         max_shard_size: of one output file.
         stages: read so many stages only; by default all.
+        base: folder or Hub id of the base, of a repository that is a difference to one; by default the one it
+            names.
         backend: "auto" (a GPU where there is one), "cpu" (numba) or "triton" (a GPU).
         revision: branch, tag or commit of a Hub id.
         overwrite: replace the output if it exists.
@@ -168,7 +185,8 @@ def decompress(
         OutputExistsError: `out` exists. OutputWriteError: it cannot be written.
     """
     options = chosen(DecompressOptions, options, locals())
-    return decompress_folder(local_folder(source, options.revision, options.stages), Path(out), options)
+    folder, base_folder = local_folder(source, options.revision, options.stages), _base_folder(options.base)
+    return decompress_folder(folder, Path(out), options, base_folder)
 
 
 def load_state_dict(
@@ -176,6 +194,7 @@ def load_state_dict(
     *,
     revision: str | None = None,
     stages: int | None = None,
+    base: str | Path | None = None,
     verify: bool = True,
     backend: str = "auto",
 ) -> dict[str, Tensor]:
@@ -185,6 +204,8 @@ def load_state_dict(
         source: a compressed folder or file, or a Hub id.
         revision: branch, tag or commit of a Hub id.
         stages: read so many stages only; by default all.
+        base: folder or Hub id of the base, of a repository that is a difference to one; by default the one it
+            names.
         verify: compare the digests in the file with those of what was decoded.
         backend: who decodes: "cpu", "triton", or "auto" for a GPU where there is one.
 
@@ -195,7 +216,8 @@ def load_state_dict(
     """
     options = LoadOptions(stages=stages, verify=verify, backend=backend)
     folder = local_folder(source, revision, options.stages)
-    return load_folder(folder, verify=options.verify, backend=options.backend, stages=options.stages)
+    given = {"verify": options.verify, "backend": options.backend, "stages": options.stages}
+    return load_folder(folder, base=_base_folder(base), **given)
 
 
 def inspect(
@@ -204,12 +226,15 @@ def inspect(
     plots: str | Path | None = None,
     revision: str | None = None,
     stages: int | None = None,
+    base: str | Path | None = None,
 ) -> Inspection:
     """What a compressed repository holds: per tensor the code, rate, scale and error, and totals.
 
     Args:
         plots: a folder for PNGs: bits and squared error per tensor, rate and distortion, and KL per group of
             blocks where a fit's coding.json lies in `source` or in "<source>-fit".
+        base: folder or Hub id of the base, of a repository that is a difference to one; by default the one it
+            names.
 
     Raises:
         SourceKindError: the source is not compressed.
@@ -219,7 +244,7 @@ def inspect(
     from miracle_hub.hub.plots import read_journal, write_plots
 
     folder = local_folder(source, revision, stages, taken=TO_INSPECT)
-    inspection = inspect_folder(folder, stages)
+    inspection = inspect_folder(folder, stages, _base_folder(base))
     if plots is None:
         return inspection
     return replace(inspection, plots=write_plots(inspection, read_journal(folder), Path(plots)))
@@ -230,6 +255,7 @@ def verify(
     *,
     dense: str | Path | None = None,
     revision: str | None = None,
+    base: str | Path | None = None,
     backend: str = "auto",
 ) -> Verification:
     """Read every byte of a compressed folder, file or Hub repository, decode all, and compare all digests.
@@ -238,6 +264,8 @@ def verify(
         dense: the folder that was compressed: plain tensors must be its bits, and coded ones have the
             squared error that the files promise.
         revision: branch, tag or commit of a Hub source.
+        base: folder or Hub id of the base, of a repository that is a difference to one; by default the one it
+            names.
         backend: who decodes.
 
     Returns:
@@ -250,4 +278,4 @@ def verify(
     from miracle_hub.hub.card import verify_with_card
 
     folder = local_folder(source, revision, taken=TO_INSPECT if dense is None else TO_DECODE)
-    return verify_with_card(folder, None if dense is None else Path(dense), backend)
+    return verify_with_card(folder, None if dense is None else Path(dense), backend, _base_folder(base))

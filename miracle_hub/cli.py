@@ -38,6 +38,7 @@ Backend = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu
 Dense = Annotated[str | None, typer.Option(help="The folder that was compressed, to compare with.")]
 Split = Annotated[str | None, typer.Option(help="Of the data, where they have several.")]
 Stages = Annotated[int | None, typer.Option(help="Read so many stages only.")]
+Base = Annotated[str | None, typer.Option(help="The base of a difference; else the one that SOURCE names.")]
 Data = Annotated[str, typer.Option(help="csv, tsv, json, jsonl, parquet, txt; a folder; a Hub id.")]
 TextColumns = Annotated[list[str] | None, typer.Option(help="One or two; else those that can be no others.")]
 LabelColumn = Annotated[str, typer.Option(help="Of classes: numbers or names.")]
@@ -98,7 +99,17 @@ def compress(source: Source, out: Out, options: CompressOptions) -> None:
     for line in () if report.calibration is None else report.calibration_lines:
         typer.echo(_printable(line))
     _tell_files(report)
+    if report.base:
+        typer.echo(_told_of_base(report))
     typer.echo(f"digest {report.digest}")
+
+
+def _told_of_base(report: Report) -> str:
+    left_out = len(report.differences_left_out)
+    return _printable(
+        f"added to {report.base}: {report.n_same} tensors are the same, {report.n_differing} differ; of "
+        f"{left_out} of these nothing is stored, which was not worth its bytes"
+    )
 
 
 @_command(DecompressOptions)
@@ -162,9 +173,10 @@ def inspect(
     plots: Annotated[str | None, typer.Option(help="Folder for PNGs.")] = None,
     revision: Revision = None,
     stages: Stages = None,
+    base: Base = None,
 ) -> None:
     """Show every tensor's shape, code, rate, scale and error, and the totals."""
-    inspection = miracle_hub.inspect(source, plots=plots, revision=revision, stages=stages)
+    inspection = miracle_hub.inspect(source, plots=plots, revision=revision, stages=stages, base=base)
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)
@@ -172,7 +184,8 @@ def inspect(
     console.print(
         f"{inspection.file_bytes:,} bytes, {inspection.n_weights:,} weights, "
         f"{inspection.bits_per_weight:.4f} bits per weight (whole file), "
-        f"{inspection.payload_rate:.4f} (payloads)\ndigest {inspection.digest}",
+        f"{inspection.payload_rate:.4f} (payloads)\ndigest {inspection.digest}"
+        + (f"\nadded to {inspection.base}" if inspection.base else ""),
         highlight=False,
     )
     for plot in inspection.plots:
@@ -180,9 +193,15 @@ def inspect(
 
 
 @app.command()
-def verify(source: Source, dense: Dense = None, revision: Revision = None, backend: Backend = "auto") -> None:
+def verify(
+    source: Source,
+    dense: Dense = None,
+    revision: Revision = None,
+    base: Base = None,
+    backend: Backend = "auto",
+) -> None:
     """Read every byte, decode every tensor and compare all digests; the status is 0 if all agree, else 1."""
-    found = miracle_hub.verify(source, dense=dense, revision=revision, backend=backend)
+    found = miracle_hub.verify(source, dense=dense, revision=revision, base=base, backend=backend)
     for file in found.files:
         said = f"WRONG: {file.defect}" if file.defect else file.found
         typer.echo(_printable(f"{file.name}: {file.n_bytes:,} bytes, sha256 {file.sha256[:16]}…, {said}"))

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from miracle_hub.errors import OptionError, UnsupportedVersionError
 
 QUANT_METHOD = "miracle"
-# Of a repository: 1 has one stage, 2 may have more, 3 may also have exact tensors.
-FORMAT_VERSION = 3
-STAGED_VERSION = 2
+# Of a repository: 1 has one stage, 2 may have more, 3 may also have exact tensors, 4 has a base.
+FORMAT_VERSION = 4
+STAGED_VERSION, EXACT_VERSION, BASED_VERSION = 2, 3, 4
 MAX_WINDOW_BITS = 24
 # One byte of message can then stand for at most 2,048 weights, which bounds what a hostile
 # file of a given length can make a reader allocate.

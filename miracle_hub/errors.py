@@ -22,6 +22,7 @@
     └── FormatError (ValueError)         a file that is not what it claims to be
         ├── TruncatedPayloadError
         ├── ChecksumError                header or decoded tensor differ from their digest
+        ├── BaseModelError               the model that a file adds its weights to is missing, or another
         └── UnsupportedVersionError
 
 Every message says what was expected, what was found, where, and what to do.
@@ -114,6 +115,10 @@ class TruncatedPayloadError(FormatError):
 
 class ChecksumError(FormatError):
     """A header or a decoded tensor differs from its recorded checksum."""
+
+
+class BaseModelError(FormatError):
+    """The base, to whose weights a file adds its own, is missing, incomplete, or another model."""
 
 
 class UnsupportedVersionError(FormatError):

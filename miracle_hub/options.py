@@ -45,6 +45,10 @@ Seed = Annotated[int, "Of the shared candidates; part of the file."]
 Backend = Annotated[str, '"auto" (a GPU where there is one), "cpu" (numba) or "triton" (a GPU).']
 Stages = Annotated[int | None, "Read so many stages only; by default all."]
 Revision = Annotated[str | None, "Branch, tag or commit of a Hub id."]
+Base = Annotated[
+    str | Path | None,
+    "Folder or Hub id of the base, of a repository that is a difference to one; by default the one it names.",
+]
 Overwrite = Annotated[bool, "Replace the output if it exists."]
 Progress = Annotated[bool, "Show a progress bar."]
 Calibrate = Annotated[
@@ -92,6 +96,12 @@ class CompressOptions:
         "Files of their own, 1 to 9, that can be loaded one after the other; each but the first halves the "
         "squared error for 4/7 bits per weight. The size is that of all together.",
     ] = 1
+    base: Annotated[
+        str | Path | None,
+        "Folder or Hub id of the model that the source was fine-tuned from: only the difference to it is "
+        "stored.",
+    ] = None
+    base_revision: Annotated[str | None, "Branch, tag or commit of the base, a Hub id."] = None
     calibrate: Calibrate = "self"
     effort: Effort = 1
     work: Work = None
@@ -115,6 +125,7 @@ class CompressOptions:
         check_data("calibrate", self.calibrate)
         check_integer("effort", self.effort, 0, 5)
         check_path("work", self.work)
+        check_path("base", self.base)
         check_names(self.modules_to_not_convert, "modules_to_not_convert")
         parse_size(self.max_shard_size, "max_shard_size")
         check_choice("backend", self.backend, BACKENDS)
@@ -144,6 +155,7 @@ class DecompressOptions:
 
     max_shard_size: ShardSize = DEFAULT_SHARD_SIZE
     stages: Stages = None
+    base: Base = None
     backend: Backend = "auto"
     revision: Revision = None
     overwrite: Overwrite = False

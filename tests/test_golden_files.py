@@ -24,6 +24,7 @@ GOLDEN = Path(__file__).parent / "golden"
 FILES: dict[str, dict[str, str]] = json.loads((GOLDEN / "files.json").read_text(encoding="utf-8"))
 DECODERS = sorted(GOLDEN.glob("*decoder.py"))
 REPOSITORIES = sorted(name for name in FILES if name.startswith("repository_"))
+BASED = sorted(name for name in FILES if name.startswith("based_"))
 NETWORKS = sorted(name for name in FILES if name.startswith("network_"))
 
 
@@ -49,7 +50,8 @@ def module() -> nn.Module:
 def versions(kind: str) -> list[int]:
     """Of which there is a file, as its own bytes say it."""
     if kind == "repository":
-        configs = [json.loads((GOLDEN / name / "config.json").read_text()) for name in REPOSITORIES]
+        folders = (GOLDEN / name for name in [*REPOSITORIES, *BASED])
+        configs = [json.loads((folder / "config.json").read_text()) for folder in folders]
         return sorted({config["quantization_config"]["format_version"] for config in configs})
     if kind == "payload":
         return sorted({path.read_bytes()[4] for path in GOLDEN.glob("payload_*.bin")})
@@ -73,6 +75,26 @@ def test_a_kept_repository_loads_to_the_same_bits(name: str) -> None:
 def test_a_second_decoder_reads_a_kept_repository_to_the_same_bits(name: str) -> None:
     tensors = decoder("repository")["read"](GOLDEN / name)
     assert {key: described(*tensor) for key, tensor in tensors.items()} == FILES[name]
+
+
+@pytest.mark.parametrize("name", BASED)
+def test_a_kept_difference_and_its_base_load_to_the_same_bits(name: str) -> None:
+    base = GOLDEN / f"{name}_base"
+    assert content(miracle_hub.load_state_dict(GOLDEN / name, base=base)) == FILES[name]
+    tensors = decoder("base")["read"](GOLDEN / name, base)
+    assert {key: described(*tensor) for key, tensor in tensors.items()} == FILES[name]
+    assert not miracle_hub.verify(GOLDEN / name, base=base).defects
+
+
+@pytest.mark.parametrize("name", BASED)
+def test_the_kept_differences_are_of_every_kind(name: str) -> None:
+    tensors = {t.name: t for t in miracle_hub.inspect(GOLDEN / name, base=GOLDEN / f"{name}_base").tensors}
+    assert {t.codec for t in tensors.values() if t.base} == {"trellis", "rows", ""}
+    assert {t.dtype for t in tensors.values() if t.base and t.codes} == {"F32", "BF16", "F16"}
+    stated = json.loads((GOLDEN / name / "config.json").read_text())["quantization_config"]["base_model"]
+    assert stated["dtypes"] == {"encoder.cast.weight": "BF16"}
+    assert stated["left_out"] == ["encoder.near.bias"]
+    assert stated["prefix"] == ["encoder.", ""]
 
 
 @pytest.mark.parametrize("name", NETWORKS)

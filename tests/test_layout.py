@@ -70,7 +70,7 @@ ALLOWED = {
 # Who alone may import a third party.
 HOMES = {
     "transformers": {"plugin", "finetune", "evaluate", "calibrate"},
-    "huggingface_hub": {"hub", "finetune"},
+    "huggingface_hub": {"files", "hub", "finetune"},
     "typer": {"cli"},
     "rich": {"cli"},
     "miracle_kernels": {"coding"},

@@ -41,8 +41,14 @@ class Asking:
     """
 
     def __init__(
-        self, folder: Path, options: CompressOptions, model: nn.Module | None = None, kept: Kept | None = None
+        self,
+        folder: Path,
+        options: CompressOptions,
+        model: nn.Module | None = None,
+        kept: Kept | None = None,
+        base: Path | None = None,
     ) -> None:
+        self.base = base
         self.folder, self.options, self.model, self.kept = folder, options, model, kept or Kept()
         self.known: Known | None = None
         self.judge: Judge | None = None
@@ -66,7 +72,8 @@ class Asking:
         if self.known is None:
             return None
         found = self.known.curvature(source)
-        if found is None:
+        # Vectors are coded as differences to a base alone, and are not watched.
+        if found is None and len(source.shape) > 1:
             self.unseen.append(source.name)
         return found
 
@@ -142,7 +149,7 @@ class Asking:
                 known.model, [tensor for tensor in tensors if tensor.name in roles.parameters], names
             )
         known.call(names)
-        self.judge = Judge(known.model, known.held_out, names)
+        self.judge = Judge(known.model, known.held_out, names, self.base)
         return known
 
     @contextmanager

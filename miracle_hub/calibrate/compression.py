@@ -40,6 +40,7 @@ def compress_calibrated(
     options: CompressOptions,
     *,
     model: nn.Module | None = None,
+    base: Path | None = None,
     **also: Any,
 ) -> Report:
     """Compress a folder with what its model's answers say of its weights.
@@ -48,6 +49,7 @@ def compress_calibrated(
         compress: compresses the folder, without calibration unless it is given what is known.
         source: the folder.
         model: the folder's, where transformers cannot tell.
+        base: a folder with the model to which differences are stored, if there is one.
         also: others of `compress_folder`, for the output.
 
     Raises:
@@ -56,7 +58,7 @@ def compress_calibrated(
         ResumeError: the work folder is of a run with another source, other data or options.
     """
     with torch.inference_mode(False), work_folder(source, out, options, model) as kept:
-        asking = Asking(source, options, model, kept)
+        asking = Asking(source, options, model, kept, base)
         try:
             return compress(out, options, knowledge=asking, judged=_Judged(asking, compress), **also)
         except _TakenBack as taken:

@@ -23,12 +23,19 @@ class Judge:
         model: to load files into.
     """
 
-    def __init__(self, model: nn.Module, teacher: Teacher, names: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: Teacher,
+        names: Mapping[str, str] | None = None,
+        base: Path | None = None,
+    ) -> None:
         """
         Args:
             names: the model's, of tensors that files call otherwise.
+            base: of files that have one.
         """
-        self.model, self.teacher, self.names = model, teacher, names or {}
+        self.model, self.teacher, self.names, self.base = model, teacher, names or {}, base
 
     @property
     def unit(self) -> str:
@@ -42,7 +49,7 @@ class Judge:
         The model has its weights afterwards.
         """
         own = tensors_of(self.model)
-        for tensor in open_repository(folder).tensors:
+        for tensor in open_repository(folder, base=self.base).tensors:
             if (name := self.names.get(tensor.name, tensor.name)) in own:
                 own[name].data.copy_(tensor.load(verify=False))
         found = self.teacher.mean_divergence(self.model)

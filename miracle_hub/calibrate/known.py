@@ -25,8 +25,10 @@ from miracle_hub.codec.curvature import Curvature
 from miracle_hub.codec.dtypes import TORCH_DTYPES
 from miracle_hub.codec.jobs import Job
 from miracle_hub.codec.kept import Kept
-from miracle_hub.codec.plan import Plain, Plan, Why
+from miracle_hub.codec.plan import Plain, Plan, Same, Why
 from miracle_hub.codec.source import SourceTensor
+from miracle_hub.codec.stored import decode_sum
+from miracle_hub.codec.trellis import TRELLIS
 from miracle_hub.coding.backend import Backend
 
 # Held-out tokens by which files and refits are judged, and those by which trials are; every judgment is
@@ -115,12 +117,13 @@ class Known:
         if not self.options.is_any and not norms:
             return {}
         self.model.requires_grad_(False)
+        fixed = self._fixed(plans, jobs, backend)
         parameters, statistics = self.parameters, norms.buffers if norms else {}
         vectors = _vectors(plans, parameters) if self.states_tuned and self.options.is_any else {}
         teacher = Teacher(
             self.model, self.inputs.batches[: self.options.all_steps], self.progress, judges=False
         )
-        known = [job for job in jobs if job.source.name in parameters]
+        known = [job for job in jobs if job.source.name in parameters and job.source.name not in fixed]
         kept = kept_of_jobs(self.kept, known, backend).given(*statistics)
         if self.options.is_any:
             tried = self.held_out.some(self.share * _TRIED_TOKENS)
@@ -129,7 +132,24 @@ class Known:
         made = self._made(known, teacher, vectors, backend, kept, norms)
         self._tune(teacher, made, list(vectors.values()), kept)
         self._keep(plans, {**vectors, **statistics})
-        return {matrix.job.source.name: matrix.payload() for matrix in made}
+        return {**fixed, **{matrix.job.source.name: matrix.payload() for matrix in made}}
+
+    @torch.no_grad()
+    def _fixed(self, plans: Mapping[str, Plan], jobs: Sequence[Job], backend: Backend) -> dict[str, bytes]:
+        """Payloads of what refits leave as it is: differences to a base in some rows. The model has them, and
+        the base's tensors where differences are left out, as its readers will.
+        """
+        for name, plan in plans.items():
+            if isinstance(plan, Same) and plan.based is not None and name in self.parameters:
+                self.parameters[name].copy_(plan.based.load())
+        fixed = dict[str, bytes]()
+        for job in jobs:
+            if job.choice.option.codec != TRELLIS.name and job.based and job.source.name in self.parameters:
+                name, fixed[job.source.name] = job.source.name, (payload := job.run([], backend))
+                entry = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+                base = job.based.load_base()
+                self.parameters[name].copy_(decode_sum([entry], name, backend=backend, base=base))
+        return fixed
 
     def _made(
         self, jobs: Sequence[Job], teacher: Teacher, vectors: Mapping[str, nn.Parameter],

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from miracle_hub.codec.body import body_of
 from miracle_hub.codec.feedback import BandCoder
-from miracle_hub.codec.handed_out import decoded_in_range, relative_error
+from miracle_hub.codec.handed_out import decoded_in_range, left_by, relative_error
 from miracle_hub.codec.jobs import Job
 from miracle_hub.codec.trellis import Recipe, layout_of, segments_of
 from miracle_hub.coding.backend import Backend, rotated_matrix
@@ -30,20 +30,34 @@ class MatrixInMaking:
         recipe: Recipe = job.choice.option.recipe
         self.job, self.parameter, self.backend, self.is_first = job, parameter, backend, is_first
         self.columns, self.rotation = recipe.columns, recipe.rotation
+        self.base = None if job.based is None else job.based.load_base()
         self.segments = segments_of(job.choice)
         factor = None if job.curvature is None else job.curvature.factor(self.rotation, backend)
-        self.coder = BandCoder(self.rotated(), self.segments, factor, backend)
+        self.coder = BandCoder(self.rotated(), self.segments, factor, backend, self.base is not None)
         n_scales = sum(segment.n_scales for segment in self.segments)
         self.n_coded, self.gains = 0, torch.ones(n_scales, device=parameter.device)
 
     def rotated(self) -> Tensor:
-        """The rotated matrix, `[rows, columns]`."""
-        return rotated_matrix(self.parameter.detach(), self.columns, self.rotation, self.backend)
+        """The rotated matrix, `[rows, columns]`; of a difference to a base, that difference."""
+        return rotated_matrix(self.own(), self.columns, self.rotation, self.backend)
+
+    def own(self) -> Tensor:
+        """What the payload stands for: the parameter, or its difference to a base."""
+        return left_by(self._earlier(), self.parameter.detach())
+
+    def multiply(self, rows: Tensor) -> None:
+        """Multiply that by a factor for every row of the matrix view."""
+        own = self.own().view(-1, self.columns) * rows[:, None]
+        self.parameter.data.copy_(sum(self._earlier(), start=own.view(self.parameter.shape)))
+
+    def _earlier(self) -> list[Tensor]:
+        """What the payload is added to."""
+        return [] if self.base is None else [self.base.to(self.parameter)]
 
     def set_rotated(self, matrix: Tensor) -> None:
         """Make it what the model runs with."""
-        weights = rotated_matrix(matrix, self.columns, self.rotation, self.backend)
-        self.parameter.data.copy_(weights.view(self.parameter.shape))
+        weights = rotated_matrix(matrix, self.columns, self.rotation, self.backend).view(self.parameter.shape)
+        self.parameter.data.copy_(sum(self._earlier(), start=weights))
 
     def tensors(self) -> dict[str, Tensor]:
         """All that coding, refits and tuning have made so far, for a file; see `go_on`."""
@@ -100,13 +114,17 @@ class MatrixInMaking:
     def payload(self) -> bytes:
         """The payload of a matrix whose columns are all coded, times its gains."""
         source, width = self.job.source, self.coder.width
-        header = Header(source.dtype, source.shape, self.columns, self.rotation, self.segments, width)
+        is_difference = self.base is not None
+        header = Header(
+            source.dtype, source.shape, self.columns, self.rotation, self.segments, width,
+            is_difference=is_difference,
+        )  # fmt: skip
         gains = self.gains.split([segment.n_scales for segment in self.segments])
         scales = [own * gain.to(own) for own, gain in zip(self.coder.scales, gains, strict=True)]
         parts, weights = self.coder.parts(scales, self.rotation), source.load().to(self.backend.device)
-        layout, backend = layout_of(header), self.backend
-        handed_out, digest = decoded_in_range(parts, layout, (), weights.dtype, backend)
-        error = relative_error(handed_out.view(weights.shape), (), weights)
+        layout, backend, earlier = layout_of(header), self.backend, self._earlier()
+        handed_out, digest = decoded_in_range(parts, layout, earlier, weights.dtype, backend)
+        error = relative_error(handed_out.view(weights.shape), earlier, weights)
         return encode_payload(replace(header, digest=digest, relative_error=error), body_of(parts))
 
 

@@ -78,8 +78,7 @@ class Tuning:
     def set_gains(matrices: Sequence[MatrixInMaking], gains: Sequence[Tensor]) -> None:
         """Multiply coded matrices by other gains than they had."""
         for matrix, gain in zip(matrices, gains, strict=True):
-            rows = matrix.by_row(gain.detach() / matrix.gains)[:, None]
-            matrix.parameter.data.view(-1, matrix.columns).mul_(rows)
+            matrix.multiply(matrix.by_row(gain.detach() / matrix.gains))
             matrix.gains = gain.detach().clone()
 
     @contextmanager
@@ -97,7 +96,7 @@ class Tuning:
 def _taking(matrix: MatrixInMaking, gain: nn.Parameter) -> Callable[[Tensor], None]:
     def take(weights: Tensor) -> None:
         assert weights.grad is not None
-        of_rows = (weights.grad * weights.detach()).view(-1, matrix.columns).sum(1)
+        of_rows = (weights.grad * matrix.own()).view(-1, matrix.columns).sum(1)
         gain.grad = matrix.by_scale(of_rows) / gain.detach()
         weights.grad = None
 

@@ -29,7 +29,7 @@ def check_finite(tensor: StoredTensor, values: Tensor, listed: Collection[str]) 
         return
     if (tensor.is_coded and not tensor.is_exact) or not is_taken(tensor.name, values, listed):
         raise NonFiniteWeightError(
-            f"{tensor.parts[0].path}: {tensor.name}: expected finite numbers, found NaN or infinity; "
+            f"{tensor.path}: {tensor.name}: expected finite numbers, found NaN or infinity; "
             "download the file again, or repair the model that it was made from"
         )
 
@@ -88,6 +88,26 @@ def compare(
     return None
 
 
+def compare_difference(tensor: StoredTensor, weights: Tensor, source: SourceTensor) -> None:
+    """
+    Args:
+        weights: the sum of a base's tensor and a difference, in the dtype of the source.
+
+    Raises:
+        SourceError: it has not the shape, dtype and squared error, over that of the base, that were promised.
+    """
+    original, base = source.load(), tensor.load_base()
+    assert base is not None
+    if original.shape != weights.shape or original.dtype != weights.dtype:
+        found = f"found {tensor.dtype} {list(tensor.shape)}"
+        raise _other_model(tensor, f"expected {original.dtype} {list(original.shape)}, {found}")
+    power = squared_distance(base.to(original.dtype), original)
+    found = squared_distance(weights, original) / power if power else 0.0
+    if tensor.relative_error and not _agree(found, tensor.relative_error):
+        expected = f"expected {tensor.relative_error:.6g} of the squared difference to the base"
+        raise _other_model(tensor, f"{expected}, found {found:.6g}")
+
+
 def squared_distance(a: Tensor, b: Tensor) -> float:
     """Of differences in float32, or in float64 where the second has so many bits, summed in float64."""
     wide = torch.float64 if b.dtype == torch.float64 else torch.float32
@@ -105,6 +125,5 @@ def _agree(found: float, promised: float) -> bool:
 
 def _other_model(tensor: StoredTensor, fault: str) -> SourceError:
     return SourceError(
-        f"{tensor.parts[0].path}: {tensor.name}: {fault}; give the model that was compressed, or compress it "
-        "again"
+        f"{tensor.path}: {tensor.name}: {fault}; give the model that was compressed, or compress it again"
     )

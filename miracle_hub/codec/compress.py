@@ -12,24 +12,26 @@ from miracle_hub.codec.comparing import TUNED
 from miracle_hub.codec.config import read_config, read_quantization, write_config
 from miracle_hub.codec.curvature import Curvature
 from miracle_hub.codec.detector import TO_COMPRESS, require
+from miracle_hub.codec.differences import Differences, differing
 from miracle_hub.codec.finite import NON_FINITE
 from miracle_hub.codec.jobs import Job, refining
 from miracle_hub.codec.keeping import Roles, keep_exact, kept_bytes, warn_of_kept
 from miracle_hub.codec.knowledge import Knowledge, weighed
 from miracle_hub.codec.naming import CARD, CONFIG, stem_of
 from miracle_hub.codec.payloads import Request
-from miracle_hub.codec.plan import Coded, Exact, Plain, Plan, Ready, Why, lay_out, narrowed, plan_all
+from miracle_hub.codec.plan import Coded, Exact, Plain, Plan, Ready, Same, Why, lay_out, narrowed, plan_all
 from miracle_hub.codec.rates import Curve
 from miracle_hub.codec.report import Report
-from miracle_hub.codec.repository import OutputFile, total_bytes
-from miracle_hub.codec.source import SourceTensor, list_tensors, weight_files
+from miracle_hub.codec.repository import OutputFile, open_repository, total_bytes
+from miracle_hub.codec.source import list_tensors, weight_files
 from miracle_hub.codec.stages import refined_files, refinement
+from miracle_hub.codec.stored import StoredTensor
 from miracle_hub.codec.survey import survey
 from miracle_hub.codec.worth import by_worth, worths
 from miracle_hub.codec.writer import Writer
 from miracle_hub.coding.backend import Backend, choose
 from miracle_hub.coding.narrowing import half_holds
-from miracle_hub.errors import BudgetError
+from miracle_hub.errors import BudgetError, OptionError, SourceError
 from miracle_hub.files.whole import output_folder, refuse_overlap, writing
 from miracle_hub.options import CompressOptions, budget_bytes, parse_size
 
@@ -46,6 +48,7 @@ def compress_folder(
     roles: Callable[[Path], Roles] = lambda source: Roles(),
     knowledge: Knowledge | None = None,
     judged: Callable[[Path, Report], Report] = lambda folder, report: report,
+    base: Path | None = None,
 ) -> Report:
     """Compress a folder written by `save_pretrained`; see `miracle_hub.compress`.
 
@@ -57,6 +60,7 @@ def compress_folder(
         roles: finds what the model's class says of its tensors; without it their values decide.
         knowledge: what is known of the model beside its weights.
         judged: completes the report by what is written, before the folder has its name.
+        base: a folder with the model to whose tensors only the differences are stored.
     """
     started, backend, weights = time.monotonic(), choose(options.backend), _source_files(source, out)
     if not coded:
@@ -64,9 +68,11 @@ def compress_folder(
     with output_folder(out, options.overwrite) as temporary:
         copied = _copy_and_count(source, temporary, weights)
         plans = plan_all(weights, options.modules_to_not_convert or [], coded or {}, half)
+        differences = _differences(source, base, plans, options)
         non_finite = keep_exact(plans, known := roles(source))
         n_weights = sum(plan.source.n_weights for plan in plans.values()) + copied.n_weights
-        stages, jobs = _decide(source, plans, options, copied.n_bytes, n_weights, backend, half, knowledge)
+        given = (options, copied.n_bytes, n_weights, backend, half, knowledge, differences)
+        stages, jobs = _decide(source, plans, *given)
         tuned = _take(knowledge, plans, jobs, backend)
         written = Writer(temporary, plans, backend).write(stages, jobs, options.progress)
         report = replace(
@@ -74,13 +80,15 @@ def compress_folder(
             digest=written.digests[-1],
             backend=backend.name,
             left_out={**copied.left_out, **(not_downloaded or {})},
-            notes=_notes(source),
+            notes=_notes(source, differences),
             judged_by=known.said_by,
             budget_bytes=_asked(options, n_weights),
+            **_told_of_base(differences, plans),
         )
         facts = _facts(report, options, plans, {NON_FINITE: non_finite, TUNED: tuned})
+        facts |= {} if differences is None else differences.base.facts()
         tensors, made = [plan.source for plan in plans.values()], (written.digests, written.guards)
-        write_config(source, temporary, facts, tensors, *made, bool(report.exact))
+        write_config(source, temporary, facts, tensors, *made, bool(report.exact), base is not None)
         report = replace(judged(temporary, report), seconds=time.monotonic() - started)
         _write_card(card, temporary, report)
     warn_of_kept(plans, report.compressed_bytes)
@@ -143,12 +151,13 @@ def _source_files(source: Path, out: Path) -> list[Path]:
     return weights
 
 
-def _notes(source: Path) -> tuple[str, ...]:
-    """What from_pretrained will miss."""
+def _notes(source: Path, differences: Differences | None) -> tuple[str, ...]:
+    """What from_pretrained will miss, and what else to know of a difference."""
+    told = () if differences is None else differences.notes(source)
     lacking = "no config.json" if not (source / CONFIG).exists() else "no model_type in config.json"
     if "model_type" in read_config(source):
-        return ()
-    return (f"{lacking}: not for from_pretrained; miracle_hub.load_state_dict reads the tensors",)
+        return told
+    return (*told, f"{lacking}: not for from_pretrained; miracle_hub.load_state_dict reads the tensors")
 
 
 @dataclass(frozen=True)
@@ -178,11 +187,13 @@ def _decide(
     backend: Backend,
     half: Set[str] | None,
     knowledge: Knowledge | None,
+    differences: Differences | None,
 ) -> tuple[list[list[OutputFile]], list[list[Job]]]:
     """Files and jobs of every stage; tensors that cannot be coded, or have no budget, become plain."""
     shard_bytes, stem = parse_size(options.max_shard_size, "max_shard_size"), stem_of(1, options.stages)
     left = {name: plan.source for name, plan in plans.items() if isinstance(plan, Coded)}
-    are_coded = not left and any(isinstance(plan, Ready) for plan in plans.values())
+    is_nothing_left = differences is not None or any(isinstance(plan, Ready) for plan in plans.values())
+    are_coded = not left and is_nothing_left
     if not options.has_budget or are_coded:
         plans |= {name: narrowed(Plain(tensor, Why.NO_BUDGET), half) for name, tensor in left.items()}
         files = lay_out(plans, {}, shard_bytes, stem)
@@ -197,13 +208,18 @@ def _decide(
     require_reachable(plans, curves, budget)
     costs = {} if knowledge is None else _curvatures(knowledge, plans, curves)
     plans |= {} if knowledge is None else _changing(knowledge, plans)
-    sources = {curve.name: plans[curve.name].source for curve in curves}
+    coded = {curve.name: plan for curve in curves if isinstance(plan := plans[curve.name], Coded)}
     worth = worths([plan.source for plan in plans.values()], read_config(source))
-    curves = _weighed(by_worth(curves, worth), sources, costs, worth, request)
+    if differences is not None:  # errors of a difference are relative to it
+        worth |= {name: worth.get(name, 1.0) * share for name, share in differences.relative.items()}
+    curves = _weighed(by_worth(curves, worth), coded, costs, worth, request)
     choices = meet_budget(plans, curves, budget)
+    if differences is not None:
+        differences.leave_out(plans, choices)
     first = [
-        Job(plans[name].source, contents[name], choices[name], curvature=costs.get(name))
+        Job(plan.source, contents[name], choices[name], curvature=costs.get(name), based=plan.based)
         for name in sorted(choices)
+        if isinstance(plan := plans[name], Coded)
     ]
     jobs = [first]
     for _ in refined:
@@ -235,17 +251,17 @@ def _changing(knowledge: Knowledge, plans: Mapping[str, Plan]) -> dict[str, Plan
 
 def _weighed(
     curves: list[Curve],
-    sources: Mapping[str, SourceTensor],
+    coded: Mapping[str, Coded],
     known: Mapping[str, Curvature],
     worth: Mapping[str, float],
     request: Request,
 ) -> list[Curve]:
     """Curves by what errors cost, as far as anything is known of that."""
     costs = {
-        name: curvature.cost(sources[name].load(), request.rotation, request.backend)
+        name: curvature.cost(differing(coded[name]), request.rotation, request.backend)
         for name, curvature in known.items()
     }
-    return weighed(curves, costs, {name: source.n_weights for name, source in sources.items()}, worth)
+    return weighed(curves, costs, {name: plan.source.n_weights for name, plan in coded.items()}, worth)
 
 
 def _take(
@@ -261,6 +277,50 @@ def _take(
     tuned = {n: replace(plan, tuned=values) for n, (plan, values) in found.items() if values is not None}
     plans |= tuned
     return sorted(tuned)
+
+
+def _differences(
+    source: Path, base: Path | None, plans: dict[str, Plan], options: CompressOptions
+) -> Differences | None:
+    """What of the tensors to be stored is a difference to a base; None if there is none.
+
+    Raises:
+        OptionError: there are stages besides.
+        BaseModelError, SourceError: see `Differences`.
+    """
+    if base is None:
+        return None
+    if options.stages > 1:
+        raise OptionError(
+            f"stages: expected 1 with a base, found {options.stages}; leave out either stages or base"
+        )
+    if not (source / CONFIG).exists():
+        raise SourceError(
+            f"{source}: expected a config.json beside the weights, which states the base, found none; "
+            "add one, or compress without a base"
+        )
+    found = Differences.of(source, base, [plan.source for plan in plans.values()], _tensors_of)
+    found.plan(plans)
+    return found
+
+
+def _tensors_of(folder: Path) -> Sequence[StoredTensor]:
+    """See `based.Read`."""
+    return open_repository(folder).tensors
+
+
+def _told_of_base(differences: Differences | None, plans: Mapping[str, Plan]) -> dict[str, Any]:
+    """What a report says of a base."""
+    if differences is None:
+        return {}
+    same = [name for name, plan in plans.items() if isinstance(plan, Same) and plan.based is None]
+    base = differences.base
+    return {
+        "base": base.said,
+        "n_same": len(same),
+        "n_differing": len(base.digests) - len(same),
+        "differences_left_out": base.left_out,
+    }
 
 
 def _asked(options: CompressOptions, n_weights: int) -> int | None:

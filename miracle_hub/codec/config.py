@@ -5,7 +5,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from miracle_hub.code import FORMAT_VERSION, MAX_STAGES, QUANT_METHOD, STAGED_VERSION, check_format_version
+from miracle_hub.code import (
+    BASED_VERSION,
+    EXACT_VERSION,
+    FORMAT_VERSION,
+    MAX_STAGES,
+    QUANT_METHOD,
+    STAGED_VERSION,
+    check_format_version,
+)
 from miracle_hub.codec.guard import with_guard
 from miracle_hub.codec.inherited import is_inherited
 from miracle_hub.codec.naming import CONFIG
@@ -128,6 +136,7 @@ def write_config(
     digests: Sequence[str],
     guards: Sequence[str],
     has_exact: bool = False,
+    has_base: bool = False,
 ) -> None:
     """config.json with the quantization_config that makes transformers call the plug-in; none where there
     was none.
@@ -138,6 +147,7 @@ def write_config(
         digests: of the payloads of the first n stages, for every n.
         guards: of all their tensors, likewise.
         has_exact: whether one of the payloads is exact, which readers of before do not know.
+        has_base: whether it is a difference to another model.
 
     Raises:
         OutputWriteError: it cannot be written.
@@ -151,7 +161,8 @@ def write_config(
         config["dtype"] = dtype
     if is_miracle(config.get("quantization_config")):  # inherited, and replaced
         config.pop("stages", None)
-    version = FORMAT_VERSION if has_exact else STAGED_VERSION if len(digests) > 1 else 1
+    version = EXACT_VERSION if has_exact else STAGED_VERSION if len(digests) > 1 else 1
+    version = BASED_VERSION if has_base else version
     config["quantization_config"] = {"quant_method": QUANT_METHOD, "format_version": version, **facts}
     if len(digests) > 1:
         # An attribute of the config, so that from_pretrained(..., stages=1) changes it.

@@ -25,7 +25,12 @@ from miracle_hub.options import DecompressOptions, parse_size
 
 @files_kept_open()
 def load_state_dict(
-    path: str | Path, *, verify: bool = True, backend: str = "auto", stages: int | None = None
+    path: str | Path,
+    *,
+    verify: bool = True,
+    backend: str = "auto",
+    stages: int | None = None,
+    base: Path | None = None,
 ) -> dict[str, Tensor]:
     """All tensors of a compressed folder or file, dense, in their source dtypes.
 
@@ -35,6 +40,7 @@ def load_state_dict(
         backend: who decodes: "cpu", "triton", or "auto" for a GPU where there is one. The state dict is
             on the CPU in any case.
         stages: of a folder, how many to decode; None means all.
+        base: of a repository that has a base, a folder with it; None means the one that it names.
 
     Raises:
         FormatError: and its subclasses: the file is not sound; the message names the tensor.
@@ -45,7 +51,7 @@ def load_state_dict(
     """
     require(Path(path), TO_DECODE)
     chosen = choose(backend)
-    tensors = open_repository(Path(path), stages).tensors
+    tensors = open_repository(Path(path), stages, base).tensors
     _refuse_stream(tensors)
     return {tensor.name: tensor.load(verify=verify, backend=chosen).cpu() for tensor in tensors}
 
@@ -55,6 +61,7 @@ def decompress_folder(
     source: Path,
     out: Path,
     options: DecompressOptions,
+    base: Path | None = None,
 ) -> int:
     """Write an ordinary checkpoint; returns its bytes. See `miracle_hub.decompress`."""
     refuse_overlap(out, source)
@@ -62,7 +69,7 @@ def decompress_folder(
     require(source, TO_DECODE)
     if source.is_file():
         weight_files(source)  # says that a folder is wanted
-    repository, companions = open_repository(source, options.stages), of_repository(source)
+    repository, companions = open_repository(source, options.stages, base), of_repository(source)
     _refuse_stream(repository.tensors)
     tensors = {tensor.name: tensor for tensor in repository.tensors}
     files = sharded(_dense_entries(tensors.values()), shard_bytes, guard="")
@@ -91,9 +98,10 @@ def _refuse_stream(tensors: Iterable[StoredTensor]) -> None:
         FormatError: there is one.
     """
     for tensor in tensors:
-        part = tensor.parts[0]
-        is_plain = tensor.name == STREAM and not tensor.is_coded and part.is_bytes
-        if is_plain and has_magic(STREAM, bytes(part.head(4).tolist())):
+        is_plain = tensor.name == STREAM and not tensor.is_coded
+        for part in tensor.parts if is_plain else ():
+            if not (part.is_bytes and has_magic(STREAM, bytes(part.head(4).tolist()))):
+                continue
             raise FormatError(
                 f"{part.path}: expected tensors by name, found a network's stream, whose names and shapes "
                 "are its module's; read it with miracle_hub.load(path, module)"

@@ -51,7 +51,7 @@ class Exact:
         """
         return ExactPayload(data, where)
 
-    def survey(self, spec: TensorSpec, weights: Tensor, request: Request) -> Any:
+    def survey(self, spec: TensorSpec, weights: Tensor, request: Request, is_difference: bool = False) -> Any:
         """None: what is a weight is not kept exact."""
         return None
 
@@ -74,6 +74,7 @@ class Exact:
         backend: Backend,
         earlier: Sequence[Tensor] = (),
         curvature: Curvature | None = None,
+        base: Tensor | None = None,
     ) -> bytes:
         """The shortest payload, of any tensor that the format has.
 

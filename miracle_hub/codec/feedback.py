@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
+from miracle_hub.codec.aligned import gain
 from miracle_hub.coding.backend import Backend
 from miracle_hub.coding.encode import pack_states
 from miracle_hub.coding.matrix import CodedRows
@@ -37,24 +38,29 @@ class BandCoder:
     """Rows of a rotated matrix that are coded band after band.
 
     Attributes:
-        scales: of the prior, one tensor for every segment, before the rotation's factor.
+        scales: of the candidates, one tensor for every segment, before the rotation's factor.
+        gains: of these over the prior's, for every segment; 1 but for differences, see `aligned`.
         states: windows of the message so far, int32, for every segment by band; none when all is coded.
         messages: one for every segment, when all is coded.
     """
 
     def __init__(
         self, matrix: Float32[Tensor, "rows columns"], segments: Sequence[Segment], factor: Tensor | None,
-        backend: Backend,
+        backend: Backend, is_difference: bool = False,
     ) -> None:  # fmt: skip
         """
         Args:
             matrix: as it is before anything is coded; scales are its own.
             factor: U, float64 `[columns, columns]`; see above. None means no feedback.
+            is_difference: of some tensor to that of a base.
         """
         self.segments, self.backend = segments, backend
         self.factor = None if factor is None else factor.to(matrix.device)
         self.width = band_columns(matrix.shape[1])
-        self.scales = [_prior_scales(rows, segment) for rows, segment in self._by_segment(matrix)]
+        shares = [max(0.0, 1 - prior_scale(segment.code) ** 2) for segment in segments]  # that coding leaves
+        self.gains = [gain(share) if is_difference else 1.0 for share in shares]
+        own = zip(self._by_segment(matrix), self.gains, strict=True)
+        self.scales = [_prior_scales(rows, segment) * raised for (rows, segment), raised in own]
         self.states: list[list[Tensor]] = [[] for _ in segments]
         self.messages: list[Tensor] = []
 
@@ -96,10 +102,10 @@ class BandCoder:
     def _coded(self, wanted: Tensor) -> Tensor:
         """What the next steps of every segment's message stand for, and these steps."""
         parts = []
-        for (rows, segment), scales, states in zip(
-            self._by_segment(wanted), self.scales, self.states, strict=True
+        for (rows, segment), scales, raised, states in zip(
+            self._by_segment(wanted), self.scales, self.gains, self.states, strict=True
         ):
-            safe = torch.where(scales > 0, scales, 1.0)[:, None]
+            safe = torch.where(scales > 0, scales / raised, 1.0)[:, None]
             entry = int(states[-1][-1]) & ((1 << segment.code.overlap_bits) - 1) if states else None
             cost = squared_error_cost((rows / safe).flatten())
             found = self.backend.encode_states(cost, segment.code, "best", None, entry)
@@ -125,9 +131,10 @@ def encode_with_feedback(
     rotation: int,
     factor: Tensor,
     backend: Backend,
+    is_difference: bool = False,
 ) -> list[CodedRows]:
     """All columns of a rotated matrix, with the scales of least cost for the candidates."""
-    coder, coded = BandCoder(matrix, segments, factor, backend), matrix.clone()
+    coder, coded = BandCoder(matrix, segments, factor, backend, is_difference), matrix.clone()
     coder.code(coded, 0, matrix.shape[1])
     seen, wanted = coded @ factor.to(coded), matrix @ factor.to(matrix)
     rows = [segment.rows for segment in segments]

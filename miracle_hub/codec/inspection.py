@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from miracle_hub.code import Code
+from miracle_hub.codec.base import said_of_base
 from miracle_hub.codec.companions import of_repository
 from miracle_hub.codec.config import excluded_names
 from miracle_hub.codec.naming import WEIGHTS_ENDING, is_variant
@@ -26,8 +27,9 @@ class TensorReport:
         n_bytes: that are stored of it.
         codes: of windows and steps, part after part.
         relative_error: ‖decoded - source‖² / ‖source‖², in the dtype of the source, measured by the encoder;
-            0 for plain and exact ones.
+            0 for plain and exact ones; of a difference to a base over the square of that.
         scale: median prior scale.
+        base: the base's tensor that it is, or is a difference to; empty if it is neither.
     """
 
     name: str
@@ -42,6 +44,7 @@ class TensorReport:
     scale: float = 0.0
     relative_error: float = 0.0
     codec: str = ""
+    base: str = ""
 
     @property
     def rate(self) -> float:
@@ -59,13 +62,16 @@ class Plot:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A repository. `bits_per_weight` counts whole files, `payload_rate` payloads alone."""
+    """A repository. `bits_per_weight` counts whole files, `payload_rate` payloads alone; `base` is the model
+    whose tensors it adds to, for people.
+    """
 
     tensors: tuple[TensorReport, ...]
     file_bytes: int
     n_weights: int
     digest: str
     plots: tuple[Plot, ...] = ()
+    base: str = ""
 
     @property
     def bits_per_weight(self) -> float:
@@ -81,9 +87,9 @@ class Inspection:
 
 
 @files_kept_open()
-def inspect_folder(path: Path, stages: int | None = None) -> Inspection:
+def inspect_folder(path: Path, stages: int | None = None, base: Path | None = None) -> Inspection:
     """See `miracle_hub.inspect`."""
-    return inspected(open_repository(path, stages))
+    return inspected(open_repository(path, stages, base))
 
 
 def inspected(repository: Repository) -> Inspection:
@@ -100,6 +106,7 @@ def inspected(repository: Repository) -> Inspection:
         file_bytes=sum(file.stat().st_size for file in files),
         n_weights=sum(report.n_weights for report in reports),
         digest=repository.digest,
+        base=said_of_base(repository.facts, path),
     )
 
 
@@ -124,6 +131,8 @@ def _copied_report(where: str, t: SourceTensor, reason: str) -> TensorReport:
 
 def _report(tensor: StoredTensor, excluded: list[str]) -> TensorReport:
     common = (tensor.name, tensor.shape, tensor.dtype, tensor.stored_bytes, tensor.n_weights)
+    if tensor.base is not None and not tensor.is_coded:
+        return TensorReport(*common, reason="the base's", base=tensor.base.name)
     if not tensor.is_coded:
         return TensorReport(*common, reason=_reason(tensor, excluded))
     first = tensor.facts[0]
@@ -138,6 +147,7 @@ def _report(tensor: StoredTensor, excluded: list[str]) -> TensorReport:
         scale=first.scale,
         relative_error=tensor.relative_error,
         codec=first.codec,
+        base="" if tensor.base is None else tensor.base.name,
     )
 
 

@@ -20,7 +20,7 @@ from miracle_hub.codec.naming import stage_name
 from miracle_hub.codec.payloads import codec_named
 from miracle_hub.codec.rates import Chosen
 from miracle_hub.codec.source import SourceTensor
-from miracle_hub.codec.stored import payload_at
+from miracle_hub.codec.stored import StoredTensor, payload_at
 from miracle_hub.coding.backend import Backend
 from miracle_hub.coding.cpu import torch_threads
 
@@ -40,6 +40,7 @@ class Job:
         content: SHA-256 of the source tensor's bytes.
         earlier: digests of the jobs whose payloads come before in the tensor's sum.
         curvature: what errors cost, where somebody measured it.
+        based: the base's tensor, if the difference to that is coded.
     """
 
     source: SourceTensor
@@ -48,6 +49,7 @@ class Job:
     stage: int = 1
     earlier: tuple[str, ...] = ()
     curvature: Curvature | None = None
+    based: StoredTensor | None = None
 
     @property
     def name(self) -> str:
@@ -63,6 +65,7 @@ class Job:
         parts = [(rows, repr(recipe)) for rows, recipe in self.choice.parts()]
         inputs = [ENCODER, backend.name, source, self.choice.option.codec, parts, self.stage, self.earlier]
         inputs += [] if self.curvature is None else [self.curvature.digest]
+        inputs += [] if self.based is None else [self.based.base_digest]
         return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
     def run(self, earlier: Sequence[Tensor], backend: Backend) -> bytes:
@@ -76,6 +79,7 @@ class Job:
         """
         weights, codec = self.source.load(), codec_named(self.choice.option.codec)
         known: dict[str, Any] = {} if self.curvature is None else {"curvature": self.curvature}
+        known |= {} if self.based is None else {"base": self.based.load_base()}
         if not earlier:
             return codec.encode(weights, self.choice, self.source.name, backend, **known)
         decoded = [payload_at(entry, self.source.name).decode(backend) for entry in earlier]

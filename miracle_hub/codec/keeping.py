@@ -14,7 +14,7 @@ from torch import Tensor
 from miracle_hub.codec.constants import constant_kind
 from miracle_hub.codec.exact import exact_payload
 from miracle_hub.codec.finite import first_non_finite, is_taken
-from miracle_hub.codec.plan import Coded, Exact, Plain, Plan, Ready, Why
+from miracle_hub.codec.plan import Coded, Exact, Plain, Plan, Ready, Same, Why
 from miracle_hub.codec.source import SourceTensor
 from miracle_hub.errors import NonFiniteWeightError
 
@@ -50,7 +50,7 @@ def keep_exact(plans: dict[str, Plan], roles: Roles) -> list[str]:
     """
     non_finite = []
     for name, plan in plans.items():
-        if isinstance(plan, Ready):
+        if isinstance(plan, Ready | Same):
             continue
         values = plan.source.load()
         if (at := first_non_finite(values)) is not None:

@@ -11,7 +11,7 @@ from miracle_hub.codec.curvature import Curvature
 from miracle_hub.codec.jobs import Job
 from miracle_hub.codec.ladder import SIZE_EXPONENT
 from miracle_hub.codec.plan import Plan
-from miracle_hub.codec.rates import Curve
+from miracle_hub.codec.rates import LEFT_OUT, Curve
 from miracle_hub.codec.row_ranges import row_ranges
 from miracle_hub.codec.source import SourceTensor
 from miracle_hub.coding.backend import Backend
@@ -93,7 +93,8 @@ def weighed(
 
 
 def _in_ranges(curve: Curve, cost: Tensor, trusted: float) -> list[Curve]:
-    if not len(cost) == curve.rows >= _FEWEST_ROWS:
+    is_difference = any(option.codec == LEFT_OUT for option in curve.options)
+    if is_difference or not len(cost) == curve.rows >= _FEWEST_ROWS:
         return [_scaled(curve, curve.rows, 1.0, trusted)]
     smooth = (cost + _FLOOR * cost.mean()) / (1 + _FLOOR)
     rows = row_ranges(smooth, _RANGES, round(_SHARE * len(cost)), _LEAST_SAVED)

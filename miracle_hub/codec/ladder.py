@@ -30,6 +30,8 @@ LADDER = (
     (1, 4), (2, 4), (3, 4), (2, 2), (5, 4), (3, 2), (7, 4), (2, 1),
     (5, 2), (3, 1), (7, 2), (4, 1), (5, 1), (6, 1), (7, 1), (8, 1),
 )  # fmt: skip
+# Of differences to a base besides: of Gaussian values 1/8, 1/16 and 1/32 bit leave 0.85, 0.92 and 0.96.
+FINER = ((1, 32), (1, 16), (1, 8))
 SIZE_EXPONENT = 0.6
 # Curves are measured with windows of at most 12 bits, which take a sixteenth of the time of 16: up to
 # 4 bits per weight those lower the error by 1 to 14 %, above by more (benchmarks/rate_distortion.py).
@@ -48,6 +50,7 @@ class Sample:
     Attributes:
         values: float32 `[some rows, columns]`, rotated.
         rms: root mean square of the whole tensor.
+        is_difference: to a base, of which little may be stored.
     """
 
     rows: int
@@ -55,15 +58,21 @@ class Sample:
     rotation: int
     values: Tensor
     rms: float
+    is_difference: bool = False
 
 
-def ladder(window_bits: int, seed: int) -> list[Code]:
+def ladder(window_bits: int, seed: int, rates: Sequence[tuple[int, int]] = LADDER) -> list[Code]:
     """The codes of all rates; a window is never shorter than its step."""
-    return [Code(max(window_bits, k), k, weights, seed) for k, weights in LADDER]
+    return [Code(max(window_bits, k), k, weights, seed) for k, weights in rates]
 
 
 def sample_rows(
-    weights: Tensor, columns: int, rotation: int, n_tensors: int, backend: Backend
+    weights: Tensor,
+    columns: int,
+    rotation: int,
+    n_tensors: int,
+    backend: Backend,
+    is_difference: bool = False,
 ) -> Sample | None:
     """Evenly spaced rows (or the start of one very long row) of a tensor; None if no scale suits it."""
     rms = float(weights.float().square().mean().sqrt())
@@ -75,21 +84,33 @@ def sample_rows(
     width = min(columns, max(rotation, budget // rotation * rotation))
     picked = torch.linspace(0, matrix.shape[0] - 1, n_rows).long()
     values = rotated_matrix(matrix[picked, :width], width, rotation, backend)
-    return Sample(matrix.shape[0], columns, rotation, values, rms)
+    return Sample(matrix.shape[0], columns, rotation, values, rms, is_difference)
 
 
 def measure_options(samples: Sequence[Sample], request: Request) -> list[list[Option]]:
     """The options of every sample: all are encoded in one stream per rate and kind of scale."""
     found: list[list[Option]] = [[] for _ in samples]
-    measured = ladder(min(request.window_bits, _MEASURED_WINDOW_BITS), request.seed)
-    for code, measured_code in zip(ladder(request.window_bits, request.seed), measured, strict=True):
+    rates, window_bits = (*FINER, *LADDER), min(request.window_bits, _MEASURED_WINDOW_BITS)
+    measured = ladder(window_bits, request.seed, rates)
+    codes = ladder(request.window_bits, request.seed, rates)
+    for rate, code, measured_code in zip(rates, codes, measured, strict=True):
         for row_scales in (False, True):
-            eligible = [i for i, s in enumerate(samples) if row_scales or s.columns < ROW_SCALE_COLUMNS]
+            eligible = [i for i, sample in enumerate(samples) if _takes(sample, rate, row_scales)]
             chosen = [samples[i] for i in eligible]
             errors = _relative_errors(chosen, measured_code, row_scales, request.backend) if chosen else []
             for i, relative in zip(eligible, errors, strict=True):
                 found[i].append(_option(samples[i], code, row_scales, relative))
     return found
+
+
+def _takes(sample: Sample, rate: tuple[int, int], row_scales: bool) -> bool:
+    """Whether a rate, and scales per row or for all, are options of a sample.
+
+    Those per row take what low rates save.
+    """
+    if rate in FINER and not sample.is_difference:
+        return False
+    return row_scales or sample.is_difference or sample.columns < ROW_SCALE_COLUMNS
 
 
 def _option(sample: Sample, code: Code, row_scales: bool, relative_error: float) -> Option:

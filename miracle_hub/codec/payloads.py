@@ -25,7 +25,11 @@ from miracle_hub.format import network
 from miracle_hub.format.spec import TensorSpec
 
 # Where the codec of every magic is. Imported when one is met: reading needs no other's code.
-CODECS = {b"MRCL": "miracle_hub.codec.trellis:TRELLIS", b"MRCX": "miracle_hub.codec.exact:EXACT"}
+CODECS = {
+    b"MRCL": "miracle_hub.codec.trellis:TRELLIS",
+    b"MRCX": "miracle_hub.codec.exact:EXACT",
+    b"MRCR": "miracle_hub.codec.rows:ROWS",
+}
 _MAGIC_BYTES = 4
 
 
@@ -46,6 +50,7 @@ class PayloadFacts:
         scale: median prior scale, 0 if there is none.
         is_exact: whether it keeps every bit of a tensor, which then may have any dtype.
         has_rows: whether rows of a matrix decode without the others, so that it can stay compressed.
+        is_difference: whether its weights are what a tensor has beyond that of a base.
     """
 
     codec: str
@@ -59,6 +64,7 @@ class PayloadFacts:
     scale: float = 0.0
     has_rows: bool = False
     is_exact: bool = False
+    is_difference: bool = False
 
 
 class Packed(Protocol):
@@ -159,8 +165,10 @@ class Codec(Protocol):
         """
         ...
 
-    def survey(self, spec: TensorSpec, weights: Tensor, request: Request) -> Any:
-        """What `offers` needs to know of a tensor, little in size; None if this codec does not take it."""
+    def survey(self, spec: TensorSpec, weights: Tensor, request: Request, is_difference: bool = False) -> Any:
+        """What `offers` needs to know of a tensor, or of its difference to a base, little in size; None if
+        this codec does not take it.
+        """
         ...
 
     def offers(self, surveys: Sequence[Any], request: Request) -> list[list[Option]]:
@@ -179,6 +187,7 @@ class Codec(Protocol):
         backend: Backend,
         earlier: Sequence[Tensor] = (),
         curvature: Curvature | None = None,
+        base: Tensor | None = None,
     ) -> bytes:
         """The payload of a tensor, a pure function of its arguments.
 
@@ -186,6 +195,7 @@ class Codec(Protocol):
             earlier: float32 weights of payloads that come before in the tensor's sum; what they leave is
                 coded. Only a codec that `stages` chooses gets any.
             curvature: what errors cost, where somebody measured it; else it is not given.
+            base: of any dtype; the difference to it is coded. Else it is not given.
         """
         ...
 

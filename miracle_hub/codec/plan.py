@@ -9,9 +9,10 @@ from torch import Tensor
 
 from miracle_hub.code import MAX_DIMENSIONS
 from miracle_hub.codec.payloads import codec_named, is_payload, is_stray_stream
-from miracle_hub.codec.rates import Chosen
+from miracle_hub.codec.rates import LEFT_OUT, Chosen
 from miracle_hub.codec.repository import OutputFile, sharded
 from miracle_hub.codec.source import SourceTensor, list_tensors, narrowing_metadata
+from miracle_hub.codec.stored import StoredTensor
 from miracle_hub.coding.narrowing import half_holds, is_narrowable
 from miracle_hub.errors import SourceError
 from miracle_hub.format.payload import DTYPES
@@ -75,9 +76,26 @@ class Ready:
 
 @dataclass(frozen=True)
 class Coded:
-    """A tensor that is to be coded here."""
+    """A tensor that is to be coded here.
+
+    Attributes:
+        based: the base's tensor, if it is the difference to that which is coded.
+    """
 
     source: SourceTensor
+    based: StoredTensor | None = None
+
+
+@dataclass(frozen=True)
+class Same:
+    """A tensor of which nothing is stored: it is the base's.
+
+    Attributes:
+        based: the base's tensor, if it differs from that, by what is not worth its bytes.
+    """
+
+    source: SourceTensor
+    based: StoredTensor | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +107,7 @@ class Exact:
     payload: bytes
 
 
-Plan = Plain | Exact | Ready | Coded
+Plan = Plain | Exact | Ready | Coded | Same
 
 
 def plan_tensor(tensor: SourceTensor, excluded: list[str] | str) -> Plain | Coded:
@@ -194,8 +212,8 @@ def narrowed(plan: Plain, half: Set[str] | None = None) -> Plain:
     return replace(plan, is_narrowed=half_holds(source.load()))
 
 
-def entry_of(plan: Plan, choices: Mapping[str, Chosen]) -> TensorSpec:
-    """The tensor as the output file will hold it."""
+def entry_of(plan: Plan, choices: Mapping[str, Chosen]) -> TensorSpec | None:
+    """The tensor as the output file will hold it; None if it holds nothing of it."""
     source = plan.source
     match plan:
         case Plain():
@@ -204,14 +222,18 @@ def entry_of(plan: Plan, choices: Mapping[str, Chosen]) -> TensorSpec:
             return bytes_entry(source.name, len(plan.payload))
         case Coded():
             choice = choices[source.name]
+            if choice.option.codec == LEFT_OUT:
+                return None
             return bytes_entry(source.name, codec_named(choice.option.codec).payload_bytes(source, choice))
+        case Same():
+            return None
 
 
 def lay_out(
     plans: Mapping[str, Plan], choices: Mapping[str, Chosen], max_shard_bytes: int, stem: str = "model"
 ) -> list[OutputFile]:
     """The output files. Plain tensors come first, widest dtype first, so that they stay aligned."""
-    entries = [entry_of(plan, choices) for plan in plans.values()]
+    entries = [entry for plan in plans.values() if (entry := entry_of(plan, choices)) is not None]
     coded = sorted((e for e in entries if not isinstance(plans[e.name], Plain)), key=lambda e: e.name)
     entries = [*in_order([e for e in entries if isinstance(plans[e.name], Plain)]), *coded]
     files = sharded(entries, max_shard_bytes, stem)

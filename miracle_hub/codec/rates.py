@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+# The codec of an option by which nothing is stored of a difference to a base.
+LEFT_OUT = "left out"
+
 
 @dataclass(frozen=True)
 class Option:

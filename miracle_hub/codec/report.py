@@ -72,6 +72,9 @@ class Report:
         judged_by: what says which tensors are weights: the model's class, or values alone and why.
         calibration: what the model was run on and what came of it; None if it was not run.
         uncalibrated: why it was not, though that was asked for.
+        base: the model to which differences are stored; empty if there is none.
+        n_same: tensors that are the base's, bit for bit; `n_differing` those that differ from it.
+        differences_left_out: names of those of which nothing is stored, as that was not worth its bytes.
     """
 
     dense_bytes: int = 0
@@ -91,6 +94,10 @@ class Report:
     judged_by: str = ""
     calibration: Calibration | None = None
     uncalibrated: str = ""
+    base: str = ""
+    n_same: int = 0
+    n_differing: int = 0
+    differences_left_out: tuple[str, ...] = ()
 
     @property
     def kept_share(self) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from miracle_hub.codec.based import with_base
 from miracle_hub.codec.config import digests_of, read_config, read_facts
 from miracle_hub.codec.guard import GUARD, Contents, Sealing, placeholder, read_contents
 from miracle_hub.codec.guarded import check_config, check_together
@@ -49,20 +50,22 @@ class Repository:
 
 
 @files_kept_open()
-def open_repository(path: Path, stages: int | None = None) -> Repository:
+def open_repository(path: Path, stages: int | None = None, base: Path | None = None) -> Repository:
     """Every tensor of a compressed folder or file by the headers, which are checked, as are the guards of all
     that is read; nothing is decoded.
 
     Args:
         stages: of a folder, how many to read; None means all.
+        base: the reader's own copy of the base, of a repository that has one.
 
     Raises:
         FormatError: and its subclasses: a file is not sound; the message names the tensor.
+        BaseModelError: the base is missing, or another.
         OptionError: the folder has not so many stages.
         MissingWeightsError: there are no weights.
     """
     if path.is_file():
-        tensors = tuple(stored_in([path]))
+        tensors = tuple(with_base(stored_in([path]), {}, path, _tensors_of))
         read_contents(path).check()
         return Repository(path, tensors, {}, 1, 1)
     facts = _facts(path)
@@ -70,8 +73,10 @@ def open_repository(path: Path, stages: int | None = None) -> Repository:
     stages = check_stages(stages, len(digests), str(path))
     index = index_name(stages, len(digests))
     files = weight_files(path, index)
-    tensors = sound_tensors(files, digests[stages - 1], stages, used_index(path, index))
-    return Repository(path, tuple(tensors), facts, stages, len(digests))
+    own = sound_tensors(files, digests[stages - 1], stages, used_index(path, index))
+    return Repository(
+        path, tuple(with_base(own, facts, path, _tensors_of, base)), facts, stages, len(digests)
+    )
 
 
 @files_kept_open()
@@ -96,8 +101,11 @@ def sound_tensors(
     return tensors
 
 
-def repository_of(reading: Reading) -> Repository:
+def repository_of(reading: Reading, base: Path | None = None) -> Repository:
     """The repository of files that were read whole; that of every smaller number of stages is checked too.
+
+    Args:
+        base: the reader's own copy of the base, of a repository that has one.
 
     Raises:
         FormatError: and its subclasses: they do not belong together.
@@ -114,7 +122,13 @@ def repository_of(reading: Reading) -> Repository:
         check_digest(tensors, digest, str(path))
         if path.is_dir():
             check_together(path, contents, stages, used_index(path, index))
-    return Repository(path, tuple(tensors), facts, len(digests), len(digests))
+    based = with_base(tensors, facts, path, _tensors_of, base)
+    return Repository(path, tuple(based), facts, len(digests), len(digests))
+
+
+def _tensors_of(folder: Path) -> Sequence[StoredTensor]:
+    """See `based.Read`."""
+    return open_repository(folder).tensors
 
 
 def _facts(folder: Path) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 The float32 weights of the parts are added in order (one correctly rounded addition each), then cast to the
 dtype of the source. That order is part of the format. A part is an entry of a file: a payload, or all of a
-tensor that is stored plainly.
+tensor that is stored plainly. Before them all may come the tensor of a base, which lies elsewhere.
 """
 
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -13,14 +14,17 @@ from pathlib import Path
 from torch import Tensor
 
 from miracle_hub.codec import payloads
-from miracle_hub.codec.dtypes import TORCH_DTYPES
+from miracle_hub.codec.dtypes import EXACT_DTYPES, TORCH_DTYPES, raw_bytes
 from miracle_hub.codec.naming import refined_name, stage_of
 from miracle_hub.codec.payloads import Payload, PayloadFacts
 from miracle_hub.codec.source import SourceTensor, list_tensors, narrowed_names
 from miracle_hub.coding.backend import Backend, choose
-from miracle_hub.errors import FormatError
+from miracle_hub.errors import BaseModelError, FormatError
 from miracle_hub.files.container import files_kept_open
 from miracle_hub.format.spec import TensorSpec
+
+BASE_DIGITS = 32  # of SHA-256: 128 bits find every damage
+_DTYPE_NAMES = {dtype: name for name, dtype in EXACT_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,22 @@ class StoredTensor(TensorSpec):
     Attributes:
         parts: entries of files, in the order in which they are added.
         facts: what each of them says, if they are payloads; none for a plain tensor.
+        base: what they are added to, of another repository; without parts it is all there is.
+        base_digest: of the base's tensor, as readers get it; empty if it was compared before.
     """
 
     parts: tuple[SourceTensor, ...]
     facts: tuple[PayloadFacts, ...] = ()
+    base: "StoredTensor | None" = None
+    base_digest: str = ""
+
+    @property
+    def path(self) -> Path:
+        """The file of its first part, or of the base's."""
+        if self.parts:
+            return self.parts[0].path
+        assert self.base is not None
+        return self.base.path
 
     @property
     def is_coded(self) -> bool:
@@ -48,7 +64,7 @@ class StoredTensor(TensorSpec):
     @property
     def is_narrowed(self) -> bool:
         """Whether it is stored plainly, in fewer bits than its source had."""
-        return not self.is_coded and self.parts[0].dtype != self.dtype
+        return not self.is_coded and bool(self.parts) and self.parts[0].dtype != self.dtype
 
     @property
     def stored_bytes(self) -> int:
@@ -57,19 +73,43 @@ class StoredTensor(TensorSpec):
 
     @property
     def relative_error(self) -> float:
-        """Of the sum, as its encoders measured it; 0 for a plain tensor and where nobody did."""
+        """Of the sum, as its encoders measured it; 0 for a plain tensor and where nobody did.
+
+        With a base it is over the squared difference to that.
+        """
         return math.prod(facts.relative_error for facts in self.facts) if self.facts else 0.0
 
     def load(self, *, verify: bool = True, backend: Backend | str = "auto") -> Tensor:
         """The tensor, on the backend's device if it is coded.
 
         Raises:
-            FormatError: and its subclasses, when a payload is not sound.
+            FormatError: and its subclasses, when a payload is not sound, or the base is another.
         """
         entries = [part.load() for part in self.parts]
+        base = self.load_base(backend)
         if self.is_coded:
-            return decode_sum(entries, self.name, verify=verify, backend=backend)
+            return decode_sum(entries, self.name, verify=verify, backend=backend, base=base)
+        if base is not None:
+            return base.to(TORCH_DTYPES[self.dtype])
         return entries[0].to(TORCH_DTYPES[self.dtype]) if self.is_narrowed else entries[0]
+
+    def load_base(self, backend: Backend | str = "auto") -> Tensor | None:
+        """The base's tensor, compared with its digest, in its own dtype; None where there is no base.
+
+        Raises:
+            BaseModelError: it is another.
+        """
+        if self.base is None:
+            return None
+        found = self.base.load(backend=backend).cpu()
+        if self.base_digest and self.base_digest != (digest := base_digest_of(found)):
+            raise BaseModelError(
+                f"{self.base.path.parent}: {self.base.name}: expected the base's tensor of digest "
+                f"{self.base_digest}, found {digest}; this is another model or revision, or a damaged one: "
+                "give the base that "
+                "config.json names, or delete it from the cache and load again"
+            )
+        return found
 
     def sum(self, backend: Backend) -> Tensor:
         """A coded tensor before the cast: float32, on the backend's device.
@@ -77,32 +117,54 @@ class StoredTensor(TensorSpec):
         Raises:
             FormatError: and its subclasses, when a payload is not sound.
         """
-        return _sum([payload_at(part.load(), self.name) for part in self.parts], backend)
+        parts = [payload_at(part.load(), self.name) for part in self.parts]
+        return _sum(parts, backend, self.load_base(backend))
+
+
+def base_digest_of(tensor: Tensor) -> str:
+    """Of a tensor of a base as readers get it: its dtype, shape and bits."""
+    checksum = hashlib.sha256(f"{_DTYPE_NAMES[tensor.dtype]} {list(tensor.shape)}\n".encode())
+    checksum.update(raw_bytes(tensor))
+    return checksum.hexdigest()[:BASE_DIGITS]
 
 
 def decode_sum(
-    entries: Sequence[Tensor], name: str, *, verify: bool = True, backend: Backend | str = "auto"
+    entries: Sequence[Tensor],
+    name: str,
+    *,
+    verify: bool = True,
+    backend: Backend | str = "auto",
+    base: Tensor | None = None,
 ) -> Tensor:
     """The weights that payloads of one tensor add up to, in the dtype of the first one's source.
 
     Args:
         name: of the tensor, for messages.
         backend: a name means that backend on the device of the first.
+        base: what they are added to, of any dtype, on any device.
 
     Raises:
         FormatError: and its subclasses, when a payload is not sound.
+        BaseModelError: they are a difference, and there is no base.
         BackendError: the backend cannot run there.
     """
     chosen = choose(backend, entries[0].device) if isinstance(backend, str) else backend
     parts = [payload_at(entry, name) for entry in entries]
-    if len(parts) == 1:
+    if base is None and parts[0].facts.is_difference:
+        raise BaseModelError(
+            f"{name}: expected weights, found a difference to those of a base, which alone means nothing; "
+            "read the folder that it is in"
+        )
+    if len(parts) == 1 and base is None:
         return parts[0].decode(chosen, verify=verify, rounded=True)
-    return _sum(parts, chosen, verify=verify).to(TORCH_DTYPES[parts[0].facts.dtype])
+    return _sum(parts, chosen, base, verify=verify).to(TORCH_DTYPES[parts[0].facts.dtype])
 
 
-def _sum(parts: Sequence[Payload], backend: Backend, *, verify: bool = True) -> Tensor:
+def _sum(parts: Sequence[Payload], backend: Backend, base: Tensor | None, *, verify: bool = True) -> Tensor:
     first, *later = parts
     weights = first.decode(backend, verify=verify)
+    if base is not None:
+        weights = base.to(backend.device).float() + weights
     for payload in later:
         weights = weights + payload.decode(backend, verify=verify)
     return weights

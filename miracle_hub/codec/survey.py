@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from miracle_hub.codec import payloads
+from miracle_hub.codec.differences import differing, with_leaving_out
 from miracle_hub.codec.payloads import Request
 from miracle_hub.codec.plan import Coded, Exact, Plain, Plan, Why
 from miracle_hub.codec.rates import Curve, Option
@@ -24,12 +25,13 @@ def survey(plans: dict[str, Plan], request: Request) -> tuple[list[Curve], dict[
     """
     codecs, surveys, contents = payloads.codecs(), {}, {}
     for name, plan in [(n, p) for n, p in plans.items() if isinstance(p, Coded)]:
-        weights = plan.source.load()
-        found = [codec.survey(plan.source, weights, request) for codec in codecs]
+        weights = differing(plan)
+        is_difference = plan.based is not None
+        found = [codec.survey(plan.source, weights, request, is_difference) for codec in codecs]
         if all(each is None for each in found):
             plans[name] = Plain(plan.source, Why.OUT_OF_RANGE)
             continue
-        surveys[name], contents[name] = found, _sha256(weights)
+        surveys[name], contents[name] = found, _sha256(plan.source.load())
     if not surveys:
         whys = {p.why.text(p.source.dtype) for p in plans.values() if isinstance(p, Plain | Exact)}
         found = "; ".join(sorted(whys)) or "no tensors at all"
@@ -42,7 +44,12 @@ def survey(plans: dict[str, Plan], request: Request) -> tuple[list[Curve], dict[
         offers = codec.offers([surveys[name][i] for name in asked], request) if asked else []
         for name, offered in zip(asked, offers, strict=True):
             options[name] += offered
-    return [Curve(n, _rows(plans[n].source), tuple(found)) for n, found in options.items()], contents
+    curves = [Curve(n, _rows(plans[n].source), tuple(found)) for n, found in options.items()]
+    return [with_leaving_out(c) if _is_difference(plans[c.name]) else c for c in curves], contents
+
+
+def _is_difference(plan: Plan) -> bool:
+    return isinstance(plan, Coded) and plan.based is not None
 
 
 def _rows(source: SourceTensor) -> int:

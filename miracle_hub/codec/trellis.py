@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from miracle_hub.code import Code
+from miracle_hub.codec.aligned import gain
 from miracle_hub.codec.body import body_of, check_payload, coded_rows
 from miracle_hub.codec.curvature import Curvature
 from miracle_hub.codec.dtypes import DTYPE_NAMES, TORCH_DTYPES
@@ -51,16 +52,16 @@ class Trellis:
         """
         return TrellisPayload(data, where)
 
-    def survey(self, spec: TensorSpec, weights: Tensor, request: Request) -> Any:
+    def survey(self, spec: TensorSpec, weights: Tensor, request: Request, is_difference: bool = False) -> Any:
         """Some rows, rotated; None if the tensor's size is beyond that of scales."""
         from miracle_hub.codec.ladder import sample_rows
 
         columns = matrix_columns(spec.shape)
         rotation = widest_rotation(columns, request.rotation)
-        return sample_rows(weights, columns, rotation, request.n_tensors, request.backend)
+        return sample_rows(weights, columns, rotation, request.n_tensors, request.backend, is_difference)
 
     def offers(self, surveys: Sequence[Any], request: Request) -> list[list[Option]]:
-        """Rates from 0.25 to 8 bits per weight, with one scale and with one per row."""
+        """Rates from 0.25 to 8 bits per weight, of differences from 1/32 bit; one scale, or one per row."""
         from miracle_hub.codec.ladder import measure_options
 
         return measure_options(surveys, request)
@@ -79,9 +80,10 @@ class Trellis:
         backend: Backend,
         earlier: Sequence[Tensor] = (),
         curvature: Curvature | None = None,
+        base: Tensor | None = None,
     ) -> bytes:
         """The payload of the least error that the search finds, squared or as curvature weighs it."""
-        given = {"where": where, "backend": backend, "earlier": earlier, "curvature": curvature}
+        given = {"where": where, "backend": backend, "earlier": earlier, "curvature": curvature, "base": base}
         return encode_tensor(weights, segments_of(choice), choice.option.recipe.rotation, **given)
 
 
@@ -119,7 +121,8 @@ class TrellisPayload:
             rotation=header.rotation,
             row_scales=any(segment.row_scales for segment in header.segments),
             scale=float(np.median(scales.float().numpy())),
-            has_rows=is_packable(header),
+            has_rows=is_packable(header) and not header.is_difference,
+            is_difference=header.is_difference,
         )
 
     def decode(self, backend: Backend, *, verify: bool = True, rounded: bool = False) -> Tensor:
@@ -183,6 +186,7 @@ def encode_tensor(
     backend: Backend | None = None,
     earlier: Sequence[Tensor] = (),
     curvature: Curvature | None = None,
+    base: Tensor | None = None,
 ) -> bytes:
     """The payload of a tensor; `decode_payload` gives its weights back.
 
@@ -195,6 +199,7 @@ def encode_tensor(
         earlier: float32 weights of payloads that come before in the tensor's sum: what they leave is coded.
         curvature: with moments of the columns, every band of them makes up for the errors of those before;
             bands are then those of `feedback`.
+        base: of any dtype; the payload is the difference to it.
 
     Raises:
         OptionError: the rotation or the segments do not fit the tensor.
@@ -210,11 +215,15 @@ def encode_tensor(
     factor = None if curvature is None else curvature.factor(rotation, backend)
     width = band_columns if factor is None else bands_of(columns)
     dtype, shape = "F32" if earlier else DTYPE_NAMES[weights.dtype], tuple(weights.shape)
-    header = Header(dtype, shape, columns, rotation, tuple(segments), width, permuted)
+    header = Header(
+        dtype, shape, columns, rotation, tuple(segments), width, permuted, is_difference=base is not None
+    )
     weights = weights.to(backend.device)
+    earlier = earlier if base is None else [base.to(backend.device).float(), *earlier]
     matrix = rotated_matrix(left_by(earlier, weights), columns, rotation, backend)
     if factor is not None:
-        parts = encode_with_feedback(matrix, header.segments, rotation, factor, backend)
+        given = (rotation, factor, backend, header.is_difference)
+        parts = encode_with_feedback(matrix, header.segments, *given)
     else:
         parts = [
             _encode_segment(rows, segment, header, selection, generator, backend)
@@ -288,8 +297,17 @@ def _encode_segment(
     z = backend.decode_stream(message, segment.code, rows.numel())
     if order is not None:
         z = torch.empty_like(z).index_copy_(0, order, z)
-    fitted = _least_squares_scales(rows, z.view(rows.shape), segment.row_scales) / math.sqrt(header.rotation)
+    fitted = _least_squares_scales(rows, z.view(rows.shape), segment.row_scales)
+    if header.is_difference:
+        fitted = fitted * _gain(rows, fitted[:, None] * z.view(rows.shape))
+    fitted = fitted / math.sqrt(header.rotation)
     return CodedRows(segment.rows, segment.code, rounded_scales(fitted).bfloat16(), message)
+
+
+def _gain(rows: Tensor, found: Tensor) -> float:
+    """By which values of least squared error are multiplied; see `aligned`."""
+    power = float(rows.double().square().sum())
+    return gain(min(1.0, float((rows - found).double().square().sum()) / power)) if power else 1.0
 
 
 def _least_squares_scales(rows: Tensor, z: Tensor, per_row: bool) -> Tensor:

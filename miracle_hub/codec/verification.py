@@ -9,8 +9,16 @@ from pathlib import Path
 
 from torch import Tensor
 
+from miracle_hub.codec.base import names_left_out
 from miracle_hub.codec.companions import of_repository, of_source
-from miracle_hub.codec.comparing import TUNED, check_finite, compare, compare_bits, compare_kinds
+from miracle_hub.codec.comparing import (
+    TUNED,
+    check_finite,
+    compare,
+    compare_bits,
+    compare_difference,
+    compare_kinds,
+)
 from miracle_hub.codec.config import read_quantization
 from miracle_hub.codec.detector import TO_COMPRESS, require
 from miracle_hub.codec.dtypes import TORCH_DTYPES, is_bytes
@@ -87,8 +95,12 @@ class Verification:
 
 
 @files_kept_open()
-def verify_folder(path: Path, *, dense: Path | None = None, backend: str = "auto") -> Verification:
-    """See `miracle_hub.verify`. Every file is read once; with `dense`, those of several stages twice."""
+def verify_folder(
+    path: Path, *, dense: Path | None = None, backend: str = "auto", base: Path | None = None
+) -> Verification:
+    """See `miracle_hub.verify`. Every file is read once; with `dense`, those of several stages twice, as are
+    those of differences to a base.
+    """
     copied = set() if path.is_file() else set(of_repository(path).weights)
     check = _Check(
         choose(backend), _originals(dense), copied, _listed(path, NON_FINITE), _listed(path, TUNED)
@@ -100,7 +112,7 @@ def verify_folder(path: Path, *, dense: Path | None = None, backend: str = "auto
         defects += _changed_companions(reading, dense)
     if not defects:  # else the whole could only repeat what is wrong with a part
         try:
-            repository = _check_whole(reading, check)
+            repository = _check_whole(reading, check, base)
         except (FormatError, SourceError) as error:
             defects.append(str(error))
     digest = repository.digest if repository else ""
@@ -175,8 +187,9 @@ class _Check:
         is_copied = tensor.parts[0].path in self.copied  # its names are not those of the model
         original = None if is_copied else (self.originals or {}).get(tensor.name)
         if payload is not None:
-            # What stages add up to is known when all of them were read.
-            is_whole = not is_of_stage(tensor.parts[0].path) or tensor.is_exact
+            # What stages, and differences to a base, add up to is known when all of them were read.
+            is_part = is_of_stage(tensor.parts[0].path) or payload.facts.is_difference
+            is_whole = not is_part or tensor.is_exact
             weights = payload.decode(self.backend, rounded=is_whole)
             if is_whole:
                 check_finite(tensor, weights, self.non_finite)
@@ -278,13 +291,13 @@ def _shards_of(index: Path) -> list[Path]:
     return [path for path in shards if stage_of(path) <= most]
 
 
-def _check_whole(reading: Reading, check: _Check) -> Repository:
+def _check_whole(reading: Reading, check: _Check, base: Path | None) -> Repository:
     """Files together are what config.json promises, and what the source was compressed to.
 
     Raises:
         FormatError, SourceError: they are not.
     """
-    repository = repository_of(reading)
+    repository = repository_of(reading, base)
     is_guarded = any(file.contents and file.contents.stated for file in reading.files)
     if not (check.n_coded or repository.facts or is_guarded or check.originals):
         raise SourceError(
@@ -310,15 +323,33 @@ def _require_same_names(repository: Repository, originals: dict[str, SourceTenso
 
 
 def _check_sums(repository: Repository, check: _Check) -> None:
-    """What stages add up to is finite, and what they promise.
+    """What stages, or differences to a base, add up to is finite, and what they promise.
 
     Raises:
-        SourceError: it is not.
+        SourceError: it is not. BaseModelError: the base is another.
     """
+    left_out = names_left_out(repository.facts, repository.path)
     for tensor in repository.tensors:
+        if tensor.base is not None:
+            original = None if tensor.name in left_out else (check.originals or {}).get(tensor.name)
+            _check_based(tensor, original, check)
+            continue
         # Only float16 has a range that a sum of finite parts can leave.
         if len(tensor.parts) > 1 and (check.originals is not None or tensor.dtype == "F16"):
             total, dtype = tensor.sum(check.backend).cpu(), TORCH_DTYPES[tensor.dtype]
             check_finite(tensor, total.to(dtype), check.non_finite)
             if check.originals is not None:
                 compare(tensor, total.to(dtype), check.originals[tensor.name], lambda total=total: total)
+
+
+def _check_based(tensor: StoredTensor, original: SourceTensor | None, check: _Check) -> None:
+    """A tensor with a base; `original` is None where nothing can be compared.
+
+    Raises:
+        SourceError: it is not what was compressed. BaseModelError: the base is another.
+    """
+    weights = tensor.load(backend=check.backend).cpu()
+    if tensor.is_coded:
+        check_finite(tensor, weights, check.non_finite)
+    if original is not None:
+        (compare_difference if tensor.is_coded else compare_bits)(tensor, weights, original)

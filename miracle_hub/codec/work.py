@@ -36,7 +36,7 @@ _RUN = "run.json"
 _FORMAT = 1
 _TEMPORARY = re.compile(r"\..+\.miracle\.(tmp|old)")
 # Options that say what is known of a model, and those that say what is made of it.
-_OF_MODEL = ("seed", "calibrate", "effort")
+_OF_MODEL = ("seed", "calibrate", "effort", "base", "base_revision")
 _OF_FILE = (
     *("bits_per_weight", "size", "window_bits", "rotation", "modules_to_not_convert"),
     *("max_shard_size", "stages"),

@@ -17,11 +17,11 @@ from miracle_hub.codec.naming import CARD, CONFIG, variant_name
 from miracle_hub.errors import MissingWeightsError
 from miracle_hub.files.digests import sha256_of
 from miracle_hub.files.folders import visible_files
+from miracle_hub.files.snapshots import snapshot
 from miracle_hub.finetune.models import save
 from miracle_hub.hub.card import PLACEHOLDER, carried_facts, update_card
 from miracle_hub.hub.facts import facts_of_network
 from miracle_hub.hub.push import upload
-from miracle_hub.hub.resolve import snapshot
 from miracle_hub.training import convert
 
 _VARIANT = "_miracle_variant"  # of the instance that is being saved

@@ -5,7 +5,7 @@ FORMAT.md, "Payload", has its fields and limits; this module reads and writes it
 
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from miracle_hub.code import MAX_DIMENSIONS, MAX_WIDTH_LOG2, Code
 from miracle_hub.errors import FormatError, OptionError, TruncatedPayloadError
@@ -13,7 +13,8 @@ from miracle_hub.format import frame
 from miracle_hub.format.varint import encode_varint, read_varint
 
 MAGIC = b"MRCL"
-VERSION = 1
+# The second is a difference: its weights are added to those of a base.
+VERSION, DIFFERENCE_VERSION = 1, 2
 # Position in this tuple is the number in the file: append only.
 DTYPES = ("F32", "BF16", "F16", "F64")
 SCALE_BYTES = 2  # bfloat16
@@ -21,7 +22,7 @@ _MAX_DIMENSIONS = MAX_DIMENSIONS
 _MAX_SEGMENTS = 64
 _MAX_WEIGHTS = 1 << 40
 _TRAILER = struct.Struct("<fQ")
-_FRAME = frame.Frame(MAGIC, (VERSION,), "payload", _TRAILER.size)
+_FRAME = frame.Frame(MAGIC, (VERSION, DIFFERENCE_VERSION), "payload", _TRAILER.size)
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class Header:
-    """Everything a decoder must know of one tensor besides its scales and messages."""
+    """Everything a decoder must know of one tensor besides its scales and messages.
+
+    Attributes:
+        is_difference: its weights are what a tensor has beyond that of a base; dtype is that of the sum.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -51,6 +56,7 @@ class Header:
     permuted: bool = False
     relative_error: float = 0.0
     digest: int = 0
+    is_difference: bool = False
 
     @property
     def rows(self) -> int:
@@ -80,7 +86,11 @@ class Header:
 
 def encode_payload(header: Header, body: bytes) -> bytes:
     """Header and body (scales and messages) as one payload; `decode_header` reads it back."""
-    return _FRAME.seal(encode_header(header)[frame.SIZE :] + body)
+    return _FRAME.seal(encode_header(header)[frame.SIZE :] + body, _version_of(header))
+
+
+def _version_of(header: Header) -> int:
+    return DIFFERENCE_VERSION if header.is_difference else VERSION
 
 
 def encode_header(header: Header) -> bytes:
@@ -103,7 +113,7 @@ def encode_header(header: Header) -> bytes:
         numbers += [segment.rows, code.window_bits, code.step_bits, code.step_weights]
         numbers += [int(segment.row_scales)]
     trailer = _TRAILER.pack(header.relative_error, header.digest)
-    return _FRAME.seal(b"".join(map(encode_varint, numbers)) + trailer)
+    return _FRAME.seal(b"".join(map(encode_varint, numbers)) + trailer, _version_of(header))
 
 
 def _shared_code(segments: tuple[Segment, ...]) -> Code:
@@ -127,9 +137,9 @@ def decode_header(data: bytes, where: str) -> tuple[Header, int]:
     Raises:
         FormatError: and its subclasses, for every way in which the payload can be wrong.
     """
-    _FRAME.check(data, where)
+    is_difference = _FRAME.check(data, where) == DIFFERENCE_VERSION
     reader = _Reader(data, where)
-    header = reader.header()
+    header = replace(reader.header(), is_difference=is_difference)
     length = reader.position
     expected = length + SCALE_BYTES * header.n_scales + sum(header.message_bytes)
     if expected != len(data):

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from yaml import YAMLError
 
+from miracle_hub.codec.base import read_base
 from miracle_hub.codec.config import read_config, read_quantization
 from miracle_hub.codec.inspection import inspected
 from miracle_hub.codec.naming import CARD
@@ -45,10 +46,16 @@ def auto_class(architecture: str) -> str:
     return next((auto for end, auto in _AUTO_CLASSES.items() if architecture.endswith(end)), "AutoModel")
 
 
-def write_card(folder: Path, report: Report, source: Path, base_model: str | None) -> None:
-    """README.md of what was just compressed, with the license, languages and tags of the source's card."""
+def write_card(
+    folder: Path, report: Report, source: Path, base_model: str | None, base: Path | None = None
+) -> None:
+    """README.md of what was just compressed, with the license, languages and tags of the source's card.
+
+    Args:
+        base: a folder with the model to which differences are stored, if there is one.
+    """
     reading = read_all(folder)
-    found = facts_of_folder(folder, inspected(repository_of(reading)), reading.weights_sha256)
+    found = facts_of_folder(folder, inspected(repository_of(reading, base)), reading.weights_sha256)
     left_out = tuple(told_by_reason(report.left_out))
     facts = replace(
         found, dense_bytes=report.dense_bytes, versions=versions(), left_out=left_out,
@@ -86,6 +93,8 @@ def update_card(
     text = _text(path) if metadata is None else ""
     head = dict(read_metadata(path) if metadata is None else metadata)
     is_plugin = is_miracle(read_quantization(folder))
+    if (difference := read_base(read_quantization(folder), path)) is not None:
+        base = difference.repository or None
     base = base or (head.get("base_model") if isinstance(head.get("base_model"), str) else None)
     data = _completed(head, facts, base, is_plugin and "model_type" in config)
     usage = usage or ("" if is_plugin else _kept_usage(text, repo_id))
@@ -119,7 +128,7 @@ def rendered(
         compressed=f"{facts.n_bytes:,}", dense=f"{facts.dense_bytes:,}" if facts.dense_bytes else "",
         rate=rate, rows=_rows(facts), evaluations=facts.evaluations, calibration=facts.calibration,
         certificate=facts.certificate, limits=facts.limits, copied=facts.copied, left_out=facts.left_out,
-        plots=facts.plots, verify=repo_id,
+        plots=facts.plots, verify=repo_id, added_to=facts.added_to,
     )  # fmt: skip
     return re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
 
@@ -147,7 +156,7 @@ def _completed(head: dict[str, Any], facts: CardFacts, base: str | None, loads: 
     if loads:
         head["library_name"] = "transformers"
     if base is not None:
-        head |= {"base_model": base, "base_model_relation": "quantized"}
+        head |= {"base_model": base, "base_model_relation": "finetune" if facts.added_to else "quantized"}
     head.pop("miracle", None)
     if carried := facts.carried():
         head["miracle"] = carried
@@ -207,9 +216,11 @@ def stale_card(folder: Path, verification: Verification) -> str:
     )
 
 
-def verify_with_card(folder: Path, dense: Path | None, backend: str = "auto") -> Verification:
+def verify_with_card(
+    folder: Path, dense: Path | None, backend: str = "auto", base: Path | None = None
+) -> Verification:
     """Whether a repository is sound, and its card is that of its files; see `miracle_hub.verify`."""
-    found = verify_folder(folder, dense=dense, backend=backend)
+    found = verify_folder(folder, dense=dense, backend=backend, base=base)
     stale = stale_card(folder, found)
     return replace(found, defects=(*found.defects, stale)) if stale else found
 

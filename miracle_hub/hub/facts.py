@@ -63,6 +63,7 @@ class CardFacts:
         left_out: files of the source that are not here, and why.
         plots: paths of PNGs, relative to the card.
         is_stream: of a network's stream, of which its files do not say everything.
+        added_to: the base to which the repository is a difference, for people.
     """
 
     n_bytes: int
@@ -82,6 +83,7 @@ class CardFacts:
     left_out: tuple[str, ...] = ()
     plots: tuple[str, ...] = ()
     is_stream: bool = False
+    added_to: str = ""
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -202,6 +204,7 @@ def facts_of_folder(folder: Path, inspection: Inspection, sha256: str) -> CardFa
         seed=_only_seed(codes),
         dense_bytes=sum(t.n_weights * item_bits(t.dtype) // 8 for t in inspection.tensors),
         copied=tuple(told_by_reason(of_repository(folder).carried)),
+        added_to=inspection.base,
     )
 
 

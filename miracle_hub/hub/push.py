@@ -10,18 +10,20 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.hf_api import RepoFile
 
+from miracle_hub.codec.base import read_base
+from miracle_hub.codec.config import read_quantization
 from miracle_hub.codec.detector import TO_DECODE, require
 from miracle_hub.codec.inspection import inspected
-from miracle_hub.codec.naming import CARD, WEIGHTS_ENDING, is_weights
+from miracle_hub.codec.naming import CARD, CONFIG, WEIGHTS_ENDING, is_weights
 from miracle_hub.codec.source import weight_files
 from miracle_hub.codec.verification import Verification
 from miracle_hub.errors import DataError, RemoteMismatchError, SourceError, UploadError
 from miracle_hub.files.digests import hashes_of, sha256_of
 from miracle_hub.files.folders import visible_files
+from miracle_hub.files.snapshots import CLIENT_ERRORS
 from miracle_hub.hub.card import carried_facts, update_card, verify_with_card
 from miracle_hub.hub.facts import CardFacts, facts_of_folder, read_facts
 from miracle_hub.hub.plots import read_journal, write_plots
-from miracle_hub.hub.resolve import CLIENT_ERRORS
 
 _PLOTS = "plots"
 
@@ -81,6 +83,7 @@ def push(
     if not folder.is_dir():
         raise SourceError(f"{folder}: expected a compressed folder, found none; run miracle compress first")
     require(folder, TO_DECODE)
+    _require_named_base(folder)
     verification = verify_with_card(folder, None if dense is None else Path(dense))
     has_weights = any(file.name.endswith(WEIGHTS_ENDING) for file in verification.files)
     if has_weights and not verification.n_coded and not any(file.defect for file in verification.files):
@@ -96,6 +99,19 @@ def push(
     )  # fmt: skip
     sizes = [path.stat().st_size for path in visible_files(folder)]
     return PushReport(str(commit), commit.oid, verification.digest, len(sizes), sum(sizes))
+
+
+def _require_named_base(folder: Path) -> None:
+    """
+    Raises:
+        SourceError: the folder is a difference to a base that no stranger finds.
+    """
+    base = read_base(read_quantization(folder), folder / CONFIG)
+    if base is not None and not base.repository:
+        raise SourceError(
+            f"{folder}: expected a difference to a base on the Hub, found one to a folder that only its "
+            "writer has; push that base, and compress again with its Hub id as base"
+        )
 
 
 def _complete_card(

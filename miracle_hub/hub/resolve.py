@@ -5,17 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,  # pyright: ignore[reportPrivateImportUsage] (httpx's or httpx2's, as the client is built)
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RevisionNotFoundError
 
 from miracle_hub.code import MAX_STAGES
 from miracle_hub.codec.detector import TO_DECODE, Taken, detect, refuse_others, require
@@ -23,13 +14,7 @@ from miracle_hub.codec.kinds import Found, Kind, refusal, told_by_names
 from miracle_hub.codec.naming import WEIGHTS_ENDING, stage_patterns
 from miracle_hub.codec.purpose import STAYING_PATTERNS, why_staying
 from miracle_hub.codec.source import names_in
-from miracle_hub.errors import SourceError
-
-_BEYOND_THE_END = 416  # a range of a file
-
-# What the client raises: the first for a connection that breaks (the client's own errors are
-# OSErrors), the last for an id that is none and for an answer that is no JSON.
-CLIENT_ERRORS = (HTTPError, OSError, ValueError)
+from miracle_hub.files.snapshots import CLIENT_ERRORS, download, snapshot, unreadable
 
 
 def local_folder(
@@ -75,9 +60,9 @@ def _snapshot_of(
     try:
         if isinstance(listed, RevisionNotFoundError):
             raise listed
-        return _download(repo_id, revision=revision, local_files_only=True, **options)
+        return download(repo_id, revision=revision, local_files_only=True, **options)
     except CLIENT_ERRORS:
-        raise _unreadable(repo_id, revision, listed) from listed
+        raise unreadable(repo_id, revision, listed) from listed
 
 
 def not_downloaded(source: str | Path, revision: str | None, folder: Path) -> dict[str, str]:
@@ -129,76 +114,6 @@ def _refuse_by_names(repo_id: str, names: Sequence[str], taken: Taken) -> None:
     found = told_by_names(repo_id, names)
     if found is not None:
         refuse_others(found, taken)
-
-
-def snapshot(repo_id: str, *, revision: str | None, **options: Any) -> Path:
-    """The folder in the cache that holds a repository's files, all of one commit; see `snapshot_download`.
-
-    Raises:
-        SourceError: there is no such repository, or it cannot be read and has not been read before.
-    """
-    try:
-        return _download(repo_id, revision=revision, **options)
-    except CLIENT_ERRORS as error:
-        raise _unreadable(repo_id, revision, error) from error
-
-
-def _unreadable(repo_id: str, revision: str | None, error: BaseException) -> SourceError:
-    return SourceError(
-        f"{repo_id}: expected a local folder or a Hub repository; there is no such folder, "
-        f"and {_reason(repo_id, revision, error)}"
-    )
-
-
-def _download(repo_id: str, **options: Any) -> Path:
-    """`snapshot_download`, also where older clients (1.5 is one) give up for good.
-
-    Those keep what a broken download has left and go on from its end, even where it is longer than the file.
-    """
-    try:
-        return Path(snapshot_download(repo_id, **options))
-    except HfHubHTTPError as error:
-        if error.response.status_code != _BEYOND_THE_END:
-            raise
-    cache = Path(options.get("cache_dir") or constants.HF_HUB_CACHE)
-    for left in (cache / repo_folder_name(repo_id=repo_id, repo_type="model")).glob("blobs/*.incomplete"):
-        left.unlink(missing_ok=True)
-    return Path(snapshot_download(repo_id, **options))
-
-
-def _reason(repo_id: str, revision: str | None, error: BaseException) -> str:
-    """Why the repository cannot be had, and what to do."""
-    if isinstance(error, HFValidationError):
-        return "this is no Hub id (name or owner/name); check the spelling"
-    if isinstance(error, GatedRepoError):
-        return (
-            f"the repository is gated; ask for access at {constants.ENDPOINT}/{repo_id}, then log in "
-            "with `hf auth login`"
-        )
-    if isinstance(error, RepositoryNotFoundError):
-        return (
-            "the Hub has no such repository; check the spelling, or log in with `hf auth login` "
-            "if the repository is private"
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return f"the repository has no branch, tag or commit {revision!r}; check the spelling"
-    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
-        return (
-            f"the cache {constants.HF_HUB_CACHE} cannot be written ({error}); make room there, or set "
-            "HF_HOME to a folder that can be written"
-        )
-    if constants.HF_HUB_OFFLINE:
-        return (
-            f"HF_HUB_OFFLINE is set, and the cache {constants.HF_HUB_CACHE} does not hold all of it; load it "
-            "once without"
-        )
-    if isinstance(error, LocalEntryNotFoundError):  # of which only later clients say why
-        error = error.__cause__ or error
-    first_line = str(error).strip().partition("\n")[0]
-    return (
-        f"the Hub could not be read ({type(error).__name__}: {first_line}); check the connection and try "
-        "again, or set HF_HUB_OFFLINE=1 to use what was downloaded before"
-    )
 
 
 def _listed(repo_id: str, revision: str | None) -> list[str] | BaseException:

@@ -5,6 +5,7 @@ This module is imported by everybody who imports transformers, in the middle of 
 
 import warnings
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from miracle_hub.training.config import VariationalConfig
 
 # What a reader chooses, not what a repository is: never written to config.json.
-_LOADING_OPTIONS = ("keep_compressed", "backend")
+_LOADING_OPTIONS = ("keep_compressed", "backend", "base")
 
 
 class MiracleConfig(QuantizationConfigMixin):
@@ -37,6 +38,7 @@ class MiracleConfig(QuantizationConfigMixin):
         modules_to_not_convert: list[str] | str | None = None,
         keep_compressed: bool = False,
         backend: str = "auto",
+        base: str | Path | None = None,
         **figures: Any,
     ) -> None:
         """
@@ -48,6 +50,8 @@ class MiracleConfig(QuantizationConfigMixin):
             keep_compressed: linear layers keep their payloads and decode them in each forward pass,
                 instead of once on load.
             backend: who decodes: "cpu", "triton", or "auto" for Triton where a payload is on a GPU.
+            base: folder or Hub id of the base, of a repository that is a difference to one; by default the
+                one it names.
             figures: others of config.json; for `make_variational`, the options of
                 `training.config.VariationalConfig`: bits_per_weight or size (of whole files), rate or
                 message_bits, target_modules, exclude_modules, modules_to_save, parametrization, streams,
@@ -67,11 +71,12 @@ class MiracleConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = modules_to_not_convert
         self.keep_compressed = keep_compressed
         self.backend = backend
+        self.base = base
         _check_options(keep_compressed, backend, modules_to_not_convert)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The config of a repository.
+        """The config of a repository, which says nothing of what its reader chooses.
 
         Raises:
             OptionError: `modules_to_not_convert` is no list; a stranger's regular expression may not end.
@@ -82,7 +87,8 @@ class MiracleConfig(QuantizationConfigMixin):
                 f"config.json: modules_to_not_convert: expected a list of names, found {names!r}; the file "
                 "is hostile or damaged: download it again"
             )
-        return super().from_dict(config_dict, *args, **kwargs)
+        stated = {name: value for name, value in config_dict.items() if name != "base"}  # a stranger's path
+        return super().from_dict(stated, *args, **kwargs)
 
     def variational(self) -> "VariationalConfig":
         """The options of `make_variational` among those given.

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from miracle_hub.codec import payloads
 from miracle_hub.codec.stored import StoredTensor, decode_sum, payload_at
+from miracle_hub.coding.backend import choose
 from miracle_hub.errors import FormatError
+from miracle_hub.plugin.stand_ins import place_of
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
@@ -53,6 +55,15 @@ class Decoder:
         self.expected: Mapping[str, Expected] = {}
         self.overflowed: list[str] = []
         self._refinements: dict[bytes, list[Tensor]] = {}
+        self._standing: Sequence[StoredTensor] = ()
+
+    def take_standing(self, tensors: Sequence[StoredTensor]) -> None:
+        """The tensors that stand-ins stand for, by their places."""
+        self._standing = tensors
+
+    def _stands_for(self, tensor: Tensor) -> StoredTensor | None:
+        place = place_of(tensor) if self._standing else None
+        return None if place is None else self._standing[place]
 
     def take_refinements(self, tensors: Sequence[StoredTensor]) -> None:
         """Payloads of later stages, which are no tensors of the model, for when their first one comes.
@@ -74,7 +85,7 @@ class Decoder:
 
     def forget(self) -> None:
         """The model is loaded: drop what only loading needs."""
-        self.expected, self._refinements = {}, {}
+        self.expected, self._refinements, self._standing = {}, {}, ()
 
     def dense(self, tensor: Tensor, name: str) -> Tensor:
         """A payload decoded with its refinements, or a plain tensor, on the device where it is.
@@ -90,6 +101,9 @@ class Decoder:
             return self._cast(tensor, name, tensor.device, dtype)
         # A user's `with torch.device(...)` must not move the decoder's work.
         with torch.device("cpu"):
+            if (stored := self._stands_for(tensor)) is not None:
+                weights = stored.load(backend=choose(self.backend, tensor.device))
+                return self._cast(weights, name, tensor.device, dtype)
             later = self._refinements.get(_key(tensor), []) if self._refinements else []
             entries = [tensor, *(refinement.to(tensor.device) for refinement in later)]
             weights = decode_sum(entries, name, backend=self.backend)
@@ -124,6 +138,8 @@ class Decoder:
 
         Where bytes are expected, it is the payload of a layer that stays compressed, or that of bytes.
         """
+        if self._stands_for(tensor) is not None:
+            return True
         if not payloads.is_payload(tensor):
             return False
         wanted = self.expected.get(name)

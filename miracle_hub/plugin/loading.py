@@ -1,20 +1,26 @@
 """One load of a compressed repository by transformers: opened, converted, finished, and saved again."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
+from weakref import finalize
 
 import torch
 from torch import Tensor
 from transformers.core_model_loading import WeightTransform, revert_weight_conversion
 
+from miracle_hub.codec.base import given_base
+from miracle_hub.codec.based import compared, with_base
 from miracle_hub.codec.config import digests_of, read_config
 from miracle_hub.codec.guarded import check_config
 from miracle_hub.codec.inherited import INHERITED, are_plain, is_inherited
 from miracle_hub.codec.naming import CONFIG, SINGLE, index_name, stage_of
 from miracle_hub.codec.parts import stated_dtype
 from miracle_hub.codec.payloads import is_payload
-from miracle_hub.codec.repository import check_stages, sound_tensors
+from miracle_hub.codec.repository import check_stages, open_repository, sound_tensors
 from miracle_hub.codec.source import indexed_files
 from miracle_hub.codec.stored import StoredTensor
 from miracle_hub.coding.backend import choose
@@ -25,6 +31,7 @@ from miracle_hub.plugin.config import MiracleConfig
 from miracle_hub.plugin.conversion import decode_leftovers, replace_layers, with_decoding, without_decoding
 from miracle_hub.plugin.decoder import Decoder, expected_tensors
 from miracle_hub.plugin.facts import forget_facts, repeat_facts
+from miracle_hub.plugin.stand_ins import write_stand_ins
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
@@ -53,6 +60,7 @@ class Loading:
         self._digests = digests_of(self._facts, Path(CONFIG))
         self._stages = 1
         self._model: PreTrainedModel | None = None
+        self._remove_stand_ins: Callable[[], object] = lambda: None
         self._stored: list[StoredTensor] = []
         self._conversions: list[WeightTransform] = []
 
@@ -108,11 +116,38 @@ class Loading:
             folder, digest = paths[0].parent, self._digests[self._stages - 1]
             check_config(folder / CONFIG, facts := read_config(folder))
             self._check_names(model, facts.get("quantization_config"))
-            self._stored = sound_tensors(paths, digest, self._stages, self._index(paths))
+            own = sound_tensors(paths, digest, self._stages, self._index(paths))
+            self._stored = self._based(own, facts.get("quantization_config") or {}, folder)
+        if any(tensor.base is not None for tensor in self._stored):
+            files[:] = [self._stand_ins()]
         self._decoder.take_refinements(self._stored)
         files[:] = [file for file in files if stage_of(Path(file)) == 1]
         self._model = model
         self._decoder.expected = expected_tensors(model, self.dtype)
+
+    def _based(self, own: list[StoredTensor], facts: dict[str, Any], folder: Path) -> list[StoredTensor]:
+        """The tensors of a repository with those of its base.
+
+        Raises:
+            BaseModelError: the base is missing, or another. OptionError: layers were to stay compressed.
+        """
+        given = given_base(self.config.base)
+        found = with_base(own, facts, folder, lambda base: open_repository(base).tensors, given)
+        if self.config.keep_compressed and any(tensor.base is not None for tensor in found):
+            raise OptionError(
+                f"keep_compressed: expected a repository that is a model by itself, found {folder}, which "
+                "is a difference to a base, and is added to it in dense weights; load a dense model"
+            )
+        return compared(found)
+
+    def _stand_ins(self) -> str:
+        """A file in place of the checkpoint's, as long as the load takes."""
+        folder = mkdtemp(prefix="miracle-")
+        self._remove_stand_ins = finalize(self, rmtree, folder, ignore_errors=True)  # also if the load fails
+        path = Path(folder) / SINGLE
+        write_stand_ins(self._stored, path)
+        self._decoder.take_standing(self._stored)
+        return str(path)
 
     def _check_names(self, model: "PreTrainedModel", written: Any) -> None:
         """Refuse a reader's names that take nothing; those in config.json are of all that was compressed.
@@ -160,6 +195,7 @@ class Loading:
         decode_leftovers(model, self._decoder)
         self._decoder.warn_of_overflow()
         self._model, self._stored = None, []
+        self._remove_stand_ins()
         self._decoder.forget()
         is_staged = "stage_digests" in self._facts
         forget_facts(model, is_kept=self.config.keep_compressed, is_staged=is_staged)

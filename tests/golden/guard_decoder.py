@@ -36,7 +36,7 @@ def digest(file):
     for name, entry in header.items():
         raw = data[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]]
         is_vector = entry["dtype"] == "U8" and len(entry["shape"]) == 1 and len(raw) > 8
-        is_framed = is_vector and raw[:4] in (b"MRCL", b"MRCX", b"MRCN")[: 3 if name == "miracle" else 2]
+        is_framed = is_vector and raw[:3] == b"MRC" and raw[3] in (b"LXRN" if name == "miracle" else b"LXR")
         content = raw[:9].hex() if is_framed else hashlib.sha256(raw).hexdigest()[:32]
         lines.append(f"{quoted(name)} {entry['dtype']} {canonical(entry['shape'])} {content}\n")
     items = [f"{quoted(key)} {quoted(value)}\n" for key, value in metadata.items()]

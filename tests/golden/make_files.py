@@ -27,6 +27,8 @@ GOLDEN = Path(__file__).parent
 # Those that are not called guarded are of before there were guards.
 NAMES_OF_FILES = ("repository_1", "repository_2", "repository_2_guarded", "repository_3_guarded")
 NAMES_OF_FILES += ("network_1.safetensors", "network_1_guarded.safetensors", "network_2_guarded.safetensors")
+# A difference to the dense model in `based_<version>_base`.
+NAMES_OF_FILES += ("based_4",)
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 NAMES |= {torch.int64: "I64", torch.uint8: "U8"}
 
@@ -80,6 +82,44 @@ def make_repository(path: Path) -> dict[str, str]:
     return content(load_state_dict(path))
 
 
+def make_based(path: Path) -> dict[str, str]:
+    """A difference of everything that is stored in a way of its own, and its base beside it."""
+    table = gaussian(300, 16)
+    base = {
+        "0.weight": 0.05 * gaussian(64, 48),
+        "1.weight": gaussian(32, 64).bfloat16(),
+        "conv.weight": gaussian(16, 8, 3, 3).half(),
+        "words.weight": table,
+        "norm.weight": 1 + 0.1 * gaussian(48),
+        "same.weight": gaussian(33, 35).double(),
+        "cast.weight": gaussian(20, 35),
+        "near.bias": gaussian(48),
+        "other.weight": gaussian(3, 3),
+    }
+    moved = table.clone()
+    moved[7::40] += gaussian(8, 16)
+    tuned = {
+        "0.weight": base["0.weight"] + 0.01 * gaussian(64, 48).flip(0),
+        "1.weight": base["1.weight"] + 0.1 * gaussian(32, 64).flip(0).bfloat16(),
+        "conv.weight": base["conv.weight"] + 0.1 * gaussian(16, 8, 3, 3).flip(0).half(),
+        "words.weight": moved,
+        "norm.weight": base["norm.weight"] + gaussian(48).flip(0),
+        "same.weight": base["same.weight"],
+        "cast.weight": base["cast.weight"].bfloat16(),
+        "near.bias": base["near.bias"] + 1e-5,
+    }
+    tuned = {f"encoder.{name}": tensor for name, tensor in tuned.items()} | {"head.weight": gaussian(2, 48)}
+    options = CompressOptions(bits_per_weight=1.2, window_bits=8, seed=2**40 + 3, progress=False)
+    base_folder = path.with_name(f"{path.name}_base")
+    with tempfile.TemporaryDirectory() as temporary:
+        for folder, tensors in ((base_folder, base), (Path(temporary) / "tuned", tuned)):
+            folder.mkdir()
+            save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+            (folder / "config.json").write_text('{"model_type": "bert", "dtype": "float32"}')
+        compress_folder(Path(temporary) / "tuned", path, options, base=base_folder)
+    return content(load_state_dict(path, base=base_folder))
+
+
 def make_network(path: Path) -> dict[str, str]:
     model = nn.Sequential(nn.Linear(12, 20), nn.BatchNorm1d(20), nn.Linear(20, 5))
     specs = (
@@ -113,5 +153,6 @@ if __name__ == "__main__":
     files = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else {}
     for name in NAMES_OF_FILES:
         if name not in files:
-            files[name] = (make_repository if name.startswith("repository") else make_network)(GOLDEN / name)
+            make = {"repository": make_repository, "based": make_based}.get(name.split("_")[0], make_network)
+            files[name] = make(GOLDEN / name)
     listed.write_text(json.dumps(files, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -15,5 +15,5 @@ def use_here(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pushes and the mixin's downloads go to `hub`; the rest of the package does not."""
     monkeypatch.setattr("miracle_hub.hub.push.HfApi", functools.partial(HfApi, endpoint=hub.url))
     download = functools.partial(snapshot_download, endpoint=hub.url)
-    monkeypatch.setattr("miracle_hub.hub.resolve.snapshot_download", download)
+    monkeypatch.setattr("miracle_hub.files.snapshots.snapshot_download", download)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
