@@ -11,7 +11,7 @@ _HEAD = """## What calibration takes
 
 Compressions one after the other, each in a process of its own that has the machine for itself
 (`benchmarks/calibration_time.py`); "said" is what is said before the work begins. Texts of its own are in
-the time. Texts, trials and answers to fit to were in float32 then, and in what is said was less memory."""
+the time. Each row names its commit; in 7fb06f2 texts, trials and answers to fit to were in float32."""
 _MEMORY = """Most memory that is resident while each part of it runs, in MB, and, after a slash, its seconds
 (`benchmarks/calibration_memory.py`); coding is with windows of 8 bits here, which take less time and about
 as much memory as those of 14."""
@@ -36,13 +36,13 @@ def _times(name: str, found: dict[str, Any]) -> str:
     runs = found["runs"]
     first = runs["data-free"]["seconds"]
     lines = [
-        f"| {SHOWN[name].title}, {found['bits_per_weight']:g} bits | seconds | times | said | peak MB |",
-        "|---|---|---|---|---|",
+        f"| {SHOWN[name].title}, {found['bits_per_weight']:g} bits | seconds | times | said | peak MB | commit |",
+        "|---|---|---|---|---|---|",
     ]
     for how, run in runs.items():
         said = f"{run['said_seconds']:,}" if "said_seconds" in run else ""
         ratio = run["seconds"] / first
-        lines.append(f"| {how} | {run['seconds']:.0f} | {ratio:.2f} | {said} | {run['peak_mb']:,} |")
+        lines.append(f"| {how} | {run['seconds']:.0f} | {ratio:.2f} | {said} | {run['peak_mb']:,} | {run['commit'][:7]} |")
     return "\n".join(lines)
 
 

@@ -22,7 +22,7 @@ from miracle_hub.calibrate.teacher import Teacher, spread
 from miracle_hub.calibrate.trials import with_damping
 from miracle_hub.calibrate.tuning import Tuning
 from miracle_hub.codec.curvature import Curvature
-from miracle_hub.codec.dtypes import TORCH_DTYPES
+from miracle_hub.codec.dtypes import TORCH_DTYPES, as_bytes
 from miracle_hub.codec.jobs import Job
 from miracle_hub.codec.kept import Kept
 from miracle_hub.codec.plan import Plain, Plan, Same, Why
@@ -146,7 +146,7 @@ class Known:
         for job in jobs:
             if job.choice.option.codec != TRELLIS.name and job.based and job.source.name in self.parameters:
                 name, fixed[job.source.name] = job.source.name, (payload := job.run([], backend))
-                entry = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+                entry = as_bytes(payload)
                 base = job.based.load_base()
                 self.parameters[name].copy_(decode_sum([entry], name, backend=backend, base=base))
         return fixed

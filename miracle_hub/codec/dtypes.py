@@ -40,6 +40,11 @@ def raw_bytes(tensor: Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
+def as_bytes(data: bytes) -> Tensor:
+    """A string of bytes as entries of files have it, uint8 `[bytes]`; of one byte or more."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
 def is_bytes(tensor: Tensor) -> bool:
     """Whether a tensor is a string of bytes: what a payload or a stream is stored as."""
     return tensor.dtype == torch.uint8 and tensor.ndim == 1 and not tensor.is_meta

@@ -29,6 +29,7 @@ CODECS = {
     b"MRCL": "miracle_hub.codec.trellis:TRELLIS",
     b"MRCX": "miracle_hub.codec.exact:EXACT",
     b"MRCR": "miracle_hub.codec.rows:ROWS",
+    b"MRCT": "miracle_hub.codec.thin:THIN",
 }
 _MAGIC_BYTES = 4
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from miracle_hub.codec.dtypes import raw_bytes
+from miracle_hub.codec.dtypes import as_bytes, raw_bytes
 from miracle_hub.codec.guard import Contents, guards_of_stages
 from miracle_hub.codec.jobs import Job, run_all
 from miracle_hub.codec.naming import stage_name, stage_of
@@ -92,4 +92,4 @@ class Writer:
 
 
 def _digest(payload: bytes, name: str) -> int:
-    return payload_at(torch.frombuffer(bytearray(payload), dtype=torch.uint8), name).facts.digest
+    return payload_at(as_bytes(payload), name).facts.digest

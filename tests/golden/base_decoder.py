@@ -3,13 +3,13 @@
 import hashlib
 import json
 import runpy
-import zlib
 from pathlib import Path
 
 import numpy as np
 
 HELD = runpy.run_path(str(Path(__file__).with_name("repository_decoder.py")))
-decode, stored, rounded, DTYPES = (HELD[name] for name in ("decode", "stored", "rounded", "DTYPES"))
+stored, rounded, DTYPES = (HELD[name] for name in ("stored", "rounded", "DTYPES"))
+difference = runpy.run_path(str(Path(__file__).with_name("difference_decoder.py")))["difference"]
 
 
 def entries_in(folder):
@@ -23,25 +23,6 @@ def widened(dtype, raw):
     if dtype == "BF16":
         return (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
     return np.frombuffer(raw, {"F32": "<f4", "F16": "<f2", "F64": "<f8"}[dtype]).astype("<f4")
-
-
-def difference(raw):
-    """Number of the dtype, and float32 differences in their shape."""
-    if raw[:5] == b"MRCL\2":
-        dtype, weights, *_ = decode(raw[:4] + b"\1" + raw[5:])
-        return dtype, weights
-    assert raw[:5] == b"MRCR\1" and zlib.crc32(raw[9:]) == int.from_bytes(raw[5:9], "little")
-    numbers, at = [], 9
-    while len(numbers) < 1 or len(numbers) < 1 + numbers[0]:
-        end = next(i for i in range(at, len(raw)) if raw[i] < 128) + 1
-        numbers.append(sum((digit & 127) << 7 * i for i, digit in enumerate(raw[at:end])))
-        at = end
-    shape, end = numbers[1:], at + -(-numbers[1] // 8)
-    rows = np.unpackbits(np.frombuffer(raw[at:end], "u1"), bitorder="little")[: shape[0]].astype(bool)
-    dtype, own = difference(raw[end:])
-    weights = np.zeros((shape[0], own.shape[1]), "<f4")
-    weights[rows] = own
-    return dtype, weights.reshape(shape)
 
 
 def read(folder, base):
