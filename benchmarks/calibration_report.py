@@ -42,7 +42,9 @@ def _times(name: str, found: dict[str, Any]) -> str:
     for how, run in runs.items():
         said = f"{run['said_seconds']:,}" if "said_seconds" in run else ""
         ratio = run["seconds"] / first
-        lines.append(f"| {how} | {run['seconds']:.0f} | {ratio:.2f} | {said} | {run['peak_mb']:,} | {run['commit'][:7]} |")
+        lines.append(
+            f"| {how} | {run['seconds']:.0f} | {ratio:.2f} | {said} | {run['peak_mb']:,} | {run['commit'][:7]} |"
+        )
     return "\n".join(lines)
 
 

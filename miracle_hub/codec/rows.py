@@ -3,6 +3,7 @@
 What is far from the base is coded as a matrix of its own by the trellis; all other rows are the base's.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -49,7 +50,7 @@ class RowsRecipe:
 
     def kept(self, n_rows: int) -> np.ndarray:
         """Whether each row is coded, bool `[rows]`."""
-        return np.unpackbits(np.frombuffer(self.rows, np.uint8), count=n_rows, bitorder="little").astype(bool)
+        return _unpacked(self.rows, n_rows)
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,12 @@ class Rows:
         left = _squared(left_by([theirs.to(own.dtype).float()], own))
         error = (power - left + header.relative_error * left) / power if power else 0.0
         whole = encode_payload(replace(header, relative_error=error), payload[start:])
-        return encode_rows(tuple(weights.shape), kept.numpy(), whole)
+        return encode_rows(tuple(weights.shape), recipe.rows, whole)
+
+
+def _unpacked(bits: bytes, n_rows: int) -> np.ndarray:
+    """A bit for each row as bool `[rows]`."""
+    return np.unpackbits(np.frombuffer(bits, np.uint8), count=n_rows, bitorder="little").astype(bool)
 
 
 def _squared(values: Tensor) -> float:
@@ -199,8 +205,9 @@ class RowsPayload:
             ChecksumError: the rows are not what was compressed.
         """
         rows = self.inner.decode(backend, verify=verify)
-        whole = torch.zeros(len(self.header.rows), rows.shape[1], device=rows.device)
-        whole[torch.from_numpy(self.header.rows).to(rows.device)] = rows
+        n_rows, *others = self.header.shape
+        whole = torch.zeros(n_rows, math.prod(others), device=rows.device)
+        whole[torch.from_numpy(_unpacked(self.header.rows, n_rows)).to(rows.device)] = rows
         whole = whole.view(self.header.shape)
         return whole.to(TORCH_DTYPES[self.header.inner.dtype]) if rounded else whole
 

@@ -24,7 +24,6 @@ from miracle_hub.coding.backend import Backend
 from miracle_hub.coding.digest import digest
 from miracle_hub.coding.matrix import matrix_columns
 from miracle_hub.coding.rotation import widest_rotation
-from miracle_hub.coding.scales import prior_scale
 from miracle_hub.errors import ChecksumError, OptionError
 from miracle_hub.format.payload import Header, Segment
 from miracle_hub.format.spec import TensorSpec
@@ -36,6 +35,8 @@ _FACTOR_RATES = ((2, 1), (3, 1), (4, 1))
 # (k, V) of what the factors leave.
 _REST_RATES = ((1, 32), (1, 16), (1, 8), (1, 4), (1, 2), (3, 4), (1, 1), (3, 2), (2, 1))
 _FEWEST_ROWS = 32
+# Of a rate, that codes of windows of 12 bits make use of: 0.94 to 1 (benchmarks/rate_distortion.py).
+_SHARE_OF_RATE = 0.95
 # Of the search for singular vectors: directions beyond those that are asked for, and multiplications.
 _BEYOND, _POWERS = 8, 3
 
@@ -158,8 +159,8 @@ THIN = Thin()
 
 
 def _left_by(code: Code) -> float:
-    """Of the square of Gaussian values, by coding them."""
-    return max(0.0, 1 - prior_scale(code) ** 2)
+    """Of the square of Gaussian values, by coding them; 2^(-2·rate) would be the least."""
+    return 2 ** (-2 * _SHARE_OF_RATE * code.rate)
 
 
 def _n_bytes(shape: tuple[int, ...], recipe: ThinRecipe) -> int:
@@ -215,7 +216,9 @@ def product(
     return total
 
 
-def _encoded_factors(difference: Tensor, recipe: ThinRecipe, where: str, backend: Backend) -> tuple[bytes, bytes]:
+def _encoded_factors(
+    difference: Tensor, recipe: ThinRecipe, where: str, backend: Backend
+) -> tuple[bytes, bytes]:
     """Payloads of both factors; the second makes up for what coding does to the first."""
     left, _ = thin_factors(difference, recipe.rank)
     first = encode_factor(left, recipe, where, backend)
@@ -231,7 +234,12 @@ def encode_factor(factor: Tensor, recipe: ThinRecipe, where: str, backend: Backe
 
 
 def encode_sum(
-    weights: Tensor, base: Tensor, factors: tuple[bytes, bytes], rest: Recipe | None, where: str, backend: Backend
+    weights: Tensor,
+    base: Tensor,
+    factors: tuple[bytes, bytes],
+    rest: Recipe | None,
+    where: str,
+    backend: Backend,
 ) -> bytes:
     """The payload of a tensor's difference to a base, of which factors are coded already.
 

@@ -215,20 +215,16 @@ def encode_tensor(
     factor = None if curvature is None else curvature.factor(rotation, backend)
     width = band_columns if factor is None else bands_of(columns)
     dtype, shape = "F32" if earlier else DTYPE_NAMES[weights.dtype], tuple(weights.shape)
-    header = Header(
-        dtype, shape, columns, rotation, tuple(segments), width, permuted, is_difference=base is not None
-    )
+    kind = {"is_difference": base is not None}
+    header = Header(dtype, shape, columns, rotation, tuple(segments), width, permuted, **kind)
     weights = weights.to(backend.device)
     earlier = earlier if base is None else [base.to(backend.device).float(), *earlier]
     matrix = rotated_matrix(left_by(earlier, weights), columns, rotation, backend)
-    if factor is not None:
-        given = (rotation, factor, backend, header.is_difference)
-        parts = encode_with_feedback(matrix, header.segments, *given)
+    if factor is None:
+        parts = _encode_segments(matrix, header, selection, generator, backend)
     else:
-        parts = [
-            _encode_segment(rows, segment, header, selection, generator, backend)
-            for segment, rows in zip(header.segments, _split_rows(matrix, header), strict=True)
-        ]
+        fed = (rotation, factor, backend, header.is_difference)
+        parts = encode_with_feedback(matrix, header.segments, *fed)
     handed_out, digest = decoded_in_range(parts, layout_of(header), earlier, weights.dtype, backend)
     error = relative_error(handed_out, earlier, weights)
     return encode_payload(replace(header, digest=digest, relative_error=error), body_of(parts))
@@ -273,8 +269,11 @@ def _check_rows(segments: Sequence[Segment], rows: int, where: str) -> None:
         )
 
 
-def _split_rows(matrix: Tensor, header: Header) -> tuple[Tensor, ...]:
-    return matrix.split([segment.rows for segment in header.segments])
+def _encode_segments(
+    matrix: Tensor, header: Header, selection: str, generator: torch.Generator | None, backend: Backend
+) -> list[CodedRows]:
+    parts = zip(header.segments, matrix.split([segment.rows for segment in header.segments]), strict=True)
+    return [_encode_segment(rows, own, header, selection, generator, backend) for own, rows in parts]
 
 
 def _encode_segment(

@@ -11,14 +11,8 @@ from torch import Tensor
 
 from miracle_hub.codec.base import names_left_out
 from miracle_hub.codec.companions import of_repository, of_source
-from miracle_hub.codec.comparing import (
-    TUNED,
-    check_finite,
-    compare,
-    compare_bits,
-    compare_difference,
-    compare_kinds,
-)
+from miracle_hub.codec.comparing import TUNED, check_finite, compare, compare_bits
+from miracle_hub.codec.comparing import compare_difference, compare_kinds
 from miracle_hub.codec.config import read_quantization
 from miracle_hub.codec.detector import TO_COMPRESS, require
 from miracle_hub.codec.dtypes import TORCH_DTYPES, is_bytes
@@ -102,9 +96,8 @@ def verify_folder(
     those of differences to a base.
     """
     copied = set() if path.is_file() else set(of_repository(path).weights)
-    check = _Check(
-        choose(backend), _originals(dense), copied, _listed(path, NON_FINITE), _listed(path, TUNED)
-    )
+    lists = (_listed(path, NON_FINITE), _listed(path, TUNED))
+    check = _Check(choose(backend), _originals(dense), copied, *lists)
     reading = read_all(path, check.look)
     reports = [check.report(file) for file in reading.files]
     defects, repository = [report.defect for report in reports if report.defect], None

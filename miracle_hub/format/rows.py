@@ -6,8 +6,6 @@ FORMAT.md, "Rows payload", has its fields and limits; this module reads and writ
 import math
 from dataclasses import dataclass
 
-import numpy as np
-
 from miracle_hub.code import MAX_DIMENSIONS
 from miracle_hub.errors import FormatError
 from miracle_hub.format import frame
@@ -28,26 +26,21 @@ class RowsHeader:
 
     Attributes:
         shape: of the whole tensor, two dimensions or more.
-        rows: whether each row, of the first dimension, is among the payload's, bool `[rows]`.
+        rows: a bit for each row, of the first dimension: whether it is among the payload's.
         inner: the header of their payload, whose shape is [rows that are, columns].
         start: where that payload begins.
     """
 
     shape: tuple[int, ...]
-    rows: np.ndarray
+    rows: bytes
     inner: Header
     start: int
 
 
-def encode_rows(shape: tuple[int, ...], rows: np.ndarray, inner: bytes) -> bytes:
-    """Shape, rows and their payload as one payload; `decode_rows` reads it back.
-
-    Args:
-        rows: bool `[rows]`.
-    """
+def encode_rows(shape: tuple[int, ...], rows: bytes, inner: bytes) -> bytes:
+    """Shape, a bit for each row and their payload as one payload; `decode_rows` reads it back."""
     numbers = [len(shape), *shape]
-    packed = np.packbits(rows, bitorder="little").tobytes()
-    return _FRAME.seal(b"".join(map(encode_varint, numbers)) + packed + inner)
+    return _FRAME.seal(b"".join(map(encode_varint, numbers)) + rows + inner)
 
 
 def rows_bytes(shape: tuple[int, ...]) -> int:
@@ -74,17 +67,17 @@ def decode_rows(data: bytes, where: str) -> RowsHeader:
     if math.prod(shape) > min(_MAX_WEIGHTS, WEIGHTS_PER_BYTE * len(data)):
         raise _defect(where, at, f"at most {WEIGHTS_PER_BYTE} weights for each of {len(data)} bytes", shape)
     end = at + -(-shape[0] // 8)
-    bits = np.unpackbits(np.frombuffer(data[at:end], np.uint8), bitorder="little").astype(bool)
-    if len(bits) < shape[0] or bits[shape[0] :].any() or not bits.any():
+    bits = int.from_bytes(data[at:end], "little")
+    if len(data) < end or bits >> shape[0] or not bits:
         raise _defect(
             where, at, f"a bit for each of {shape[0]} rows, some of them set, and no others", data[at:end][:8]
         )
     inner, _ = decode_header(data[end:], where)
-    rows, columns = bits[: shape[0]], math.prod(shape[1:])
-    if inner.shape != (int(rows.sum()), columns) or not inner.is_difference:
-        expected = f"a difference of shape {[int(rows.sum()), columns]}"
+    wanted = (bits.bit_count(), math.prod(shape[1:]))
+    if inner.shape != wanted or not inner.is_difference:
+        expected = f"a difference of shape {list(wanted)}"
         raise _defect(where, end, expected, f"shape {list(inner.shape)}")
-    return RowsHeader(tuple(shape), rows, inner, end)
+    return RowsHeader(tuple(shape), data[at:end], inner, end)
 
 
 def _defect(where: str, at: int, expected: str, found: object) -> FormatError:

@@ -63,7 +63,9 @@ class Parts:
 
 def encode_thin(header: ThinHeader, parts: Parts) -> bytes:
     """Header and parts as one payload; `decode_thin` reads it back."""
-    return _FRAME.seal(_before(header, len(parts.left), len(parts.right)) + parts.left + parts.right + parts.rest)
+    return _FRAME.seal(
+        _before(header, len(parts.left), len(parts.right)) + parts.left + parts.right + parts.rest
+    )
 
 
 def _before(header: ThinHeader, n_left: int, n_right: int) -> bytes:
@@ -128,7 +130,9 @@ def _check(header: ThinHeader, parts: Parts, start: int, where: str) -> None:
         return
     rest: Header = decode_header(parts.rest, where)[0]
     if rest.shape != header.shape or not rest.is_difference:
-        raise _defect(where, start, f"a difference of shape {list(header.shape)}", f"shape {list(rest.shape)}")
+        raise _defect(
+            where, start, f"a difference of shape {list(header.shape)}", f"shape {list(rest.shape)}"
+        )
 
 
 def _defect(where: str, at: int, expected: str, found: object) -> FormatError:

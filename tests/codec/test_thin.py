@@ -60,7 +60,7 @@ def a_payload(base: Tensor, own: Tensor, option: Option | None = None) -> tuple[
 def test_every_option_takes_the_bytes_that_it_said(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     base = gaussian(*shape).to(dtype)
     own = tuned(base, noise=0.01)
-    for option in options_of(base, own)[::7]:
+    for option in options_of(base, own)[::29]:
         payload, said = a_payload(base, own, option)
         assert len(payload) == said
         found = decode_sum([entry(payload)], "low", base=base)
@@ -73,14 +73,16 @@ def test_the_relative_error_is_what_readers_get(dtype: torch.dtype) -> None:
     own = tuned(base, noise=0.02)
     payload, _ = a_payload(base, own)
     found = decode_sum([entry(payload)], "low", base=base)
-    error = float((found.double() - own.double()).square().sum() / (base.double() - own.double()).square().sum())
+    error = float(
+        (found.double() - own.double()).square().sum() / (base.double() - own.double()).square().sum()
+    )
     assert ThinPayload(entry(payload), "low").facts.relative_error == pytest.approx(error, rel=1e-4)
 
 
 def test_what_is_said_of_errors_is_near_what_comes_out() -> None:
     base = gaussian(256, 128)
     own = tuned(base, rank=4, noise=0.05)
-    for option in options_of(base, own)[::11]:
+    for option in options_of(base, own)[::17]:
         said = option.error / own.numel() ** 0.6
         payload, _ = a_payload(base, own, option)
         measured = ThinPayload(entry(payload), "low").facts.relative_error
@@ -91,9 +93,9 @@ def test_what_is_said_of_errors_is_near_what_comes_out() -> None:
 def test_a_difference_of_rank_two_takes_few_bytes() -> None:
     base = gaussian(256, 128)
     own = tuned(base)
-    small = [option for option in options_of(base, own) if option.n_bytes < 500]
+    small = [option for option in options_of(base, own) if option.n_bytes < 600]
     payload, _ = a_payload(base, own, min(small, key=lambda option: option.error))
-    assert len(payload) < 500
+    assert len(payload) < 600
     assert ThinPayload(entry(payload), "low").facts.relative_error < 0.05
 
 
@@ -121,9 +123,7 @@ def test_singular_vectors_are_those_of_torch_and_the_same_on_every_call() -> Non
 def test_a_models_difference_of_low_rank_is_coded_so(save_model, tmp_path: Path) -> None:  # noqa: ANN001
     base = {"a.weight": gaussian(256, 128), "b.weight": gaussian(64, 64)}
     own = {"a.weight": tuned(base["a.weight"]), "b.weight": base["b.weight"]}
-    report = difference(
-        save_model(own, "tuned"), save_model(base, "base"), tmp_path / "delta", size=1000
-    )
+    report = difference(save_model(own, "tuned"), save_model(base, "base"), tmp_path / "delta", size=1000)
     assert report.compressed_bytes <= 1000
     found = load_state_dict(tmp_path / "delta", base=tmp_path / "base")["a.weight"]
     left = (found - own["a.weight"]).square().sum() / (base["a.weight"] - own["a.weight"]).square().sum()
@@ -134,7 +134,9 @@ def test_nothing_but_large_differences_is_surveyed() -> None:
     spec = TensorSpec("low", "F32", (96, 80))
     assert THIN.survey(spec, gaussian(96, 80), REQUEST) is None
     assert THIN.survey(spec, torch.zeros(96, 80), REQUEST, is_difference=True) is None
-    assert THIN.survey(TensorSpec("low", "F32", (16, 80)), gaussian(16, 80), REQUEST, is_difference=True) is None
+    assert (
+        THIN.survey(TensorSpec("low", "F32", (16, 80)), gaussian(16, 80), REQUEST, is_difference=True) is None
+    )
     assert THIN.survey(TensorSpec("low", "F32", (4096,)), gaussian(4096), REQUEST, is_difference=True) is None
 
 
@@ -180,7 +182,7 @@ LEFT, RIGHT = factor(3, 32), factor(3, 64)
         (thin(Parts(LEFT, factor(3, 64, base=True))), "weights of shapes"),
         (thin(Parts(LEFT, RIGHT, factor(32, 64))), r"a difference of shape \[32, 64\]"),
         (thin(Parts(LEFT, RIGHT, factor(64, 32, base=True))), "a difference of shape"),
-        (thin(Parts(LEFT, RIGHT[:-1])), "the header announces a payload of"),
+        (thin(Parts(LEFT, RIGHT[:-1])), "expected CRC-32"),
         (thin(Parts(LEFT, RIGHT), shape=(32,)), "a number of dimensions from 2 to 8"),
         (thin(Parts(LEFT, RIGHT), shape=(1 << 20, 1 << 20)), "at most 16384 weights for each of"),
         (thin(Parts(LEFT, RIGHT), error=float("nan")), "a relative squared error of 0 or more"),
