@@ -35,16 +35,16 @@ def _results(path: Path) -> dict[str, Any]:
 def _times(name: str, found: dict[str, Any]) -> str:
     runs = found["runs"]
     first = runs["data-free"]["seconds"]
+    what = f"{SHOWN[name].title}, {found['bits_per_weight']:g} bits"
     lines = [
-        f"| {SHOWN[name].title}, {found['bits_per_weight']:g} bits | seconds | times | said | peak MB | commit |",
+        f"| {what} | seconds | times | said | peak MB | commit |",
         "|---|---|---|---|---|---|",
     ]
     for how, run in runs.items():
         said = f"{run['said_seconds']:,}" if "said_seconds" in run else ""
         ratio = run["seconds"] / first
-        lines.append(
-            f"| {how} | {run['seconds']:.0f} | {ratio:.2f} | {said} | {run['peak_mb']:,} | {run['commit'][:7]} |"
-        )
+        figures = [f"{run['seconds']:.0f}", f"{ratio:.2f}", said, f"{run['peak_mb']:,}", run["commit"][:7]]
+        lines.append(f"| {how} | {' | '.join(figures)} |")
     return "\n".join(lines)
 
 

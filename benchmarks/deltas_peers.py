@@ -101,8 +101,8 @@ def dare(task: Any, tuned: nn.Module, base: nn.Module) -> tuple[int, nn.Module]:
 
 
 def svd(task: Any, tuned: nn.Module, base: nn.Module) -> tuple[int, nn.Module]:
-    """Delta-CoMe (arXiv:2406.08903): singular vectors in 8 bits (2), 3 bits (32), 2 bits (a quarter of all), in
-    groups of 128 with 16-bit scales, rounded to nearest instead of GPTQ.
+    """Delta-CoMe (arXiv:2406.08903): singular vectors in 8 bits (2), 3 bits (32), 2 bits (a quarter of all),
+    in groups of 128 with 16-bit scales, rounded to nearest instead of GPTQ.
     """
 
     def make(_: str, d: Tensor) -> tuple[Tensor, float]:

@@ -59,7 +59,7 @@ class Fit:
         self.before = [p.detach().clone() for p in fitted]
         rates = [self.rate] * len(self.free) + [self.vector_rate] * len(self.vectors)
         optimizer = Adam([group(p, rate) for p, rate in zip(fitted, rates, strict=True)], betas=BETAS)
-        schedule = LambdaLR(optimizer, lambda i: _risen_and_fallen(i / len(numbers)))
+        schedule = LambdaLR(optimizer, lambda i: risen_and_fallen(i / len(numbers)))
         coded = [m.rotated()[:, : m.n_coded].clone() for m in self.free]
         with asking(fitted):
             left = kept_steps(kept, step, numbers, optimizer, schedule, fitted)
@@ -107,7 +107,7 @@ def backward(loss: Callable[[int], Tensor], number: int, device: torch.device) -
     found.backward()
 
 
-def _risen_and_fallen(share: float) -> float:
+def risen_and_fallen(share: float) -> float:
     """Of a rate, after a share of the steps: it rises over an eighth of them and falls to a tenth."""
     return min(1.0, 8 * share + 0.1, 1 - 0.9 * (share - 0.125) / 0.875)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from miracle_hub.calibrate.blocks import chains_of
 from miracle_hub.calibrate.by_blocks import ByBlocks
+from miracle_hub.calibrate.factors import FactorFits, Factors
 from miracle_hub.calibrate.fitting import order
 from miracle_hub.calibrate.inputs import Inputs
 from miracle_hub.calibrate.journal import Journal
@@ -28,6 +29,7 @@ from miracle_hub.codec.kept import Kept
 from miracle_hub.codec.plan import Plain, Plan, Same, Why
 from miracle_hub.codec.source import SourceTensor
 from miracle_hub.codec.stored import decode_sum
+from miracle_hub.codec.thin import THIN
 from miracle_hub.codec.trellis import TRELLIS
 from miracle_hub.coding.backend import Backend
 
@@ -117,19 +119,22 @@ class Known:
         if not self.options.is_any and not norms:
             return {}
         self.model.requires_grad_(False)
-        fixed = self._fixed(plans, jobs, backend)
         parameters, statistics = self.parameters, norms.buffers if norms else {}
         vectors = _vectors(plans, parameters) if self.states_tuned and self.options.is_any else {}
         teacher = Teacher(
             self.model, self.inputs.batches[: self.options.all_steps], self.progress, judges=False
         )
+        fixed = self._fixed(plans, jobs, backend)
         known = [job for job in jobs if job.source.name in parameters and job.source.name not in fixed]
         kept = kept_of_jobs(self.kept, known, backend).given(*statistics)
-        if self.options.is_any:
+        thin = [job for job in known if _is_of_low_rank(job)] if self.options.is_any else []
+        fixed |= self._fitted_factors(thin, teacher, vectors, backend, kept)
+        known = [job for job in known if job.source.name not in fixed]
+        if self.options.is_any and known:
             tried = self.held_out.some(self.share * _TRIED_TOKENS)
             known = with_damping(known, self.model, parameters, tried, backend, self.progress, kept, norms)
         kept = kept.given(repr(self.options), *vectors)
-        made = self._made(known, teacher, vectors, backend, kept, norms)
+        made = self._made(known, teacher, vectors, backend, kept, norms) if known else []
         self._tune(teacher, made, list(vectors.values()), kept)
         self._keep(plans, {**vectors, **statistics})
         return {**fixed, **{matrix.job.source.name: matrix.payload() for matrix in made}}
@@ -144,12 +149,28 @@ class Known:
                 self.parameters[name].copy_(plan.based.load())
         fixed = dict[str, bytes]()
         for job in jobs:
-            if job.choice.option.codec != TRELLIS.name and job.based and job.source.name in self.parameters:
+            is_left = job.choice.option.codec == TRELLIS.name or (
+                self.options.is_any and _is_of_low_rank(job)
+            )
+            if not is_left and job.based and job.source.name in self.parameters:
                 name, fixed[job.source.name] = job.source.name, (payload := job.run([], backend))
                 entry = as_bytes(payload)
                 base = job.based.load_base()
                 self.parameters[name].copy_(decode_sum([entry], name, backend=backend, base=base))
         return fixed
+
+    def _fitted_factors(
+        self, jobs: Sequence[Job], teacher: Teacher, vectors: Mapping[str, nn.Parameter],
+        backend: Backend, kept: Kept,
+    ) -> dict[str, bytes]:  # fmt: skip
+        """Payloads of differences of low rank, whose factors are fitted to the dense model's answers."""
+        if not jobs:
+            return {}
+        factors = [Factors(job, self.parameters[job.source.name], backend) for job in jobs]
+        steps = max(self.options.all_steps // 2, 1)
+        given = (list(vectors.values()), steps, self.seed, kept, self.progress)
+        FactorFits(teacher, self.journal, factors, *given).run()
+        return {one.job.source.name: one.payload() for one in factors}
 
     def _made(
         self, jobs: Sequence[Job], teacher: Teacher, vectors: Mapping[str, nn.Parameter],
@@ -177,7 +198,7 @@ class Known:
     ) -> None:
         """At the end; what does not help on held-out rows is undone."""
         making = KeptMaking(kept, "tuned", made, vectors, self.losses)
-        if not self.options.end_steps or making.go_on_tuned():
+        if not (self.options.end_steps and (made or vectors)) or making.go_on_tuned():
             return
         loss = partial(teacher.divergence, self.model)
         tuning = Tuning(made, vectors, self.options.end_rate, loss)
@@ -211,6 +232,11 @@ def _vectors(plans: Mapping[str, Plan], parameters: Mapping[str, nn.Parameter]) 
     """What stays plain and can be tuned: norms, biases and small matrices, unless the user excludes them."""
     plain = [name for name, plan in plans.items() if isinstance(plan, Plain) and plan.why in _TUNED]
     return {name: parameters[name] for name in plain if name in parameters}
+
+
+def _is_of_low_rank(job: Job) -> bool:
+    """Whether all there is of a difference are factors, which then can be fitted."""
+    return job.choice.option.codec == THIN.name and job.choice.option.recipe.rest is None
 
 
 def _statistics(plans: Mapping[str, Plan]) -> set[str]:

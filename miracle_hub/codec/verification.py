@@ -11,8 +11,14 @@ from torch import Tensor
 
 from miracle_hub.codec.base import names_left_out
 from miracle_hub.codec.companions import of_repository, of_source
-from miracle_hub.codec.comparing import TUNED, check_finite, compare, compare_bits
-from miracle_hub.codec.comparing import compare_difference, compare_kinds
+from miracle_hub.codec.comparing import (
+    TUNED,
+    check_finite,
+    compare,
+    compare_bits,
+    compare_difference,
+    compare_kinds,
+)
 from miracle_hub.codec.config import read_quantization
 from miracle_hub.codec.detector import TO_COMPRESS, require
 from miracle_hub.codec.dtypes import TORCH_DTYPES, is_bytes
