@@ -1,8 +1,8 @@
 """The codec of differences of low rank: the product of two thin factors, and, coded after it, what it leaves.
 
 A fine-tuning moves a matrix in few directions more than in all others. Its first singular vectors, as in
-Delta-CoMe (Ping et al. 2024, arXiv:2406.08903), take (rows + columns)/(rows · columns) of a matrix each. Other
-than there all of them have the same rate, and the second factor is fitted to the first as it decodes.
+Delta-CoMe (Ping et al. 2024, arXiv:2406.08903), take (rows + columns)/(rows · columns) of a matrix each.
+Other than there all of them have the same rate, and the second factor is fitted to the first as it decodes.
 """
 
 from collections.abc import Sequence

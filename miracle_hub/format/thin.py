@@ -1,6 +1,7 @@
 """The thin payload: a difference to a base as the product of two thin factors, and what that leaves.
 
-FORMAT.md, "Thin payload", has its fields and limits; this module reads and writes what is around the payloads.
+FORMAT.md, "Thin payload", has its fields and limits; this module reads and writes what is around its
+payloads.
 """
 
 import math

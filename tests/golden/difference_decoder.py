@@ -45,7 +45,7 @@ def of_low_rank(raw):
     (n_left, n_right), at = numbers_at(raw, at, 2)
     at, weights = at + 12, None
     (_, left, *_), (_, right, *_) = decode(raw[at : at + n_left]), decode(raw[at + n_left :][:n_right])
-    for one, other in zip(left, right):
+    for one, other in zip(left, right, strict=True):
         term = np.multiply(one[:, None], other, dtype="<f4")
         weights = term if weights is None else weights + term
     weights = weights.reshape(shape)
