@@ -77,6 +77,10 @@ class Asking:
             self.unseen.append(source.name)
         return found
 
+    def without(self, name: str, base: Tensor) -> float | None:
+        """How far answers are where a tensor is its base's."""
+        return None if self.known is None else self.known.without(name, base)
+
     def is_estimated(self, name: str) -> bool:
         """Whether it is a statistic of a batch norm."""
         return self.known is not None and self.known.is_estimated(name)

@@ -23,7 +23,7 @@ from miracle_hub.codec.trellis import TrellisPayload
 from miracle_hub.coding.backend import Backend
 
 # Of factors, over their root mean square. PLACEHOLDER
-_RATE = 0.03
+_RATE = 0.01
 
 
 class Factors:

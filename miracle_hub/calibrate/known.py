@@ -93,6 +93,21 @@ class Known:
             return found
         return replace(found, rows=_TABLE_COST * found.rows)
 
+    @torch.no_grad()
+    def without(self, name: str, base: Tensor) -> float | None:
+        """How far answers to some held-out rows are where a tensor is its base's."""
+        if (parameter := self.parameters.get(name)) is None:
+            return None
+        own = parameter.detach().clone()
+        parameter.copy_(base)
+        found = self._tried().mean_divergence(self.model)
+        parameter.copy_(own)
+        return found
+
+    def _tried(self) -> Teacher:
+        """Answers to the held-out rows by which trials are judged."""
+        return self.held_out.some(self.share * _TRIED_TOKENS)
+
     def call(self, names: Mapping[str, str]) -> None:
         """Know parameters by the names that files have for them too.
 
@@ -131,8 +146,8 @@ class Known:
         fixed |= self._fitted_factors(thin, teacher, vectors, backend, kept)
         known = [job for job in known if job.source.name not in fixed]
         if self.options.is_any and known:
-            tried = self.held_out.some(self.share * _TRIED_TOKENS)
-            known = with_damping(known, self.model, parameters, tried, backend, self.progress, kept, norms)
+            given = (parameters, self._tried(), backend, self.progress, kept, norms)
+            known = with_damping(known, self.model, *given)
         kept = kept.given(repr(self.options), *vectors)
         made = self._made(known, teacher, vectors, backend, kept, norms) if known else []
         self._tune(teacher, made, list(vectors.values()), kept)

@@ -12,7 +12,7 @@ from miracle_hub.codec.comparing import TUNED
 from miracle_hub.codec.config import read_config, read_quantization, write_config
 from miracle_hub.codec.curvature import Curvature
 from miracle_hub.codec.detector import TO_COMPRESS, require
-from miracle_hub.codec.differences import Differences, differing
+from miracle_hub.codec.differences import Differences, by_answers, differing
 from miracle_hub.codec.finite import NON_FINITE
 from miracle_hub.codec.jobs import Job, refining
 from miracle_hub.codec.keeping import Roles, keep_exact, kept_bytes, warn_of_kept
@@ -212,7 +212,10 @@ def _decide(
     worth = worths([plan.source for plan in plans.values()], read_config(source))
     if differences is not None:  # errors of a difference are relative to it
         worth |= {name: worth.get(name, 1.0) * share for name, share in differences.relative.items()}
-    curves = _weighed(by_worth(curves, worth), coded, costs, worth, request)
+    if knowledge is None or differences is None:
+        curves = _weighed(by_worth(curves, worth), coded, costs, worth, request)
+    else:
+        curves = by_answers(by_worth(curves, worth), coded, knowledge.without)
     choices = meet_budget(plans, curves, budget)
     if differences is not None:
         differences.leave_out(plans, choices)

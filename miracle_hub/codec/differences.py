@@ -1,7 +1,7 @@
 """What of a model is a difference to its base, and what is the base's: plans, and what is stated of it."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from miracle_hub.codec.plan import Coded, Exact, Plain, Plan, Same, Why
 from miracle_hub.codec.rates import LEFT_OUT, Chosen, Curve, Option
 from miracle_hub.codec.source import SourceTensor
 from miracle_hub.codec.stored import StoredTensor, base_digest_of
+from miracle_hub.codec.thin import THIN
 from miracle_hub.errors import BudgetError, SourceError
 from miracle_hub.format.payload import DTYPES
 from miracle_hub.format.spec import TensorSpec
@@ -237,6 +238,39 @@ def differing(plan: Coded) -> Tensor:
 def base_of(plan: Coded) -> Tensor | None:
     """The base's tensor to which one is a difference, in its own dtype."""
     return None if plan.based is None else plan.based.load_base()
+
+
+def by_answers(
+    curves: Sequence[Curve], coded: Mapping[str, Coded], without: Callable[[str, Tensor], float | None]
+) -> list[Curve]:
+    """Curves of differences with errors in nats: what having none of a tensor's difference costs is measured.
+
+    Factors are then fitted to answers, and nothing is coded after them. What is not known, as of what no
+    answer depends on, is worth what it would be without, over all others.
+
+    Args:
+        without: how far answers are where a tensor is its base's.
+    """
+    found = {c.name: own for c in curves if (own := _measured(coded[c.name], without))}
+    ruled = sum(_most(curve) for curve in curves if curve.name in found)
+    usual = sum(found.values()) / ruled if ruled else 1.0
+
+    def weighed(curve: Curve) -> Curve:
+        factor = found[curve.name] / most if (most := _most(curve)) and curve.name in found else usual
+        kept = (option for option in curve.options if option.codec != THIN.name or option.recipe.rest is None)
+        return replace(curve, options=tuple(replace(o, error=o.error * factor) for o in kept))
+
+    return [weighed(curve) for curve in curves]
+
+
+def _measured(plan: Coded, without: Callable[[str, Tensor], float | None]) -> float | None:
+    base = base_of(plan)
+    return None if base is None else without(plan.source.name, base)
+
+
+def _most(curve: Curve) -> float:
+    """The error of having nothing of a difference."""
+    return max(option.error for option in curve.options)
 
 
 def with_leaving_out(curve: Curve) -> Curve:

@@ -24,6 +24,10 @@ class Knowledge(Protocol):
         """What errors of a tensor cost; None if that is not known."""
         ...
 
+    def without(self, name: str, base: Tensor) -> float | None:
+        """How far answers are, in nats, where a tensor is its base's; None if that is not known."""
+        ...
+
     def is_estimated(self, name: str) -> bool:
         """Whether a tensor is a statistic of the model's inputs, which may change with what is coded."""
         ...
