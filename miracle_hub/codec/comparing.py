@@ -34,6 +34,14 @@ def check_finite(tensor: StoredTensor, values: Tensor, listed: Collection[str]) 
         )
 
 
+def compare_plain(tensor: StoredTensor, found: Tensor, source: SourceTensor, is_tuned: bool = False) -> None:
+    """
+    Raises:
+        SourceError: it is not the source's tensor, or, tuned, no tensor like that.
+    """
+    (_compare_kinds if is_tuned else compare_bits)(tensor, found, source)
+
+
 def compare_bits(tensor: StoredTensor, found: Tensor, source: SourceTensor) -> None:
     """
     Raises:
@@ -48,7 +56,7 @@ def compare_bits(tensor: StoredTensor, found: Tensor, source: SourceTensor) -> N
         raise _other_model(tensor, f"expected the bits of the dense model's {kind} tensor, found others")
 
 
-def compare_kinds(tensor: StoredTensor, found: Tensor, source: SourceTensor) -> None:
+def _compare_kinds(tensor: StoredTensor, found: Tensor, source: SourceTensor) -> None:
     """
     Raises:
         SourceError: a tuned tensor has another shape than the source's, or another dtype than it may.
@@ -88,7 +96,15 @@ def compare(
     return None
 
 
-def compare_difference(tensor: StoredTensor, weights: Tensor, source: SourceTensor) -> None:
+def compare_based(tensor: StoredTensor, weights: Tensor, source: SourceTensor) -> None:
+    """
+    Raises:
+        SourceError: a tensor with a base is not what was compressed.
+    """
+    (_compare_difference if tensor.is_coded else compare_bits)(tensor, weights, source)
+
+
+def _compare_difference(tensor: StoredTensor, weights: Tensor, source: SourceTensor) -> None:
     """
     Args:
         weights: the sum of a base's tensor and a difference, in the dtype of the source.

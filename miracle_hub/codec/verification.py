@@ -11,14 +11,7 @@ from torch import Tensor
 
 from miracle_hub.codec.base import names_left_out
 from miracle_hub.codec.companions import of_repository, of_source
-from miracle_hub.codec.comparing import (
-    TUNED,
-    check_finite,
-    compare,
-    compare_bits,
-    compare_difference,
-    compare_kinds,
-)
+from miracle_hub.codec.comparing import TUNED, check_finite, compare, compare_based, compare_plain
 from miracle_hub.codec.config import read_quantization
 from miracle_hub.codec.detector import TO_COMPRESS, require
 from miracle_hub.codec.dtypes import TORCH_DTYPES, is_bytes
@@ -201,7 +194,7 @@ class _Check:
         check_finite(tensor, entry, self.non_finite)
         is_tuned = not is_copied and tensor.name in self.tuned
         if original is not None:
-            (compare_kinds if is_tuned else compare_bits)(tensor, entry, original)
+            compare_plain(tensor, entry, original, is_tuned)
         return _TUNED if is_tuned else _PLAIN
 
     def report(self, file: FileReading) -> FileReport:
@@ -351,4 +344,4 @@ def _check_based(tensor: StoredTensor, original: SourceTensor | None, check: _Ch
     if tensor.is_coded:
         check_finite(tensor, weights, check.non_finite)
     if original is not None:
-        (compare_difference if tensor.is_coded else compare_bits)(tensor, weights, original)
+        compare_based(tensor, weights, original)
