@@ -1,0 +1,55 @@
+"""Casts a base's tensor and decodes a piece of a bits payload, by FORMAT.md, "Bits payload"."""
+
+import runpy
+from pathlib import Path
+
+import numpy as np
+
+BASE = runpy.run_path(str(Path(__file__).with_name("base_decoder.py")))
+
+
+def cast(dtype, raw, kind, quiet):
+    """The patterns of a base's tensor in another dtype."""
+    if dtype == kind:
+        return np.frombuffer(raw, "<u4" if kind == "F32" else "<u2")
+    values = BASE["widened"](dtype, raw)
+    words = np.frombuffer(BASE["rounded"](values, kind), "<u4" if kind == "F32" else "<u2")
+    return np.where(np.isnan(values), words.dtype.type(quiet), words)
+
+
+def decode(coded, plain, base, fraction, width):
+    """The patterns of a piece, from those of the base."""
+    half, estimates, found = 1 << width - 1, {}, []
+    low, high, word, taken = 0, 2**48 - 1, int.from_bytes((coded + bytes(6))[:6], "big"), 6
+    rest = iter("".join(f"{byte:08b}" for byte in plain))
+
+    def bit(key):
+        nonlocal low, high, word, taken
+        chance, count = estimates.get(key, (1 << 31, 0))
+        rate, middle = 65536 // (count + 2), low + (high - low >> 16) * (chance >> 16 | 1)
+        if one := word <= middle:
+            high, chance = middle, chance + ((2**32 - 1 - chance) * rate >> 16)
+        else:
+            low, chance = middle + 1, chance - (chance * rate >> 16)
+        estimates[key] = chance, min(count + 1, 254)
+        while low >> 40 == high >> 40:
+            low, high, word = (number % 2**40 << 8 for number in (low, high, word))
+            high, word, taken = high + 255, word + (coded[taken] if taken < len(coded) else 0), taken + 1
+        return int(one)
+
+    mean = 16 * (base[0] % half >> fraction)
+    for b in base:
+        e, s = b % half >> fraction, 1
+        for _ in range(width.bit_length()):
+            s = 2 * s + bit((min(max(mean - 16 * e >> 3, -16), 79), s))
+        s -= 1 << width.bit_length()
+        assert s <= width
+        z = int(s > 0)
+        for i in range(s - 1):
+            z = 2 * z + (bit(("next", s, z)) if i < 2 else int(next(rest)))
+        o = (b + half if b < half else 2 * half - 1 - b) + (-(z + 1 >> 1) if z % 2 else z >> 1)
+        o %= 2 * half
+        found.append(o - half if o >= half else 2 * half - 1 - o)
+        mean += 16 * (s + e) - mean >> 5
+    assert taken == len(coded) + 5 and set(rest) <= {"0"}
+    return found
