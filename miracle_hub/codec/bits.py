@@ -32,7 +32,7 @@ class Bits(Exact):
 
     name, magic = "bits", MAGIC
 
-    def read(self, data: Tensor, where: str) -> "BitsPayload":  # pyright: ignore[reportIncompatibleMethodOverride]
+    def read(self, data: Tensor, where: str) -> "BitsPayload":
         """
         Raises:
             FormatError: and its subclasses: the header is not sound. Nothing is decoded.

@@ -8,7 +8,8 @@ do without its bits to follow) spends what it is worth. The rest is as good as r
 
 A fine-tuning moves weights by about the same, whatever they are: numbers of a large exponent by few of
 their units, those of a small one by many. What a size is expected to be is therefore the mean of size and
-exponent over the numbers before, less the exponent of the base's number here: that is the context.
+exponent over the numbers that moved before, less the exponent of the base's number here. That is the context,
+with how many numbers right before did not move: of a word table most rows stay where they were.
 """
 
 import numpy as np
@@ -18,10 +19,10 @@ from miracle_hub.errors import FormatError
 
 # Bounds have 48 bits; a byte is written once it is the same in both.
 _TOP, _MOST = 40, (1 << 48) - 1
-# Contexts are halves of a bit of the expected size; sizes have a tree of at most 64 nodes in each of them,
-# and every size one of four nodes for the next bits.
-_LEAST, _CONTEXTS, _NODES, _NEXT = -16, 96, 64, 4
-_ESTIMATES = _CONTEXTS * _NODES + 33 * _NEXT
+# Contexts are halves of a bit of the expected size, for each of four lengths of a run that did not move;
+# sizes have a tree of at most 64 nodes in each of them, and every size one of four nodes for the next bits.
+_LEAST, _CONTEXTS, _RUNS, _NODES, _NEXT = -16, 96, 4, 64, 4
+_SIZES = _RUNS * _CONTEXTS * _NODES
 # An estimate is a mean over what was seen, at last of about this many.
 _LONGEST = 254
 _RATES = 65536 // np.arange(2, _LONGEST + 3)
@@ -95,10 +96,20 @@ def _unfolded(folded):
 
 
 @_jit
-def _context(mean, exponent):
-    """By what is expected: the first of the nodes of a size."""
+def _context(mean, exponent, still):
+    """By what is expected, and how many numbers before did not move: the first of the nodes of a size."""
+    run = (1 if still > 0 else 0) + (1 if still > 3 else 0) + (1 if still > 15 else 0)
     expected = (mean - _SIXTEENTHS * exponent) >> 3
-    return (min(max(expected, _LEAST), _LEAST + _CONTEXTS - 1) - _LEAST) * _NODES
+    place = min(max(expected, _LEAST), _LEAST + _CONTEXTS - 1) - _LEAST
+    return (run * _CONTEXTS + place) * _NODES
+
+
+@_jit
+def _moved(mean, still, size, exponent):
+    """What is expected after a number."""
+    if size == 0:
+        return mean, still + 1
+    return mean + ((_SIXTEENTHS * (size + exponent) - mean) >> _MOVES), 0
 
 
 @_jit
@@ -158,7 +169,8 @@ def _byte(data, at):
 
 @_jit
 def _fresh():
-    return np.full(_ESTIMATES, 1 << 31, np.uint32), np.zeros(_ESTIMATES, np.uint8)
+    n_estimates = _SIZES + 33 * _NEXT
+    return np.full(n_estimates, 1 << 31, np.uint32), np.zeros(n_estimates, np.uint8)
 
 
 @_jit
@@ -166,7 +178,7 @@ def _encode(own, base, width, fraction_bits, coded, plain):
     chances, counts = _fresh()
     sign, depth = 1 << (width - 1), 5 if width == 16 else 6
     low, high, end = 0, _MOST, 0
-    held, n_held, plain_end = 0, 0, 0
+    held, n_held, plain_end, still = 0, 0, 0, 0
     mean = _SIXTEENTHS * ((np.int64(base[0]) & (sign - 1)) >> fraction_bits)
     for i in range(len(own)):
         theirs = np.int64(base[i])
@@ -175,12 +187,12 @@ def _encode(own, base, width, fraction_bits, coded, plain):
         size = 0
         while folded >> size:
             size += 1
-        first, node = _context(mean, exponent), 1
+        first, node = _context(mean, exponent, still), 1
         for place in range(depth - 1, -1, -1):
             bit = size >> place & 1
             low, high, end = _put(bit, first + node, low, high, chances, counts, coded, end)
             node = 2 * node + bit
-        first, node, rest = _CONTEXTS * _NODES + size * _NEXT, 1, size - 1
+        first, node, rest = _SIZES + size * _NEXT, 1, size - 1
         for _ in range(2):
             if rest > 0:
                 rest -= 1
@@ -195,7 +207,7 @@ def _encode(own, base, width, fraction_bits, coded, plain):
                 plain[plain_end] = held >> n_held
                 plain_end += 1
                 held &= (1 << n_held) - 1
-        mean += (_SIXTEENTHS * (size + exponent) - mean) >> _MOVES
+        mean, still = _moved(mean, still, size, exponent)
     coded[end] = (low >> _TOP) + 1  # with zeros behind it a number between the bounds
     if n_held:
         plain[plain_end] = held << (8 - n_held)
@@ -210,19 +222,19 @@ def _decode(base, width, fraction_bits, coded, plain, own):
     low, high, word, end = 0, _MOST, 0, 6
     for i in range(end):
         word = word << 8 | _byte(coded, i)
-    held, n_held, plain_end = 0, 0, 0
+    held, n_held, plain_end, still = 0, 0, 0, 0
     mean = _SIXTEENTHS * ((np.int64(base[0]) & (sign - 1)) >> fraction_bits)
     for i in range(len(base)):
         theirs = np.int64(base[i])
         exponent = (theirs & (sign - 1)) >> fraction_bits
-        first, node = _context(mean, exponent), 1
+        first, node = _context(mean, exponent, still), 1
         for _ in range(depth):
             bit, low, high, word, end = _take(first + node, low, high, word, chances, counts, coded, end)
             node = 2 * node + bit
         size = node - (1 << depth)
         if size > width:
             return _TOO_LARGE
-        first, node, rest = _CONTEXTS * _NODES + size * _NEXT, 1, size - 1
+        first, node, rest = _SIZES + size * _NEXT, 1, size - 1
         for _ in range(2):
             if rest > 0:
                 rest -= 1
@@ -237,7 +249,7 @@ def _decode(base, width, fraction_bits, coded, plain, own):
             folded = folded << rest | held >> n_held
             held &= (1 << n_held) - 1
         own[i] = _pattern((_ordered(theirs, sign) + _unfolded(folded)) & (2 * sign - 1), sign)
-        mean += (_SIXTEENTHS * (size + exponent) - mean) >> _MOVES
+        mean, still = _moved(mean, still, size, exponent)
     if end - 5 != len(coded):
         return _CODED_LENGTH
     return _SOUND if plain_end == len(plain) and held == 0 else _PLAIN_LENGTH

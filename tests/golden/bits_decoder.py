@@ -37,11 +37,11 @@ def decode(coded, plain, base, fraction, width):
             high, word, taken = high + 255, word + (coded[taken] if taken < len(coded) else 0), taken + 1
         return int(one)
 
-    mean = 16 * (base[0] % half >> fraction)
+    mean, still = 16 * (base[0] % half >> fraction), 0
     for b in base:
-        e, s = b % half >> fraction, 1
+        e, s, run = b % half >> fraction, 1, (still > 0) + (still > 3) + (still > 15)
         for _ in range(width.bit_length()):
-            s = 2 * s + bit((min(max(mean - 16 * e >> 3, -16), 79), s))
+            s = 2 * s + bit((run, min(max(mean - 16 * e >> 3, -16), 79), s))
         s -= 1 << width.bit_length()
         assert s <= width
         z = int(s > 0)
@@ -50,6 +50,6 @@ def decode(coded, plain, base, fraction, width):
         o = (b + half if b < half else 2 * half - 1 - b) + (-(z + 1 >> 1) if z % 2 else z >> 1)
         o %= 2 * half
         found.append(o - half if o >= half else 2 * half - 1 - o)
-        mean += 16 * (s + e) - mean >> 5
+        mean, still = (mean + (16 * (s + e) - mean >> 5), 0) if s else (mean, still + 1)
     assert taken == len(coded) + 5 and set(rest) <= {"0"}
     return found
