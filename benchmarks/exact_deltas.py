@@ -3,8 +3,8 @@
     python benchmarks/exact_deltas.py                       Gaussian moves: rows of results/exact-deltas.json
     python benchmarks/exact_deltas.py --folder deltas-work  the tune that benchmarks/deltas.py makes
 
-What a size should be is predicted by the root mean square of every tensor's moves alone, as if they were
-Gaussian and every bit that is no news were spared. Ours are whole files, and what config.json states of the
+What a size should be is predicted by the mean size of every tensor's moves alone, as if they were Gaussian and
+every bit that is no news were spared. Ours are whole files, and what config.json states of the
 base; general compressors get all tensors in one string, in whose place another one may be:
 
     xor               of the bit patterns of tune and base
@@ -58,11 +58,11 @@ def patterns(tensor: Tensor) -> np.ndarray:
 
 
 def predicted_bits(own: Tensor, base: Tensor | None) -> float:
-    """By the moves' root mean square alone."""
+    """By the mean size of moves alone, which rounding leaves as it is where they are less than a unit."""
     if base is None or own.dtype not in _FRACTION_BITS:
         return 8 * own.numel() * own.dtype.itemsize
     base = base.to(own.dtype)
-    moved = float((own.double() - base.double()).square().mean().sqrt())
+    moved = float((own.double() - base.double()).abs().mean()) * math.sqrt(math.pi / 2)
     fraction_bits = _FRACTION_BITS[own.dtype]
     exponents = patterns(base) >> fraction_bits & 255
     counts = np.bincount(exponents.astype(np.int64), minlength=256)

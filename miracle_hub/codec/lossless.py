@@ -11,7 +11,7 @@ from miracle_hub.codec.finite import first_non_finite
 from miracle_hub.codec.plan import Coded, Exact, Plain, Plan, Same, Why
 
 # Only what is as good as another tensor takes more of its bytes beside a base's. By itself a matrix takes
-# 0.83 of them in float32, 0.66 in bfloat16.
+# 0.83 of them in float32, 0.68 in bfloat16, and far less where it is simple.
 _MAY_BE_SHORTER_ALONE = 0.6
 _TELLING = (Why.NOT_FLOATING, Why.OTHER_DTYPE)
 

@@ -1,14 +1,16 @@
 """Differences of bit patterns: what a number has beyond that of a base, in as few bits as are news.
 
-FORMAT.md, "Bits payload", is normative. Bit patterns of floating numbers become whole numbers that rise as
-the numbers do; a difference of two is known by its size (how many bits it has), its next two bits, and the
-rest. Sizes and next bits are decided bit by bit: an adaptive estimate gives each a chance, and an arithmetic
-coder of two bounds (Witten, Neal & Cleary 1987, "Arithmetic coding for data compression"; bounds of 48 bits
-do without its bits to follow) spends what it is worth. The rest is as good as random and stands as it is.
+FORMAT.md, "Bits payload", is normative. Without its sign, the bit pattern of a floating number rises as the
+number does. What is coded is whether the sign is another, and the difference of the rest: its size (how many
+bits it has), its direction, its next two bits, and all others. All but the others are decided bit by bit: an
+adaptive estimate gives each a chance, and an arithmetic coder of two bounds (Witten, Neal & Cleary 1987,
+"Arithmetic coding for data compression"; bounds of 48 bits do without its bits to follow) spends what it is
+worth. The others are as good as random and stand as they are.
 
 A fine-tuning moves weights by about the same, whatever they are: numbers of a large exponent by few of
 their units, those of a small one by many. What a size is expected to be is therefore the mean of size and
-exponent over the numbers that moved before, less the exponent of the base's number here. That is the context,
+exponent, which is the move's logarithm, over the numbers that moved before, less the exponent of the base's
+number here. That is the context,
 with how many numbers right before did not move: of a word table most rows stay where they were.
 """
 
@@ -19,10 +21,15 @@ from miracle_hub.errors import FormatError
 
 # Bounds have 48 bits; a byte is written once it is the same in both.
 _TOP, _MOST = 40, (1 << 48) - 1
-# Contexts are halves of a bit of the expected size, for each of four lengths of a run that did not move;
-# sizes have a tree of at most 64 nodes in each of them, and every size one of four nodes for the next bits.
-_LEAST, _CONTEXTS, _RUNS, _NODES, _NEXT = -16, 96, 4, 64, 4
-_SIZES = _RUNS * _CONTEXTS * _NODES
+# Contexts are halves of a bit of the expected size, for each of four lengths of a run that did not move. Each
+# has a tree of at most 32 nodes for the size, of which the root, 1, is preceded by the sign's, 0.
+_LEAST, _CONTEXTS, _RUNS, _NODES = -16, 96, 4, 32
+_DIRECTIONS = _RUNS * _CONTEXTS * _NODES
+# For every size, by the direction before: none, up or down.
+_NEXT = _DIRECTIONS + _NODES * 3
+# For every size, by how far it is from what was expected, a tree of two bits.
+_FARTHEST, _DISTANCES = 4, 8
+_ESTIMATES = _NEXT + _NODES * _DISTANCES * 4
 # An estimate is a mean over what was seen, at last of about this many.
 _LONGEST = 254
 _RATES = 65536 // np.arange(2, _LONGEST + 3)
@@ -30,7 +37,7 @@ _RATES = 65536 // np.arange(2, _LONGEST + 3)
 _SIXTEENTHS, _MOVES = 16, 5
 _SOUND, _TOO_LARGE, _CODED_LENGTH, _PLAIN_LENGTH = range(4)
 _DEFECTS = {
-    _TOO_LARGE: "differences within the range of the dtype",
+    _TOO_LARGE: "numbers of the dtype",
     _CODED_LENGTH: "coded bits of the length that is stated",
     _PLAIN_LENGTH: "plain bits of the length that is stated, and zeros behind them",
 }
@@ -46,8 +53,8 @@ def encode_piece(own: np.ndarray, base: np.ndarray, fraction_bits: int) -> tuple
         fraction_bits: below the exponent.
     """
     width = 8 * own.itemsize
-    # A decision writes at most 6 bytes: bounds of 48 bits then differ in the first.
-    coded = np.empty(6 * 8 * len(own) + 1, np.uint8)
+    # A decision, of which a number has 9, writes at most 6 bytes: bounds of 48 bits then differ in the first.
+    coded = np.empty(6 * 9 * len(own) + 1, np.uint8)
     plain = np.empty(4 * len(own) + 1, np.uint8)
     n_coded, n_plain = _encode(own, base, width, fraction_bits, coded, plain)
     return coded[:n_coded].tobytes(), plain[:n_plain].tobytes()
@@ -71,45 +78,30 @@ def decode_piece(
 
 
 @_jit
-def _ordered(pattern, sign):
-    """A pattern as a whole number that rises as the floating one does."""
-    return 2 * sign - 1 - pattern if pattern & sign else pattern + sign
+def _expected(mean, exponent):
+    """Halves of a bit."""
+    return min(max((mean - _SIXTEENTHS * exponent) >> 3, _LEAST), _LEAST + _CONTEXTS - 1)
 
 
 @_jit
-def _pattern(ordered, sign):
-    """The mirror of `_ordered`."""
-    return ordered - sign if ordered & sign else 2 * sign - 1 - ordered
-
-
-@_jit
-def _folded(difference, sign):
-    """A difference modulo the range, nearest to zero, as 0, -1, 1, -2, 2, …"""
-    difference &= 2 * sign - 1
-    return 2 * difference if difference < sign else 2 * (2 * sign - difference) - 1
-
-
-@_jit
-def _unfolded(folded):
-    """The mirror of `_folded`."""
-    return (folded >> 1) ^ -(folded & 1)
-
-
-@_jit
-def _context(mean, exponent, still):
-    """By what is expected, and how many numbers before did not move: the first of the nodes of a size."""
+def _of_size(expected, still):
+    """The first of the nodes of sign and size."""
     run = (1 if still > 0 else 0) + (1 if still > 3 else 0) + (1 if still > 15 else 0)
-    expected = (mean - _SIXTEENTHS * exponent) >> 3
-    place = min(max(expected, _LEAST), _LEAST + _CONTEXTS - 1) - _LEAST
-    return (run * _CONTEXTS + place) * _NODES
+    return (run * _CONTEXTS + expected - _LEAST) * _NODES
 
 
 @_jit
-def _moved(mean, still, size, exponent):
-    """What is expected after a number."""
-    if size == 0:
-        return mean, still + 1
-    return mean + ((_SIXTEENTHS * (size + exponent) - mean) >> _MOVES), 0
+def _of_next(expected, size):
+    """The node before the first of those of the two bits below the highest."""
+    distance = min(max((2 * size - expected) >> 1, -_FARTHEST), _DISTANCES - _FARTHEST - 1) + _FARTHEST
+    return _NEXT + (size * _DISTANCES + distance) * 4
+
+
+@_jit
+def _moved(mean, size, is_turned, largest, fraction_bits):
+    """What is expected after a number that moved; `largest` is the larger of two exponents."""
+    moved = largest + (fraction_bits + 1 if is_turned else min(size, fraction_bits + 1))
+    return mean + ((_SIXTEENTHS * moved - mean) >> _MOVES)
 
 
 @_jit
@@ -169,87 +161,92 @@ def _byte(data, at):
 
 @_jit
 def _fresh():
-    n_estimates = _SIZES + 33 * _NEXT
-    return np.full(n_estimates, 1 << 31, np.uint32), np.zeros(n_estimates, np.uint8)
+    return np.full(_ESTIMATES, 1 << 31, np.uint32), np.zeros(_ESTIMATES, np.uint8)
 
 
 @_jit
 def _encode(own, base, width, fraction_bits, coded, plain):
     chances, counts = _fresh()
-    sign, depth = 1 << (width - 1), 5 if width == 16 else 6
+    most, depth = (1 << (width - 1)) - 1, 4 if width == 16 else 5
     low, high, end = 0, _MOST, 0
-    held, n_held, plain_end, still = 0, 0, 0, 0
-    mean = _SIXTEENTHS * ((np.int64(base[0]) & (sign - 1)) >> fraction_bits)
+    held, n_held, plain_end, still, direction = 0, 0, 0, 0, 0
+    mean = _SIXTEENTHS * ((np.int64(base[0]) & most) >> fraction_bits)
     for i in range(len(own)):
-        theirs = np.int64(base[i])
-        exponent = (theirs & (sign - 1)) >> fraction_bits
-        folded = _folded(_ordered(np.int64(own[i]), sign) - _ordered(theirs, sign), sign)
-        size = 0
-        while folded >> size:
+        ours, theirs = np.int64(own[i]), np.int64(base[i])
+        is_turned = (ours ^ theirs) >> (width - 1)
+        ours, theirs = ours & most, theirs & most
+        exponent, difference, size = theirs >> fraction_bits, abs(ours - theirs), 0
+        while difference >> size:
             size += 1
-        first, node = _context(mean, exponent, still), 1
+        expected = _expected(mean, exponent)
+        first, node = _of_size(expected, still), 1
+        low, high, end = _put(is_turned, first, low, high, chances, counts, coded, end)
         for place in range(depth - 1, -1, -1):
             bit = size >> place & 1
             low, high, end = _put(bit, first + node, low, high, chances, counts, coded, end)
             node = 2 * node + bit
-        first, node, rest = _SIZES + size * _NEXT, 1, size - 1
-        for _ in range(2):
-            if rest > 0:
+        still = 0 if size or is_turned else still + 1
+        if size:
+            is_down = 1 if ours < theirs else 0
+            first, node, rest = _DIRECTIONS + 3 * size + direction, 1, size - 1
+            low, high, end = _put(is_down, first, low, high, chances, counts, coded, end)
+            direction, first = 1 + is_down, _of_next(expected, size)
+            for _ in range(min(rest, 2)):
                 rest -= 1
-                bit = folded >> rest & 1
+                bit = difference >> rest & 1
                 low, high, end = _put(bit, first + node, low, high, chances, counts, coded, end)
                 node = 2 * node + bit
-        if rest > 0:
-            held = held << rest | folded & ((1 << rest) - 1)
-            n_held += rest
+            held, n_held = held << rest | difference & ((1 << rest) - 1), n_held + rest
             while n_held >= 8:
                 n_held -= 8
                 plain[plain_end] = held >> n_held
-                plain_end += 1
-                held &= (1 << n_held) - 1
-        mean, still = _moved(mean, still, size, exponent)
+                held, plain_end = held & ((1 << n_held) - 1), plain_end + 1
+        if still == 0:
+            mean = _moved(mean, size, is_turned, max(exponent, ours >> fraction_bits), fraction_bits)
     coded[end] = (low >> _TOP) + 1  # with zeros behind it a number between the bounds
     if n_held:
         plain[plain_end] = held << (8 - n_held)
-        plain_end += 1
-    return end + 1, plain_end
+    return end + 1, plain_end + (1 if n_held else 0)
 
 
 @_jit
 def _decode(base, width, fraction_bits, coded, plain, own):
     chances, counts = _fresh()
-    sign, depth = 1 << (width - 1), 5 if width == 16 else 6
+    most, depth = (1 << (width - 1)) - 1, 4 if width == 16 else 5
     low, high, word, end = 0, _MOST, 0, 6
     for i in range(end):
         word = word << 8 | _byte(coded, i)
-    held, n_held, plain_end, still = 0, 0, 0, 0
-    mean = _SIXTEENTHS * ((np.int64(base[0]) & (sign - 1)) >> fraction_bits)
+    held, n_held, plain_end, still, direction = 0, 0, 0, 0, 0
+    mean = _SIXTEENTHS * ((np.int64(base[0]) & most) >> fraction_bits)
     for i in range(len(base)):
-        theirs = np.int64(base[i])
-        exponent = (theirs & (sign - 1)) >> fraction_bits
-        first, node = _context(mean, exponent, still), 1
+        theirs, difference = np.int64(base[i]) & most, 0
+        exponent = theirs >> fraction_bits
+        expected = _expected(mean, exponent)
+        first, node = _of_size(expected, still), 1
+        is_turned, low, high, word, end = _take(first, low, high, word, chances, counts, coded, end)
         for _ in range(depth):
             bit, low, high, word, end = _take(first + node, low, high, word, chances, counts, coded, end)
             node = 2 * node + bit
         size = node - (1 << depth)
-        if size > width:
-            return _TOO_LARGE
-        first, node, rest = _SIZES + size * _NEXT, 1, size - 1
-        for _ in range(2):
-            if rest > 0:
-                rest -= 1
+        still = 0 if size or is_turned else still + 1
+        if size:
+            first, node, rest = _DIRECTIONS + 3 * size + direction, 1, size - 1
+            is_down, low, high, word, end = _take(first, low, high, word, chances, counts, coded, end)
+            direction, first = 1 + is_down, _of_next(expected, size)
+            for _ in range(min(rest, 2)):
                 bit, low, high, word, end = _take(first + node, low, high, word, chances, counts, coded, end)
-                node = 2 * node + bit
-        folded = node if size else 0
-        if rest > 0:
+                node, rest = 2 * node + bit, rest - 1
             while n_held < rest:
-                held = held << 8 | _byte(plain, plain_end)
-                n_held, plain_end = n_held + 8, plain_end + 1
+                held, n_held, plain_end = held << 8 | _byte(plain, plain_end), n_held + 8, plain_end + 1
             n_held -= rest
-            folded = folded << rest | held >> n_held
-            held &= (1 << n_held) - 1
-        own[i] = _pattern((_ordered(theirs, sign) + _unfolded(folded)) & (2 * sign - 1), sign)
-        mean, still = _moved(mean, still, size, exponent)
+            difference, held = node << rest | held >> n_held, held & ((1 << n_held) - 1)
+            difference = -difference if is_down else difference
+        ours = theirs + difference
+        if not 0 <= ours <= most:
+            return _TOO_LARGE
+        own[i] = ours | ((np.int64(base[i]) >> (width - 1)) ^ is_turned) << (width - 1)
+        if still == 0:
+            mean = _moved(mean, size, is_turned, max(exponent, ours >> fraction_bits), fraction_bits)
     if end - 5 != len(coded):
         return _CODED_LENGTH
     return _SOUND if plain_end == len(plain) and held == 0 else _PLAIN_LENGTH

@@ -12,8 +12,9 @@ def cast(dtype, raw, kind, quiet):
     """The patterns of a base's tensor in another dtype."""
     if dtype == kind:
         return np.frombuffer(raw, "<u4" if kind == "F32" else "<u2")
-    values = BASE["widened"](dtype, raw)
-    words = np.frombuffer(BASE["rounded"](values, kind), "<u4" if kind == "F32" else "<u2")
+    with np.errstate(all="ignore"):  # casts to infinity, and of NaN
+        values = BASE["widened"](dtype, raw)
+        words = np.frombuffer(BASE["rounded"](values, kind), "<u4" if kind == "F32" else "<u2")
     return np.where(np.isnan(values), words.dtype.type(quiet), words)
 
 
@@ -37,19 +38,22 @@ def decode(coded, plain, base, fraction, width):
             high, word, taken = high + 255, word + (coded[taken] if taken < len(coded) else 0), taken + 1
         return int(one)
 
-    mean, still = 16 * (base[0] % half >> fraction), 0
-    for b in base:
-        e, s, run = b % half >> fraction, 1, (still > 0) + (still > 3) + (still > 15)
-        for _ in range(width.bit_length()):
-            s = 2 * s + bit((run, min(max(mean - 16 * e >> 3, -16), 79), s))
-        s -= 1 << width.bit_length()
-        assert s <= width
-        z = int(s > 0)
+    mean, still, way = 16 * (base[0] % half >> fraction), 0, 0
+    for b, sign in ((b % half, b // half) for b in base):
+        e, s, run = b >> fraction, 1, (still > 0) + (still > 3) + (still > 15)
+        c, z = min(max(mean - 16 * e >> 3, -16), 79), 1
+        turned = bit((run, c, 0))
+        for _ in range(width.bit_length() - 1):
+            s = 2 * s + bit((run, c, s))
+        if s := s % width:
+            way = 1 + bit((s, way))
         for i in range(s - 1):
-            z = 2 * z + (bit(("next", s, z)) if i < 2 else int(next(rest)))
-        o = (b + half if b < half else 2 * half - 1 - b) + (-(z + 1 >> 1) if z % 2 else z >> 1)
-        o %= 2 * half
-        found.append(o - half if o >= half else 2 * half - 1 - o)
-        mean, still = (mean + (16 * (s + e) - mean >> 5), 0) if s else (mean, still + 1)
+            near = min(max(2 * s - c >> 1, -4), 3)
+            z = 2 * z + (bit(("next", s, near, z)) if i < 2 else int(next(rest)))
+        t = b if s == 0 else b + z if way == 1 else b - z
+        assert 0 <= t < half
+        found.append(t + half * (sign ^ turned))
+        moved = max(e, t >> fraction) + (fraction + 1 if turned else min(s, fraction + 1))
+        mean, still = (mean + (16 * moved - mean >> 5), 0) if s or turned else (mean, still + 1)
     assert taken == len(coded) + 5 and set(rest) <= {"0"}
     return found
