@@ -10,8 +10,8 @@ worth. The others are as good as random and stand as they are.
 A fine-tuning moves weights by about the same, whatever they are: numbers of a large exponent by few of
 their units, those of a small one by many. What a size is expected to be is therefore the mean of size and
 exponent, which is the move's logarithm, over the numbers that moved before, less the exponent of the base's
-number here. That is the context,
-with how many numbers right before did not move: of a word table most rows stay where they were.
+number here. That is the context, with how many numbers right before did not move: most rows of a word table
+stay where they were.
 """
 
 import numpy as np
@@ -30,10 +30,11 @@ _NEXT = _DIRECTIONS + _NODES * 3
 # For every size, by how far it is from what was expected, a tree of two bits.
 _FARTHEST, _DISTANCES = 4, 8
 _ESTIMATES = _NEXT + _NODES * _DISTANCES * 4
-# An estimate is a mean over what was seen, at last of about this many.
+# An estimate is a mean over what was seen, at last of about this many: a choice, 1,022 are within 0.2 %.
 _LONGEST = 254
 _RATES = 65536 // np.arange(2, _LONGEST + 3)
-# The mean of size and exponent, in sixteenths, moves by a share of 2^-5.
+# The mean of size and exponent, in sixteenths, moves by a share of 2^-5: a choice, 2^-6 and 2^-7 are within
+# 0.3 % on Gaussian moves, and 1 % worse where rows differ.
 _SIXTEENTHS, _MOVES = 16, 5
 _SOUND, _TOO_LARGE, _CODED_LENGTH, _PLAIN_LENGTH = range(4)
 _DEFECTS = {
@@ -91,17 +92,25 @@ def _of_size(expected, still):
 
 
 @_jit
-def _of_next(expected, size):
+def _of_next(expected, n_bits):
     """The node before the first of those of the two bits below the highest."""
-    distance = min(max((2 * size - expected) >> 1, -_FARTHEST), _DISTANCES - _FARTHEST - 1) + _FARTHEST
-    return _NEXT + (size * _DISTANCES + distance) * 4
+    distance = min(max((2 * n_bits - expected) >> 1, -_FARTHEST), _DISTANCES - _FARTHEST - 1) + _FARTHEST
+    return _NEXT + (n_bits * _DISTANCES + distance) * 4
 
 
 @_jit
-def _moved(mean, size, is_turned, largest, fraction_bits):
+def _moved(mean, n_bits, is_turned, largest, fraction_bits):
     """What is expected after a number that moved; `largest` is the larger of two exponents."""
-    moved = largest + (fraction_bits + 1 if is_turned else min(size, fraction_bits + 1))
+    moved = largest + (fraction_bits + 1 if is_turned else min(n_bits, fraction_bits + 1))
     return mean + ((_SIXTEENTHS * moved - mean) >> _MOVES)
+
+
+@_jit
+def _bit_length(number):
+    found = 0
+    while number >> found:
+        found += 1
+    return found
 
 
 @_jit
@@ -175,22 +184,20 @@ def _encode(own, base, width, fraction_bits, coded, plain):
         ours, theirs = np.int64(own[i]), np.int64(base[i])
         is_turned = (ours ^ theirs) >> (width - 1)
         ours, theirs = ours & most, theirs & most
-        exponent, difference, size = theirs >> fraction_bits, abs(ours - theirs), 0
-        while difference >> size:
-            size += 1
-        expected = _expected(mean, exponent)
+        exponent, difference = theirs >> fraction_bits, abs(ours - theirs)
+        n_bits, expected = _bit_length(difference), _expected(mean, exponent)
         first, node = _of_size(expected, still), 1
         low, high, end = _put(is_turned, first, low, high, chances, counts, coded, end)
         for place in range(depth - 1, -1, -1):
-            bit = size >> place & 1
+            bit = n_bits >> place & 1
             low, high, end = _put(bit, first + node, low, high, chances, counts, coded, end)
             node = 2 * node + bit
-        still = 0 if size or is_turned else still + 1
-        if size:
+        still = 0 if n_bits or is_turned else still + 1
+        if n_bits:
             is_down = 1 if ours < theirs else 0
-            first, node, rest = _DIRECTIONS + 3 * size + direction, 1, size - 1
+            first, node, rest = _DIRECTIONS + 3 * n_bits + direction, 1, n_bits - 1
             low, high, end = _put(is_down, first, low, high, chances, counts, coded, end)
-            direction, first = 1 + is_down, _of_next(expected, size)
+            direction, first = 1 + is_down, _of_next(expected, n_bits)
             for _ in range(min(rest, 2)):
                 rest -= 1
                 bit = difference >> rest & 1
@@ -202,7 +209,7 @@ def _encode(own, base, width, fraction_bits, coded, plain):
                 plain[plain_end] = held >> n_held
                 held, plain_end = held & ((1 << n_held) - 1), plain_end + 1
         if still == 0:
-            mean = _moved(mean, size, is_turned, max(exponent, ours >> fraction_bits), fraction_bits)
+            mean = _moved(mean, n_bits, is_turned, max(exponent, ours >> fraction_bits), fraction_bits)
     coded[end] = (low >> _TOP) + 1  # with zeros behind it a number between the bounds
     if n_held:
         plain[plain_end] = held << (8 - n_held)
@@ -227,12 +234,12 @@ def _decode(base, width, fraction_bits, coded, plain, own):
         for _ in range(depth):
             bit, low, high, word, end = _take(first + node, low, high, word, chances, counts, coded, end)
             node = 2 * node + bit
-        size = node - (1 << depth)
-        still = 0 if size or is_turned else still + 1
-        if size:
-            first, node, rest = _DIRECTIONS + 3 * size + direction, 1, size - 1
+        n_bits = node - (1 << depth)
+        still = 0 if n_bits or is_turned else still + 1
+        if n_bits:
+            first, node, rest = _DIRECTIONS + 3 * n_bits + direction, 1, n_bits - 1
             is_down, low, high, word, end = _take(first, low, high, word, chances, counts, coded, end)
-            direction, first = 1 + is_down, _of_next(expected, size)
+            direction, first = 1 + is_down, _of_next(expected, n_bits)
             for _ in range(min(rest, 2)):
                 bit, low, high, word, end = _take(first + node, low, high, word, chances, counts, coded, end)
                 node, rest = 2 * node + bit, rest - 1
@@ -246,7 +253,7 @@ def _decode(base, width, fraction_bits, coded, plain, own):
             return _TOO_LARGE
         own[i] = ours | ((np.int64(base[i]) >> (width - 1)) ^ is_turned) << (width - 1)
         if still == 0:
-            mean = _moved(mean, size, is_turned, max(exponent, ours >> fraction_bits), fraction_bits)
+            mean = _moved(mean, n_bits, is_turned, max(exponent, ours >> fraction_bits), fraction_bits)
     if end - 5 != len(coded):
         return _CODED_LENGTH
     return _SOUND if plain_end == len(plain) and held == 0 else _PLAIN_LENGTH
