@@ -3,8 +3,8 @@
     python benchmarks/exact_deltas.py                       Gaussian moves: rows of results/exact-deltas.json
     python benchmarks/exact_deltas.py --folder deltas-work  the tune that benchmarks/deltas.py makes
 
-What a size should be is predicted by the mean size of every tensor's moves alone, as if they were Gaussian and
-every bit that is no news were spared. Ours are whole files, and what config.json states of the
+What a size should be is predicted by the mean size of every tensor's moves alone, as if they were Gaussian
+and every bit that is no news were spared. Ours are whole files, and what config.json states of the
 base; general compressors get all tensors in one string, in whose place another one may be:
 
     xor               of the bit patterns of tune and base

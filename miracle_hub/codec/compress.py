@@ -15,9 +15,9 @@ from miracle_hub.codec.detector import TO_COMPRESS, require
 from miracle_hub.codec.differences import Differences, differing
 from miracle_hub.codec.finite import NON_FINITE
 from miracle_hub.codec.jobs import Job, refining
-from miracle_hub.codec.keeping import Roles, keep_exact, kept_bytes, warn_of_kept
+from miracle_hub.codec.keeping import Roles, kept_bytes, warn_of_kept
 from miracle_hub.codec.knowledge import Knowledge, weighed
-from miracle_hub.codec.lossless import keep_all_bits
+from miracle_hub.codec.lossless import keep
 from miracle_hub.codec.naming import CARD, CONFIG, stem_of
 from miracle_hub.codec.payloads import Request
 from miracle_hub.codec.plan import Coded, Exact, Plain, Plan, Ready, Same, Why, lay_out, narrowed, plan_all
@@ -70,8 +70,8 @@ def compress_folder(
         copied = _copy_and_count(source, temporary, weights)
         plans = plan_all(weights, options.modules_to_not_convert or [], coded or {}, half)
         differences = _differences(source, base, plans, options)
-        known = roles(source)
-        non_finite = keep_all_bits(plans, differences) if options.exact else keep_exact(plans, known)
+        known = Roles() if options.exact else roles(source)
+        non_finite = keep(plans, known, differences, options)
         n_weights = sum(plan.source.n_weights for plan in plans.values()) + copied.n_weights
         given = (options, copied.n_bytes, n_weights, backend, half, knowledge, differences)
         stages, jobs = _decide(source, plans, *given)

@@ -3,12 +3,15 @@
 from dataclasses import replace
 
 from torch import Tensor
+from tqdm import tqdm
 
 from miracle_hub.codec.bits import bits_payload
 from miracle_hub.codec.differences import Differences
 from miracle_hub.codec.exact import exact_payload
 from miracle_hub.codec.finite import first_non_finite
+from miracle_hub.codec.keeping import Roles, keep_exact
 from miracle_hub.codec.plan import Coded, Exact, Plain, Plan, Same, Why
+from miracle_hub.options import CompressOptions
 
 # Only what is as good as another tensor takes more of its bytes beside a base's. By itself a matrix takes
 # 0.83 of them in float32, 0.68 in bfloat16, and far less where it is simple.
@@ -16,16 +19,26 @@ _MAY_BE_SHORTER_ALONE = 0.6
 _TELLING = (Why.NOT_FLOATING, Why.OTHER_DTYPE)
 
 
-def keep_all_bits(plans: dict[str, Plan], differences: Differences | None) -> list[str]:
-    """Replace plans by those that lose nothing; returns the names of tensors with NaN or infinity.
+def keep(
+    plans: dict[str, Plan], roles: Roles, differences: Differences | None, options: CompressOptions
+) -> list[str]:
+    """Replace the plans of tensors whose every bit is kept; returns the names of those with NaN or infinity.
 
-    Payloads are made here, and held in memory: how long they are depends on the values.
+    They are those that are no weights, or, in a lossless compression, all. Its payloads are made here, and
+    held in memory: how long they are depends on the values.
+
+    Args:
+        roles: see `keep_exact`.
+        differences: to a base, if there is one.
 
     Raises:
+        NonFiniteWeightError: weights are not finite, and bits are to be lost.
         SourceError: a tensor cannot be read. BaseModelError: one of the base's cannot.
     """
+    if not options.exact:
+        return keep_exact(plans, roles)
     non_finite = []
-    for name, plan in plans.items():
+    for name, plan in tqdm(plans.items(), desc="lossless", unit="tensors", disable=not options.progress):
         if isinstance(plan, Same):
             continue
         values = plan.source.load()
