@@ -16,6 +16,7 @@ import argparse
 import json
 import lzma
 import math
+import os
 import shutil
 import tempfile
 import time
@@ -174,7 +175,7 @@ def synthetic(work: Path) -> Iterator[dict[str, Any]]:
             yield measured(f"Gaussian, moved by {move / _DEVIATION:g} of its deviation", name, *folders)
 
 
-def real(folder: Path, work: Path) -> Iterator[dict[str, Any]]:
+def real(folder: Path, steps: int, work: Path) -> Iterator[dict[str, Any]]:
     """The fine-tune of benchmarks/deltas.py, as it is and cast to 16 bits."""
     from sst2 import source
 
@@ -189,19 +190,21 @@ def real(folder: Path, work: Path) -> Iterator[dict[str, Any]]:
             )
             for which, path in found.items()
         ]
-        yield measured("all-MiniLM-L6-v2 on SST-2", name, *folders)
+        yield measured(f"all-MiniLM-L6-v2, {steps} steps on SST-2", name, *folders)
 
 
 def main() -> None:
     """Rows of other fine-tunes that were measured before stay."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--folder", type=Path)
+    p.add_argument("--steps", type=int, default=1200, help="that the tune in the folder took")
     a = p.parse_args()
     torch.set_num_threads(1)
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     work = Path(tempfile.mkdtemp(prefix="exact-deltas-"))
     path = RESULTS / "exact-deltas.json"
     try:
-        rows = list(synthetic(work) if a.folder is None else real(a.folder, work))
+        rows = list(synthetic(work) if a.folder is None else real(a.folder, a.steps, work))
     finally:
         shutil.rmtree(work)
     before = json.loads(path.read_text())["results"] if path.exists() else []
