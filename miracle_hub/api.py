@@ -36,6 +36,7 @@ def compress(
     *,
     bits_per_weight: float | None = None,
     size: str | int | None = None,
+    exact: bool = False,
     window_bits: int = DEFAULT_WINDOW_BITS,
     rotation: int = DEFAULT_WIDTH,
     seed: int = 0,
@@ -54,13 +55,14 @@ def compress(
     model: nn.Module | None = None,
     options: CompressOptions | None = None,
 ) -> Report:
-    """Write `out`, a repository that `from_pretrained` loads, of exactly the size asked for.
+    """Write `out`, a repository that `from_pretrained` loads, of exactly the size asked for, or lossless.
 
     Args:
         source: a folder written by `save_pretrained`, or a Hub id.
         out: the folder to write; it appears whole or not at all.
         bits_per_weight: bits of the whole files, headers and plain tensors included, over all weights.
         size: the same as bytes, such as "5.5MB"; never exceeded.
+        exact: lossless instead: every bit of every tensor is kept, and the size is what that takes.
         window_bits: window of the code, 8 to 16; each further bit doubles the time and lowers the squared
             error a little.
         rotation: widest Hadamard rotation, a power of two; every tensor gets the widest up to it that divides
@@ -96,7 +98,7 @@ def compress(
         CalibrationError: the model does not run on what was given.
         DataError: the data cannot be read, are none that the model takes, or too few.
         BudgetError: the size cannot be met; the message says the least or most possible.
-        OptionError: an option is out of range; or there is not exactly one of bits_per_weight and size.
+        OptionError: an option is out of range; or there is none of bits_per_weight, size and exact, or more.
         ResumeError: `work` is of a run with another source, other data or options.
         BackendError: the backend cannot run here.
         OutputExistsError: `out` exists. OutputWriteError: it cannot be written.
@@ -114,7 +116,7 @@ def compress(
         "card": lambda target, report: write_card(target, report, folder, _hub_id(source), based_on),
         "not_downloaded": not_downloaded(source, options.revision, folder),
     }
-    if not is_asked(options.calibrate):
+    if options.exact or not is_asked(options.calibrate):
         _refuse_idle(model, options.work)
         return plainly(Path(out), options, **about_output)
     from miracle_hub.calibrate.compression import compress_calibrated

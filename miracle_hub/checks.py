@@ -2,9 +2,14 @@
 
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from miracle_hub.errors import BudgetError, OptionError
+
+# Of the options of a compression, those that say how many bits to lose, and how.
+_BUDGETS = ("bits_per_weight", "size")
+_LOSSES = ("window_bits", "rotation", "seed", "stages", "effort", "work")
 
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
@@ -76,4 +81,23 @@ def check_one_budget(where: str, **budgets: object) -> None:
         raise BudgetError(
             f"{where}: expected exactly one of {', '.join(others)} and {last}, found "
             f"{' and '.join(given) or 'none'}; give one of them"
+        )
+
+
+def check_lossless(given: Mapping[str, tuple[Any, Any]]) -> None:
+    """Refuse what a lossless compression would have to ignore.
+
+    Args:
+        given: options of a compression, each with its default, by name.
+
+    Raises:
+        BudgetError: there is a size. OptionError: there is another of them.
+    """
+    found = [name for name in (*_BUDGETS, *_LOSSES) if given[name][0] != given[name][1]]
+    calibrate = given["calibrate"][0]
+    is_idle = calibrate is None or (isinstance(calibrate, str) and calibrate in ("self", "none"))
+    for name in found if is_idle else [*found, "calibrate"]:
+        raise (BudgetError if name in _BUDGETS else OptionError)(
+            f"exact: expected no {name}, since no bit is lost and the size is what that takes, found "
+            f"{str(given[name][0])[:80]!r}; leave out either"
         )

@@ -85,16 +85,14 @@ def _parameters(kind: type[Options]) -> Iterator[Parameter]:
 
 @_command(CompressOptions)
 def compress(source: Source, out: Out, options: CompressOptions) -> None:
-    """Write OUT, a repository of exactly the size asked for that from_pretrained loads."""
+    """Write OUT, a repository that from_pretrained loads, of exactly the size asked for, or lossless."""
     with _told_meanwhile():
         report = miracle_hub.compress(source, out, options=options)
     typer.echo(
         f"{out}: {report.dense_bytes:,} → {report.compressed_bytes:,} bytes "
         f"({report.dense_bytes / report.compressed_bytes:.2f} times smaller), "
         f"{report.bits_per_weight:.4f} bits per weight, {report.seconds:.1f} s "
-        f"(backend {report.backend})\n"
-        f"{len(report.plain) + len(report.exact)} tensors stay as they are: {report.kept_bytes:,} bytes, "
-        f"{report.kept_share:.1%} (weights and others told apart by {report.judged_by})"
+        f"(backend {report.backend})\n{_told_of_kept(report, source)}"
     )
     for line in () if report.calibration is None else report.calibration_lines:
         typer.echo(_printable(line))
@@ -104,12 +102,21 @@ def compress(source: Source, out: Out, options: CompressOptions) -> None:
     typer.echo(f"digest {report.digest}")
 
 
-def _told_of_base(report: Report) -> str:
-    left_out = len(report.differences_left_out)
-    return _printable(
-        f"added to {report.base}: {report.n_same} tensors are the same, {report.n_differing} differ; of "
-        f"{left_out} of these nothing is stored, which was not worth its bytes"
+def _told_of_kept(report: Report, source: str) -> str:
+    if report.lossless:
+        return f"lossless: every bit of every tensor is kept; miracle verify --dense {source} compares them"
+    return (
+        f"{len(report.plain) + len(report.exact)} tensors stay as they are: {report.kept_bytes:,} bytes, "
+        f"{report.kept_share:.1%} (weights and others told apart by {report.judged_by})"
     )
+
+
+def _told_of_base(report: Report) -> str:
+    told = f"added to {report.base}: {report.n_same} tensors are the same, {report.n_differing} differ"
+    if not report.lossless:
+        left_out = len(report.differences_left_out)
+        told += f"; of {left_out} of these nothing is stored, which was not worth its bytes"
+    return _printable(told)
 
 
 @_command(DecompressOptions)
@@ -185,7 +192,8 @@ def inspect(
         f"{inspection.file_bytes:,} bytes, {inspection.n_weights:,} weights, "
         f"{inspection.bits_per_weight:.4f} bits per weight (whole file), "
         f"{inspection.payload_rate:.4f} (payloads)\ndigest {inspection.digest}"
-        + (f"\nadded to {inspection.base}" if inspection.base else ""),
+        + (f"\nadded to {inspection.base}" if inspection.base else "")
+        + ("\nlossless: every bit of the source is kept" if inspection.lossless else ""),
         highlight=False,
     )
     for plot in inspection.plots:

@@ -16,6 +16,7 @@ from miracle_hub.checks import (
     check_choice,
     check_data,
     check_integer,
+    check_lossless,
     check_one_budget,
     check_path,
     check_positive,
@@ -74,6 +75,9 @@ class CompressOptions:
 
     bits_per_weight: BitsPerWeight = None
     size: Size = None
+    exact: Annotated[
+        bool, "Lossless instead: every bit of every tensor is kept, and the size is what that takes."
+    ] = False
     window_bits: Annotated[
         int,
         "Window of the code, 8 to 16; each further bit doubles the time and lowers the squared error a "
@@ -114,6 +118,8 @@ class CompressOptions:
         if self.bits_per_weight is not None and self.size is not None:
             raise OptionError("expected either bits_per_weight or size, found both; give one of them")
         check_budget(self.bits_per_weight, self.size)
+        if self.exact:
+            check_lossless({f.name: (getattr(self, f.name), f.default) for f in fields(self)})
         check_integer("window_bits", self.window_bits, *WINDOW_BITS, hint=_WINDOW_HINT)
         if self.rotation not in (1 << i for i in range(MAX_WIDTH_LOG2 + 1)):
             raise OptionError(
@@ -141,8 +147,10 @@ class CompressOptions:
         Raises:
             OptionError: there is no size.
         """
-        if not self.has_budget:
-            raise OptionError("expected either bits_per_weight or size, found neither; give one of them")
+        if not self.has_budget and not self.exact:
+            raise OptionError(
+                "expected either bits_per_weight or size, found neither; give one of them, or exact"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

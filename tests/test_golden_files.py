@@ -25,6 +25,7 @@ FILES: dict[str, dict[str, str]] = json.loads((GOLDEN / "files.json").read_text(
 DECODERS = sorted(GOLDEN.glob("*decoder.py"))
 REPOSITORIES = sorted(name for name in FILES if name.startswith("repository_"))
 BASED = sorted(name for name in FILES if name.startswith("based_"))
+LOSSLESS = sorted(name for name in FILES if name.startswith("lossless_"))
 NETWORKS = sorted(name for name in FILES if name.startswith("network_"))
 
 
@@ -95,6 +96,18 @@ def test_the_kept_differences_are_of_every_kind(name: str) -> None:
     assert stated["dtypes"] == {"encoder.cast.weight": "BF16"}
     assert stated["left_out"] == ["encoder.near.bias"]
     assert stated["prefix"] == ["encoder.", ""]
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_a_kept_lossless_difference_and_its_base_load_to_the_same_bits(name: str) -> None:
+    base = GOLDEN / f"{name}_base"
+    assert content(miracle_hub.load_state_dict(GOLDEN / name, base=base)) == FILES[name]
+    tensors = decoder("lossless")["read"](GOLDEN / name, base)
+    assert {key: described(*tensor) for key, tensor in tensors.items()} == FILES[name]
+    assert not miracle_hub.verify(GOLDEN / name, base=base).defects
+    tensors = miracle_hub.inspect(GOLDEN / name, base=base).tensors
+    assert {t.dtype for t in tensors if t.codec == "bits"} == {"F32", "BF16", "F16"}
+    assert {t.codec for t in tensors if t.base} == {"bits", ""} and {t.codec for t in tensors} >= {"exact"}
 
 
 @pytest.mark.parametrize("name", NETWORKS)

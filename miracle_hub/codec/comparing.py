@@ -101,7 +101,8 @@ def compare_based(tensor: StoredTensor, weights: Tensor, source: SourceTensor) -
     Raises:
         SourceError: a tensor with a base is not what was compressed.
     """
-    (_compare_difference if tensor.is_coded else compare_bits)(tensor, weights, source)
+    is_lossy = tensor.is_coded and not tensor.is_exact
+    (_compare_difference if is_lossy else compare_bits)(tensor, weights, source)
 
 
 def _compare_difference(tensor: StoredTensor, weights: Tensor, source: SourceTensor) -> None:

@@ -9,14 +9,15 @@ from typing import Any
 from miracle_hub.codec.budget import Budget, meet_budget, require_reachable
 from miracle_hub.codec.companions import of_source
 from miracle_hub.codec.comparing import TUNED
-from miracle_hub.codec.config import read_config, read_quantization, write_config
+from miracle_hub.codec.config import LOSSLESS, read_config, read_quantization, write_config
 from miracle_hub.codec.curvature import Curvature
 from miracle_hub.codec.detector import TO_COMPRESS, require
 from miracle_hub.codec.differences import Differences, by_answers, differing
 from miracle_hub.codec.finite import NON_FINITE
 from miracle_hub.codec.jobs import Job, refining
-from miracle_hub.codec.keeping import Roles, keep_exact, kept_bytes, warn_of_kept
+from miracle_hub.codec.keeping import Roles, kept_bytes, warn_of_kept
 from miracle_hub.codec.knowledge import Knowledge, weighed
+from miracle_hub.codec.lossless import keep
 from miracle_hub.codec.naming import CARD, CONFIG, stem_of
 from miracle_hub.codec.payloads import Request
 from miracle_hub.codec.plan import Coded, Exact, Plain, Plan, Ready, Same, Why, lay_out, narrowed, plan_all
@@ -69,7 +70,8 @@ def compress_folder(
         copied = _copy_and_count(source, temporary, weights)
         plans = plan_all(weights, options.modules_to_not_convert or [], coded or {}, half)
         differences = _differences(source, base, plans, options)
-        non_finite = keep_exact(plans, known := roles(source))
+        known = Roles() if options.exact else roles(source)
+        non_finite = keep(plans, known, differences, options)
         n_weights = sum(plan.source.n_weights for plan in plans.values()) + copied.n_weights
         given = (options, copied.n_bytes, n_weights, backend, half, knowledge, differences)
         stages, jobs = _decide(source, plans, *given)
@@ -80,9 +82,10 @@ def compress_folder(
             digest=written.digests[-1],
             backend=backend.name,
             left_out={**copied.left_out, **(not_downloaded or {})},
-            notes=_notes(source, differences),
+            notes=_notes(source, differences, options.exact),
             judged_by=known.said_by,
             budget_bytes=_asked(options, n_weights),
+            lossless=options.exact,
             **_told_of_base(differences, plans),
         )
         facts = _facts(report, options, plans, {NON_FINITE: non_finite, TUNED: tuned})
@@ -91,7 +94,8 @@ def compress_folder(
         write_config(source, temporary, facts, tensors, *made, bool(report.exact), base is not None)
         report = replace(judged(temporary, report), seconds=time.monotonic() - started)
         _write_card(card, temporary, report)
-    warn_of_kept(plans, report.compressed_bytes)
+    if not options.exact:
+        warn_of_kept(plans, report.compressed_bytes)
     return report
 
 
@@ -138,6 +142,7 @@ def _facts(
         "seed": options.seed,
         "digest": report.digest,
         "modules_to_not_convert": excluded or None,
+        **({LOSSLESS: True} if report.lossless else {}),
         **{field: names for field, names in lists.items() if names},
     }
 
@@ -151,9 +156,9 @@ def _source_files(source: Path, out: Path) -> list[Path]:
     return weights
 
 
-def _notes(source: Path, differences: Differences | None) -> tuple[str, ...]:
+def _notes(source: Path, differences: Differences | None, is_lossless: bool) -> tuple[str, ...]:
     """What from_pretrained will miss, and what else to know of a difference."""
-    told = () if differences is None else differences.notes(source)
+    told = () if differences is None else differences.notes(source, is_lossless)
     lacking = "no config.json" if not (source / CONFIG).exists() else "no model_type in config.json"
     if "model_type" in read_config(source):
         return told

@@ -22,6 +22,7 @@ from miracle_hub.errors import FormatError, SourceError
 from miracle_hub.files.whole import writing
 from miracle_hub.format.spec import TensorSpec
 
+LOSSLESS = "lossless"  # in the quantization_config: true if every tensor is the source's, bit for bit
 _DEEPEST_CONFIG = 100  # levels; real ones have five, and what is deeper may be impossible to write
 
 

@@ -129,15 +129,16 @@ class Differences:
             self.squares = (self.squares[0] + difference, self.squares[1] + power)
         return based, digest, False
 
-    def notes(self, source: Path) -> tuple[str, ...]:
+    def notes(self, source: Path, is_lossless: bool = False) -> tuple[str, ...]:
         """What else to know of a difference.
 
         Args:
             source: the model's folder.
+            is_lossless: nothing comes closer.
         """
         found = []
         difference, power = self.squares
-        if difference > _FAR * power:
+        if difference > _FAR * power and not is_lossless:
             found.append(
                 f"the difference to the base is large: its square has {difference / power:.0%} of the "
                 "model's own; compressed without a base, the same bytes may come closer"

@@ -16,7 +16,7 @@ from torch import Tensor
 from miracle_hub.code import MAX_DIMENSIONS
 from miracle_hub.codec.curvature import Curvature
 from miracle_hub.codec.dtypes import EXACT_DTYPES, raw_bytes
-from miracle_hub.codec.payloads import Packed, PayloadFacts, Request
+from miracle_hub.codec.payloads import Packed, Payload, PayloadFacts, Request
 from miracle_hub.codec.rates import Chosen, Option
 from miracle_hub.coding.backend import Backend
 from miracle_hub.coding.digest import digest
@@ -44,7 +44,7 @@ class Exact:
 
     name, magic = "exact", MAGIC
 
-    def read(self, data: Tensor, where: str) -> "ExactPayload":
+    def read(self, data: Tensor, where: str) -> Payload:
         """
         Raises:
             FormatError: and its subclasses: the header is not sound. Nothing is inflated.

@@ -6,7 +6,7 @@ from pathlib import Path
 from miracle_hub.code import Code
 from miracle_hub.codec.base import said_of_base
 from miracle_hub.codec.companions import of_repository
-from miracle_hub.codec.config import excluded_names
+from miracle_hub.codec.config import LOSSLESS, excluded_names
 from miracle_hub.codec.naming import WEIGHTS_ENDING, is_variant
 from miracle_hub.codec.plan import Why, why_plain
 from miracle_hub.codec.repository import Repository, open_repository
@@ -63,7 +63,7 @@ class Plot:
 @dataclass(frozen=True)
 class Inspection:
     """A repository. `bits_per_weight` counts whole files, `payload_rate` payloads alone; `base` is the model
-    whose tensors it adds to, for people.
+    whose tensors it adds to, for people; `lossless` says that it holds every bit of its source.
     """
 
     tensors: tuple[TensorReport, ...]
@@ -72,6 +72,7 @@ class Inspection:
     digest: str
     plots: tuple[Plot, ...] = ()
     base: str = ""
+    lossless: bool = False
 
     @property
     def bits_per_weight(self) -> float:
@@ -107,6 +108,8 @@ def inspected(repository: Repository) -> Inspection:
         n_weights=sum(report.n_weights for report in reports),
         digest=repository.digest,
         base=said_of_base(repository.facts, path),
+        lossless=repository.facts.get(LOSSLESS) is True
+        and all(tensor.is_exact or not tensor.is_coded for tensor in repository.tensors),
     )
 
 
@@ -136,8 +139,10 @@ def _report(tensor: StoredTensor, excluded: list[str]) -> TensorReport:
     if not tensor.is_coded:
         return TensorReport(*common, reason=_reason(tensor, excluded))
     first = tensor.facts[0]
+    base = "" if tensor.base is None else tensor.base.name
     if first.is_exact:
-        return TensorReport(*common, reason="every bit kept, in fewer bytes", codec=first.codec)
+        reason = "every bit kept, beyond the base's" if base else "every bit kept, in fewer bytes"
+        return TensorReport(*common, reason=reason, codec=first.codec, base=base)
     return TensorReport(
         *common,
         reason="",
@@ -147,7 +152,7 @@ def _report(tensor: StoredTensor, excluded: list[str]) -> TensorReport:
         scale=first.scale,
         relative_error=tensor.relative_error,
         codec=first.codec,
-        base="" if tensor.base is None else tensor.base.name,
+        base=base,
     )
 
 

@@ -9,7 +9,7 @@ verifying, inspecting and decompressing then know it.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ CODECS = {
     b"MRCX": "miracle_hub.codec.exact:EXACT",
     b"MRCR": "miracle_hub.codec.rows:ROWS",
     b"MRCT": "miracle_hub.codec.thin:THIN",
+    b"MRCB": "miracle_hub.codec.bits:BITS",
 }
 _MAGIC_BYTES = 4
 
@@ -49,7 +50,8 @@ class PayloadFacts:
         rotation: width of the Hadamard groups, 1 if there are none.
         row_scales: whether some rows have a prior scale of their own.
         scale: median prior scale, 0 if there is none.
-        is_exact: whether it keeps every bit of a tensor, which then may have any dtype.
+        is_exact: whether it keeps every bit of a tensor, which then may have any dtype; of a difference, with
+            the base's tensor at hand.
         has_rows: whether rows of a matrix decode without the others, so that it can stay compressed.
         is_difference: whether its weights are what a tensor has beyond that of a base.
     """
@@ -121,6 +123,23 @@ class Payload(Protocol):
         Raises:
             OptionError: rows of it do not decode alone.
             BackendError: the backend cannot run where the payload is.
+        """
+        ...
+
+
+@runtime_checkable
+class OntoBase(Protocol):
+    """A payload that is no sum with a base's tensor: it decodes only with that at hand."""
+
+    def onto(self, base: Tensor, backend: Backend, *, verify: bool = True) -> Tensor:
+        """The tensor in the dtype of its source, on the backend's device.
+
+        Args:
+            base: of any floating dtype, on any device.
+            verify: compare the tensor's digest with the one that `facts` has.
+
+        Raises:
+            FormatError: and its subclasses: it is not what was compressed, or the base has another shape.
         """
         ...
 

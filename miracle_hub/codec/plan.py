@@ -42,6 +42,8 @@ class Why(Enum):
     FEW = "few different values, kept exact"
     TABLE = "a table, kept exact"
     STATISTICS = "statistics of a batch norm"
+    LOSSLESS = "every bit kept, as asked"
+    BITS = "every bit kept, as what it has beyond the base's"
 
     def text(self, dtype: str) -> str:
         """For people."""
@@ -100,7 +102,7 @@ class Same:
 
 @dataclass(frozen=True)
 class Exact:
-    """A tensor that is no weight, every bit of it kept in fewer bytes than plain."""
+    """A tensor of which every bit is kept, by itself or beside a base's; its payload is made already."""
 
     source: SourceTensor
     why: Why

@@ -75,6 +75,7 @@ class Report:
         base: the model to which differences are stored; empty if there is none.
         n_same: tensors that are the base's, bit for bit; `n_differing` those that differ from it.
         differences_left_out: names of those of which nothing is stored, as that was not worth its bytes.
+        lossless: every bit of every tensor is kept, since that was asked for.
     """
 
     dense_bytes: int = 0
@@ -98,6 +99,7 @@ class Report:
     n_same: int = 0
     n_differing: int = 0
     differences_left_out: tuple[str, ...] = ()
+    lossless: bool = False
 
     @property
     def kept_share(self) -> float:

@@ -2,7 +2,8 @@
 
 The float32 weights of the parts are added in order (one correctly rounded addition each), then cast to the
 dtype of the source. That order is part of the format. A part is an entry of a file: a payload, or all of a
-tensor that is stored plainly. Before them all may come the tensor of a base, which lies elsewhere.
+tensor that is stored plainly. Before them all may come the tensor of a base, which lies elsewhere; of a
+payload of bits beyond it there is no sum, but the tensor itself.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from torch import Tensor
 from miracle_hub.codec import payloads
 from miracle_hub.codec.dtypes import EXACT_DTYPES, TORCH_DTYPES, raw_bytes
 from miracle_hub.codec.naming import refined_name, stage_of
-from miracle_hub.codec.payloads import Payload, PayloadFacts
+from miracle_hub.codec.payloads import OntoBase, Payload, PayloadFacts
 from miracle_hub.codec.source import SourceTensor, list_tensors, narrowed_names
 from miracle_hub.coding.backend import Backend, choose
 from miracle_hub.errors import BaseModelError, FormatError
@@ -157,6 +158,8 @@ def decode_sum(
         )
     if len(parts) == 1 and base is None:
         return parts[0].decode(chosen, verify=verify, rounded=True)
+    if len(parts) == 1 and base is not None and isinstance(parts[0], OntoBase):
+        return parts[0].onto(base, chosen, verify=verify)
     return _sum(parts, chosen, base, verify=verify).to(TORCH_DTYPES[parts[0].facts.dtype])
 
 

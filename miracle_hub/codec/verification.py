@@ -28,7 +28,7 @@ from miracle_hub.codec.naming import (
     stage_of,
     stages_of_index,
 )
-from miracle_hub.codec.payloads import Payload
+from miracle_hub.codec.payloads import OntoBase, Payload
 from miracle_hub.codec.reading import FileReading, Reading, read_all
 from miracle_hub.codec.repository import Repository, repository_of
 from miracle_hub.codec.source import SourceTensor, indexed_files, list_tensors, weight_files
@@ -178,6 +178,8 @@ class _Check:
     def _kind(self, tensor: StoredTensor, payload: Payload | None, entry: Tensor) -> str:
         is_copied = tensor.parts[0].path in self.copied  # its names are not those of the model
         original = None if is_copied else (self.originals or {}).get(tensor.name)
+        if isinstance(payload, OntoBase):  # decoded when the base is at hand
+            return _PAYLOAD
         if payload is not None:
             # What stages, and differences to a base, add up to is known when all of them were read.
             is_part = is_of_stage(tensor.parts[0].path) or payload.facts.is_difference

@@ -129,6 +129,7 @@ def rendered(
         rate=rate, rows=_rows(facts), evaluations=facts.evaluations, calibration=facts.calibration,
         certificate=facts.certificate, limits=facts.limits, copied=facts.copied, left_out=facts.left_out,
         plots=facts.plots, verify=repo_id, added_to=facts.added_to,
+        lossless=facts.lossless,
     )  # fmt: skip
     return re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
 

@@ -64,6 +64,7 @@ class CardFacts:
         plots: paths of PNGs, relative to the card.
         is_stream: of a network's stream, of which its files do not say everything.
         added_to: the base to which the repository is a difference, for people.
+        lossless: its tensors are the source's, bit for bit.
     """
 
     n_bytes: int
@@ -84,6 +85,7 @@ class CardFacts:
     plots: tuple[str, ...] = ()
     is_stream: bool = False
     added_to: str = ""
+    lossless: bool = False
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -199,12 +201,13 @@ def facts_of_folder(folder: Path, inspection: Inspection, sha256: str) -> CardFa
         n_bytes=inspection.file_bytes,
         sha256=sha256,
         n_weights=inspection.n_weights,
-        digest=inspection.digest if coded else "",
+        digest=inspection.digest if coded or inspection.lossless else "",
         code=_code_text(codes, rotation),
         seed=_only_seed(codes),
         dense_bytes=sum(t.n_weights * item_bits(t.dtype) // 8 for t in inspection.tensors),
         copied=tuple(told_by_reason(of_repository(folder).carried)),
         added_to=inspection.base,
+        lossless=inspection.lossless,
     )
 
 

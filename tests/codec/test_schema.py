@@ -25,7 +25,7 @@ from miracle_hub.codec.guard import GUARD, GUARD_ALONE
 from miracle_hub.codec.network import read_network
 from miracle_hub.codec.report import Report
 from miracle_hub.codec.repository import open_repository
-from miracle_hub.format import exact, network, payload
+from miracle_hub.format import bits, exact, network, payload
 from miracle_hub.plugin.config import MiracleConfig
 
 ROOT = Path(__file__).parents[2]
@@ -127,6 +127,7 @@ def test_networks_files_obey_the_schema(path: Path) -> None:
         {"seed": -1},
         {"seed": 2**64},
         {"bits_per_weight": "2"},
+        {"lossless": "yes"},
         {"guard": "0" * 64},
         {"guard": {}},
         {"guard": {"tensors": []}},
@@ -172,6 +173,8 @@ def test_its_limits_are_those_of_the_readers() -> None:
     own = kinds["exact_header"]["properties"]
     assert own["dtype"]["enum"] == list(exact.DTYPES) and own["n_words"]["maximum"] == exact.MOST_WORDS
     assert own["shape"]["maxItems"] == MAX_DIMENSIONS and own["form"]["maximum"] == exact.DEFLATED_DIFFERENCES
+    own = kinds["bits_header"]["properties"]
+    assert own["dtype"]["enum"] == list(bits.DTYPES) and own["shape"]["maxItems"] == MAX_DIMENSIONS
     assert kinds["network_header"]["properties"]["tensors"]["maxItems"] == network._MAX_TENSORS
     for kind, described in (
         ("code", Code),
@@ -179,5 +182,6 @@ def test_its_limits_are_those_of_the_readers() -> None:
         ("payload_header", payload.Header),
         ("network_header", network.NetworkHeader),
         ("exact_header", exact.ExactHeader),
+        ("bits_header", bits.BitsHeader),
     ):
         assert set(kinds[kind]["properties"]) == {field.name for field in fields(described)}

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from miracle_hub.api import verify
 from miracle_hub.code import Code, SplitCode, StreamCode
 from miracle_hub.codec import payloads
+from miracle_hub.codec.bits import BitsPayload, bits_payload
 from miracle_hub.codec.decompress import decompress_folder, load_state_dict
 from miracle_hub.codec.dtypes import raw_bytes
 from miracle_hub.codec.exact import bits_digest
@@ -32,6 +34,7 @@ from miracle_hub.codec.trellis import check_payload, decode_payload
 from miracle_hub.coding.backend import choose
 from miracle_hub.coding.digest import digest
 from miracle_hub.errors import MiracleError
+from miracle_hub.format.bits import encode_bits
 from miracle_hub.format.network import SharedSpec, decode_network, structure
 from miracle_hub.format.payload import _Reader
 from miracle_hub.format.varint import read_varint
@@ -39,15 +42,15 @@ from miracle_hub.options import DecompressOptions
 from miracle_hub.plugin.config import MiracleConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-PAYLOADS, NETWORKS, EXACT = (
-    runpy.run_path(str(GOLDEN / f"{name}_decoder.py")) for name in ("payload", "network", "exact")
+PAYLOADS, NETWORKS, EXACT, LOSSLESS = (
+    runpy.run_path(str(GOLDEN / f"{name}_decoder.py")) for name in ("payload", "network", "exact", "lossless")
 )
 EXACT_CASES = json.loads((GOLDEN / "exact.json").read_text(encoding="utf-8"))
 CASES = json.loads((GOLDEN / "network.json").read_text(encoding="utf-8"))
 REGRESSIONS = Path(__file__).with_name("regressions")
 REPOSITORIES = sorted(GOLDEN.glob("repository_[0-9]*"))
 MODULE = nn.Sequential(nn.Linear(12, 20), nn.BatchNorm1d(20), nn.Linear(20, 5))
-MOST_COMPARED, MOST_FITTED = 1 << 14, 1 << 16  # weights
+MOST_COMPARED, MOST_FITTED, MOST_BY_BITS = 1 << 14, 1 << 16, 1 << 8  # weights
 WORK = Path(tempfile.mkdtemp(prefix="fuzz-"))
 atexit.register(shutil.rmtree, WORK, ignore_errors=True)
 
@@ -95,7 +98,7 @@ def read_sealed_file(data: bytes) -> None:
 
 
 def seal(data: bytes) -> bytes:
-    if data[:4] not in (b"MRCL", b"MRCN", b"MRCX") or len(data) < 9:
+    if data[:4] not in (b"MRCL", b"MRCN", b"MRCX", b"MRCB") or len(data) < 9:
         return data
     return data[:5] + zlib.crc32(data[9:]).to_bytes(4, "little") + data[9:]
 
@@ -160,6 +163,22 @@ def read_exact(data: bytes) -> None:
         whole = seal(data[: at - 8] + right + data[at:])
         again = payloads.read(as_tensor(whole), "w")
         assert again and raw_bytes(again.decode(choose("cpu"))) == EXACT["decode"](whole)[2]
+
+
+def read_bits(data: bytes) -> None:
+    """With a right checksum and digest, beside a base of ones."""
+    found = allowed(payloads.read, as_tensor(seal(b"MRCB\1" + data[5:])), "w")
+    if not isinstance(found, BitsPayload) or found.header.n_weights > MOST_BY_BITS:
+        return
+    base = torch.ones(found.header.shape)
+    tensor = allowed(found.onto, base, choose("cpu"), verify=False)
+    if tensor is not None:
+        header = replace(found.header, digest=bits_digest(raw_bytes(tensor)))
+        whole = encode_bits(header, found.pieces)
+        again = payloads.read(as_tensor(whole), "w")
+        assert isinstance(again, BitsPayload)
+        assert raw_bytes(again.onto(base, choose("cpu"))) == raw_bytes(tensor)
+        assert LOSSLESS["decode"](whole, "F32", raw_bytes(base))[2] == raw_bytes(tensor)
 
 
 def read_network(data: bytes) -> None:
@@ -258,6 +277,7 @@ KINDS = (
     read_config,
     read_index,
     read_exact,
+    read_bits,
 )
 
 
@@ -269,6 +289,8 @@ def seeds() -> list[bytes]:
     names = ("config.json", "model.safetensors.index.json")
     texts = [[bytes([i]) + (r / name).read_bytes() for i, r in enumerate(REPOSITORIES)] for name in names]
     exact = [bytes.fromhex(payload) for payload, _ in EXACT_CASES.values()]
-    of_kind = [files, files, sound, sound, sound, streams, streams, *texts, exact]
+    ones = [torch.ones(40, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    bits = [bits_payload(one * torch.arange(40).to(one), one) or b"" for one in ones]
+    of_kind = [files, files, sound, sound, sound, streams, streams, *texts, exact, bits]
     regressions = [path.read_bytes() for path in sorted(REGRESSIONS.glob("*.bin"))]
     return [bytes([kind]) + seed for kind, found in enumerate(of_kind) for seed in found] + regressions

@@ -28,7 +28,7 @@ GOLDEN = Path(__file__).parent
 NAMES_OF_FILES = ("repository_1", "repository_2", "repository_2_guarded", "repository_3_guarded")
 NAMES_OF_FILES += ("network_1.safetensors", "network_1_guarded.safetensors", "network_2_guarded.safetensors")
 # A difference to the dense model in `based_<version>_base`.
-NAMES_OF_FILES += ("based_4",)
+NAMES_OF_FILES += ("based_4", "lossless_4")
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 NAMES |= {torch.int64: "I64", torch.uint8: "U8"}
 
@@ -112,6 +112,50 @@ def make_based(path: Path) -> dict[str, str]:
     }
     tuned = {f"encoder.{name}": tensor for name, tensor in tuned.items()} | {"head.weight": gaussian(2, 48)}
     options = CompressOptions(bits_per_weight=1.2, window_bits=8, seed=2**40 + 3, progress=False)
+    return compress_beside(path, base, tuned, options)
+
+
+def make_lossless(path: Path) -> dict[str, str]:
+    """A lossless difference of every dtype to every other, and its base beside it."""
+    odd = torch.tensor([float("nan"), -0.0, 0.0, float("inf"), 1e-45, 1e-30, -3e38, 65520.0]).repeat(4)
+    base = {
+        "0.weight": 0.05 * gaussian(64, 48),
+        "1.weight": gaussian(32, 64).bfloat16(),
+        "conv.weight": gaussian(16, 8, 3, 3).half(),
+        "odd.weight": odd.view(4, 8),
+        "narrowed.weight": torch.cat([odd, gaussian(64)]),
+        "halved.weight": torch.cat([odd.double(), gaussian(64).double() / 3]),
+        "widened.weight": gaussian(40).bfloat16(),
+        "double.weight": gaussian(33).double(),
+        "same.weight": gaussian(33, 35),
+        "cast.weight": gaussian(20, 35),
+        "position_ids": torch.arange(5).view(1, 5),
+        "scale": torch.tensor(0.7),
+    }
+    turned = odd.flip(0)
+    turned.view(torch.int32)[5] = -0x3EDCBB  # a NaN with something in it
+    tuned = {
+        "0.weight": base["0.weight"] + 0.001 * gaussian(64, 48).flip(0),
+        "1.weight": base["1.weight"] + 0.01 * gaussian(32, 64).flip(0).bfloat16(),
+        "conv.weight": base["conv.weight"] + 0.01 * gaussian(16, 8, 3, 3).flip(0).half(),
+        "odd.weight": turned.view(4, 8),
+        "narrowed.weight": base["narrowed.weight"].nan_to_num(1.0).bfloat16() * 1.01,
+        "halved.weight": base["halved.weight"].nan_to_num(1.0, 2.0).half() * 0.99,
+        "widened.weight": base["widened.weight"].float() * 1.001,
+        "double.weight": base["double.weight"] * 1.001,
+        "same.weight": base["same.weight"],
+        "cast.weight": base["cast.weight"].bfloat16(),
+        "position_ids": base["position_ids"] + 1,
+        "scale": torch.tensor(0.71),
+    }
+    tuned = {f"encoder.{name}": tensor for name, tensor in tuned.items()} | {"head.weight": gaussian(2, 48)}
+    return compress_beside(path, base, tuned, CompressOptions(exact=True, progress=False))
+
+
+def compress_beside(
+    path: Path, base: dict[str, Tensor], tuned: dict[str, Tensor], options: CompressOptions
+) -> dict[str, str]:
+    """A difference, and its base in the folder of its name and "_base"."""
     base_folder = path.with_name(f"{path.name}_base")
     with tempfile.TemporaryDirectory() as temporary:
         for folder, tensors in ((base_folder, base), (Path(temporary) / "tuned", tuned)):
@@ -119,7 +163,9 @@ def make_based(path: Path) -> dict[str, str]:
             save_file(tensors, folder / "model.safetensors", {"format": "pt"})
             (folder / "config.json").write_text('{"model_type": "bert", "dtype": "float32"}')
         compress_folder(Path(temporary) / "tuned", path, options, base=base_folder)
-    return content(load_state_dict(path, base=base_folder))
+    found = content(load_state_dict(path, base=base_folder))
+    assert not options.exact or found == content(tuned)
+    return found
 
 
 def make_network(path: Path) -> dict[str, str]:
@@ -155,6 +201,6 @@ if __name__ == "__main__":
     files = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else {}
     for name in NAMES_OF_FILES:
         if name not in files:
-            make = {"repository": make_repository, "based": make_based}.get(name.split("_")[0], make_network)
-            files[name] = make(GOLDEN / name)
+            makers = {"repository": make_repository, "based": make_based, "lossless": make_lossless}
+            files[name] = makers.get(name.split("_")[0], make_network)(GOLDEN / name)
     listed.write_text(json.dumps(files, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
