@@ -1,6 +1,6 @@
 """Which parameters of a module become variational, in the manner of PEFT's target_modules."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -32,8 +32,13 @@ class Target:
     owners: tuple[tuple[nn.Module, str], ...]
 
 
-def find_targets(model: nn.Module, config: VariationalConfig) -> list[Target]:
+def find_targets(
+    model: nn.Module, config: VariationalConfig, of_base: Set[str] | None = None
+) -> list[Target]:
     """Parameters to convert, in the model's order.
+
+    Args:
+        of_base: names of those that a base has too, if there is one: no others are coded.
 
     Raises:
         OptionError: there is none, or one that cannot be converted.
@@ -46,6 +51,7 @@ def find_targets(model: nn.Module, config: VariationalConfig) -> list[Target]:
         for target in _parameters(model)
         if _is_wanted(target, wanted, model, config.streams)
         and not any(matches(target.name, names) for names in kept)
+        and (of_base is None or target.name in of_base)
     ]
     if not targets:
         names = [name for name, _ in model.named_parameters()]
