@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from miracle_hub.checks import check_choice, check_positive
 from miracle_hub.errors import OptionError
 
 KINDS = ("ratio", "l1", "l2")
@@ -37,8 +36,11 @@ class UpdatePenalty(TrainerCallback):
         Raises:
             OptionError: an option is none.
         """
-        check_choice("kind", kind, KINDS)
-        check_positive("weight", weight)
+        if kind not in KINDS or not weight > 0:
+            raise OptionError(
+                f"UpdatePenalty: expected a kind of {', '.join(KINDS)} and a weight above 0, found {kind!r} "
+                f"and {weight!r}; correct it"
+            )
         self.kind, self.weight = kind, weight
         self._held = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
 

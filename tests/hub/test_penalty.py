@@ -71,9 +71,11 @@ def test_few_weights_move_under_the_ratio_and_small_changes_vanish_under_l1(tmp_
 
 
 def test_a_penalty_without_effect_would_be_refused(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="kind: expected one of"):
+    with pytest.raises(
+        OptionError, match="expected a kind of ratio, l1, l2 and a weight above 0, found 'l3'"
+    ):
         UpdatePenalty(Line(), "l3")
-    with pytest.raises(OptionError, match="weight: expected a positive number"):
+    with pytest.raises(OptionError, match="found 'l1' and 0; correct it"):
         UpdatePenalty(Line(), "l1", 0)
 
     class Arguments:
