@@ -1,4 +1,4 @@
-"""Fine-tuning for a small difference, in docs/results.md: MiniLM on SST-2, and a network that cleans JPEGs."""
+"""Fine-tuning for a small difference, in docs/results.md: MiniLM on SST-2, and a cleaner of JPEGs."""
 
 from typing import Any
 
@@ -6,17 +6,17 @@ from figures import load
 
 _FIT_HEAD = """### Fine-tuning for it
 
-The same model and task (`benchmarks/delta_fit.py`): priors around the base (`fit`), beside tuning first and then
-compressing the difference to the same size, without and with a penalty on it (`ratio`, `l1`, `l2`). With the head
-alone {headed[test]:.2f} % of test are right ({headed[dev]:.2f} of dev), after the dense fine-tune {tuned[test]:.2f}
-({tuned[dev]:.2f}). A sentence of test is {step:.1f} % of that gain."""
+The same model and task (`benchmarks/delta_fit.py`): priors around the base (`fit`), beside tuning first and
+then compressing the difference to the same size, without and with a penalty on it (`ratio`, `l1`, `l2`). With
+the head alone {headed[test]:.2f} % of test are right ({headed[dev]:.2f} of dev), after the dense fine-tune
+{tuned[test]:.2f} ({tuned[dev]:.2f}). A sentence of test is {step:.1f} % of that gain."""
 _FIT_COLUMNS = ("method", "setting", "bytes", "bits per weight", "dev %", "gain on dev, %", "test %")
 _FIT_COLUMNS += ("gain on test, %",)
 _CLEANER_HEAD = """### A network tuned to images
 
 A network of {n_weights:,} weights that cleans JPEGs, trained at quality {base_quality}, is tuned to a set of
-images, and the update is sent beside their JPEG (`benchmarks/artifact_removal.py`). Gains are in dB of PSNR over the
-network as it was; the last columns have what a JPEG of so many bytes more would have gained instead."""
+images, and the update is sent beside their JPEG (`benchmarks/artifact_removal.py`). Gains are in dB of PSNR
+over the network as it was; the last columns have what a JPEG of so many bytes more would have gained instead."""
 _CLEANER_COLUMNS = ("set", "bytes of JPEG", "dense tune, dB", "method", "bytes of update", "gain, dB")
 _CLEANER_COLUMNS += ("quality instead", "its gain, dB")
 _NAMES = {"plain": "tuned, compressed", "ratio": "tuned under a penalty, compressed", "fit": "fit for it"}

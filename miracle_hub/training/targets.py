@@ -51,7 +51,6 @@ def find_targets(
         for target in _parameters(model)
         if _is_wanted(target, wanted, model, config.streams)
         and not any(matches(target.name, names) for names in kept)
-        and (of_base is None or target.name in of_base)
     ]
     if not targets:
         names = [name for name, _ in model.named_parameters()]
@@ -62,9 +61,26 @@ def find_targets(
             f"{kept}) in {type(model).__name__}; choose one of {', '.join(KEYWORDS)}, or of its modules with "
             f"parameters: {', '.join(list(modules)[:12]) or 'it has none'}{f' ({close})' if close else ''}"
         )
+    if of_base is not None:
+        targets = _those_of_base(targets, of_base)
     for target in targets:
         _check(target)
     return targets
+
+
+def _those_of_base(targets: list[Target], of_base: Set[str]) -> list[Target]:
+    """
+    Raises:
+        OptionError: there is none.
+    """
+    found = [target for target in targets if target.name in of_base]
+    if not found:
+        raise OptionError(
+            "base: expected weights to code that the base has, found none of "
+            f"{', '.join(target.name for target in targets[:4])}, … in it, of their shapes; give the model "
+            "that this one was made from, or other target_modules"
+        )
+    return found
 
 
 def _check_names(model: nn.Module, config: VariationalConfig) -> None:

@@ -102,7 +102,7 @@ def test_priors_are_around_the_base_and_posteriors_start_at_it(base: Path) -> No
     for stream in variational_of(model).streams:
         assert not stream.moments()[0].any()
         power = stream.layout.base.square().mean()  # pyright: ignore[reportOptionalMemberAccess]
-        assert float(stream.scales()) == pytest.approx(0.05 * float(power.sqrt()), rel=1e-4)
+        assert float(stream.scales().detach()) == pytest.approx(0.05 * float(power.sqrt()), rel=1e-4)
 
 
 def test_only_what_is_coded_or_new_is_trained(base: Path) -> None:
@@ -161,8 +161,8 @@ def test_a_size_for_the_rest_codes_what_changed_beside_the_fit(base: Path, tmp_p
     with torch.no_grad():
         model.bert.pooler.dense.weight += 0.01 * torch.randn(64, 64)
     trainer = MiracleTrainer(model=model, args=TrainingArguments(str(tmp_path / "t"), use_cpu=True))
-    report = trainer.compress(tmp_path / "out", size="12kB", options=CodingOptions(groups=2, refit_steps=0))
-    assert report.compressed_bytes <= 12_000
+    report = trainer.compress(tmp_path / "out", size="8kB", options=CodingOptions(groups=2, refit_steps=0))
+    assert report.compressed_bytes <= 8000
     stated = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert "bert.pooler.dense.weight" in stated["base_model"]["tensors"]
     assert_equal_states(loaded_from(tmp_path / "out", base), posterior_mean(model))
@@ -190,7 +190,11 @@ def test_what_cannot_be_a_difference_is_refused(base: Path, tmp_path: Path) -> N
         save(make_variational(headed(base), rate=0.25, base=base), tmp_path / "file.safetensors")
     torch.manual_seed(0)
     BertModel(BertConfig(**SIZES | {"hidden_size": 32})).save_pretrained(tmp_path / "small")
-    with pytest.raises(SourceError, match="expected a base with tensors of the names and shapes"):
+    with pytest.raises(OptionError, match="expected weights to code that the base has, found none of "):
         make_variational(headed(base), rate=0.25, base=tmp_path / "small")
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings"), 24)
+    BertModel(BertConfig(**SIZES | sizes)).save_pretrained(tmp_path / "other")
+    with pytest.raises(SourceError, match="expected a base with tensors of the names and shapes"):
+        make_variational(headed(base), rate=0.25, base=tmp_path / "other")
     with pytest.raises(BudgetError, match="but the file of this model can have"):
         make_variational(headed(base), size="1kB", base=base)

@@ -67,7 +67,7 @@ def test_few_weights_move_under_the_ratio_and_small_changes_vanish_under_l1(tmp_
     assert int((l1.abs() > 0.02).sum()) <= 48 and float(l1[-1]) == pytest.approx(0.7, abs=0.05)
     model = Line()
     ratio = trained(model, tmp_path, UpdatePenalty(model, "ratio", 0.5))
-    assert (ratio.abs().sum() / ratio.norm()) < 0.9 * (plain.abs().sum() / plain.norm())
+    assert int((ratio.abs() > 0.02).sum()) <= 58 and float(ratio[-1]) > float(plain[-1])
 
 
 def test_a_penalty_without_effect_would_be_refused(tmp_path: Path) -> None:
