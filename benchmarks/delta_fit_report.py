@@ -16,7 +16,7 @@ _CLEANER_HEAD = """### A network tuned to images
 
 A network of {n_weights:,} weights that cleans JPEGs, trained at quality {base_quality}, is tuned to a set of
 images, and the update is sent beside their JPEG (`benchmarks/artifact_removal.py`). Gains are in dB of PSNR
-over the network as it was; the last columns have what a JPEG of so many bytes more would have gained instead."""
+over the network as it was; the last columns have what a JPEG of so many bytes more would have gained."""
 _CLEANER_COLUMNS = ("set", "bytes of JPEG", "dense tune, dB", "method", "bytes of update", "gain, dB")
 _CLEANER_COLUMNS += ("quality instead", "its gain, dB")
 _NAMES = {"plain": "tuned, compressed", "ratio": "tuned under a penalty, compressed", "fit": "fit for it"}

@@ -49,6 +49,7 @@ def training_base(model: nn.Module, config: VariationalConfig) -> TrainingBase |
 def _tensors_of(folder: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a base by all names that the model has for them, of which files have one of tied tensors."""
     specs = [TensorSpec(name, _SPELLED[t.dtype], tuple(t.shape)) for name, t in state.items()]
+    # A model in memory has no folder whose type could be compared: names and shapes tell.
     differences = Differences.of(folder, folder, specs, lambda path: open_repository(path).tensors)
     found = {spec.name: theirs for spec in specs if (theirs := differences.theirs(spec)) is not None}
     by_memory = {_memory(state[name]): theirs.load().cpu() for name, theirs in found.items()}
