@@ -14,8 +14,8 @@ KINDS = ("ratio", "l1", "l2")
 class UpdatePenalty(TrainerCallback):
     """Holds a fine-tuning to its start: `Trainer(…, callbacks=[UpdatePenalty(model)])`, of any model.
 
-    Σ weight · C(d) over tensors is added to the loss, by its gradients, where d is what a tensor has beyond
-    its start, and C(d)
+    Σ weight · C(d) over tensors is added to the loss, by its gradients after they are clipped, where d is
+    what a tensor has beyond its start, and C(d)
 
     - "ratio": ‖d‖₁/‖d‖₂, least where few weights move, all by as much;
     - "l1": ‖d‖₁, by which small changes become none;

@@ -139,7 +139,7 @@ class Joint(nn.Module):
     """
 
     has_columns: ClassVar[bool] = False
-    base: None = None
+    base: Tensor | None = None
 
     def __init__(self, members: Sequence[Member], code: StreamCode) -> None:
         """

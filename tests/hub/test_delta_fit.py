@@ -189,11 +189,13 @@ def test_what_cannot_be_a_difference_is_refused(base: Path, tmp_path: Path) -> N
     with pytest.raises(OptionError, match="expected a model without a base, which this file cannot state"):
         save(make_variational(headed(base), rate=0.25, base=base), tmp_path / "file.safetensors")
     torch.manual_seed(0)
-    BertModel(BertConfig(**SIZES | {"hidden_size": 32})).save_pretrained(tmp_path / "small")
+    narrow: dict[str, Any] = {**SIZES, "hidden_size": 32}
+    BertModel(BertConfig(**narrow)).save_pretrained(tmp_path / "small")
     with pytest.raises(OptionError, match="expected weights to code that the base has, found none of "):
         make_variational(headed(base), rate=0.25, base=tmp_path / "small")
-    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings"), 24)
-    BertModel(BertConfig(**SIZES | sizes)).save_pretrained(tmp_path / "other")
+    others = ("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings", "type_vocab_size")
+    sizes: dict[str, Any] = {**SIZES, **dict.fromkeys(others, 24)}
+    BertModel(BertConfig(**sizes)).save_pretrained(tmp_path / "other")
     with pytest.raises(SourceError, match="expected a base with tensors of the names and shapes"):
         make_variational(headed(base), rate=0.25, base=tmp_path / "other")
     with pytest.raises(BudgetError, match="but the file of this model can have"):

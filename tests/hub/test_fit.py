@@ -76,6 +76,7 @@ def test_a_fit_for_a_difference_writes_what_is_added_to_its_source(
     source: Path, tsv: Path, tmp_path: Path
 ) -> None:
     options: dict[str, Any] = dict(epochs=8, learning_rate=4e-3, groups=4, refit_steps=4, progress=False)
+    options["parametrization"] = "test-channel"  # of 1.4 bits per value that is coded
     found = miracle_hub.fit(source, tmp_path / "out", data=tsv, size="3kB", delta=True, **options)
     assert found.coded["accuracy"] >= 0.9
     assert 0.99 * 3000 <= found.report.compressed_bytes <= 3000 == found.report.budget_bytes

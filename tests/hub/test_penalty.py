@@ -32,7 +32,7 @@ def trained(model: nn.Module, folder: Path, *penalties: UpdatePenalty, **options
         use_cpu=True, save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False, optim="sgd",
         lr_scheduler_type="constant", max_grad_norm=100.0, **options,
     )  # fmt: skip
-    rows = [{"x": torch.zeros(1)} for _ in range(8)]
+    rows: Any = [{"x": torch.zeros(1)} for _ in range(8)]
     Trainer(model=model, args=arguments, train_dataset=rows, callbacks=list(penalties)).train()
     return model.get_parameter("weight").detach() - 1
 
