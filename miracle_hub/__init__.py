@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from miracle_hub.finetune.models import compress_model as compress_model
     from miracle_hub.finetune.models import make_variational as make_variational
     from miracle_hub.finetune.models import save as save
+    from miracle_hub.finetune.penalty import UpdatePenalty as UpdatePenalty
     from miracle_hub.finetune.trainer import MiracleTrainer as MiracleTrainer
     from miracle_hub.hub.push import PushReport as PushReport
     from miracle_hub.hub.push import push as push
@@ -66,6 +67,7 @@ __all__ = [
     "PushReport",
     "Report",
     "TokenCertificate",
+    "UpdatePenalty",
     "VariationalConfig",
     "Verification",
     "anneal",
@@ -111,6 +113,7 @@ _HOMES = {
     "PushReport": "miracle_hub.hub.push",
     "Report": "miracle_hub.codec.report",
     "TokenCertificate": "miracle_hub.codec.token_certificate",
+    "UpdatePenalty": "miracle_hub.finetune.penalty",
     "VariationalConfig": "miracle_hub.training.config",
     "Verification": "miracle_hub.codec.verification",
     "anneal": "miracle_hub.training.model",

@@ -136,7 +136,9 @@ def fit(source: Source, out: Out, data: Data, options: FitOptions) -> None:
     asked = "" if report.budget_bytes is None else f" of {report.budget_bytes:,}"
     size = f"{report.compressed_bytes:,}{asked} bytes, {report.bits_per_weight:.4f} bits per weight"
     typer.echo(f"{out}: {size}\nbefore coding {_figures(found.fitted)}; as written {_figures(found.coded)}")
-    _tell_files(found.report)
+    _tell_files(report)
+    if report.base:
+        typer.echo(_told_of_base(report))
     typer.echo(f"digest {found.report.digest}")
 
 

@@ -189,14 +189,22 @@ class FitOptions:
     rate: Annotated[
         float | None, "Bits per coded value instead; headers, scales and plain tensors come on top."
     ] = None
+    delta: Annotated[
+        bool,
+        "OUT is a difference to SOURCE, which its readers need too: only what the fit changes is coded; what "
+        "is not coded, and SOURCE has, stays as it is.",
+    ] = False
     target_modules: Annotated[
-        str | list[str],
-        'What is coded: "all-matrices", "all-linear", "all", a regular expression that matches whole names '
-        "of modules or parameters; or, in Python, a list of names or ends of names.",
-    ] = "all-matrices"
+        str | list[str] | None,
+        'What is coded: "all-matrices" (by default), "all-linear" (that of a difference), "all", a regular '
+        "expression that matches whole names of modules or parameters; or, in Python, a list of names or "
+        "ends of names.",
+    ] = None
     parametrization: Annotated[
-        str, '"test-channel" (no noise in the fit), "mean-kl" (for far less than 1 bit) or "mean-var".'
-    ] = "test-channel"
+        str | None,
+        '"test-channel" (no noise in the fit; by default), "mean-kl" (for far less than 1 bit; that of a '
+        'difference) or "mean-var".',
+    ] = None
     text_columns: Annotated[
         list[str] | None, "One or two columns of text; by default those that can be no others."
     ] = None

@@ -308,7 +308,7 @@ def _differences(
             "add one, or compress without a base"
         )
     found = Differences.of(source, base, [plan.source for plan in plans.values()], _tensors_of)
-    found.plan(plans)
+    found.plan(plans, options.has_budget)
     return found
 
 

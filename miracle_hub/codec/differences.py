@@ -16,7 +16,7 @@ from miracle_hub.codec.dtypes import TORCH_DTYPES
 from miracle_hub.codec.exact import exact_payload
 from miracle_hub.codec.handed_out import left_by
 from miracle_hub.codec.ladder import SIZE_EXPONENT
-from miracle_hub.codec.plan import Coded, Exact, Plain, Plan, Same, Why
+from miracle_hub.codec.plan import Coded, Exact, Plain, Plan, Ready, Same, Why
 from miracle_hub.codec.rates import LEFT_OUT, Chosen, Curve, Option
 from miracle_hub.codec.source import SourceTensor
 from miracle_hub.codec.stored import StoredTensor, base_digest_of
@@ -65,7 +65,7 @@ class Differences:
         found = tensors_of_base(folder, read)
         base = Base(*named_base(folder), prefix=_prefix(tensors, found))
         result = cls(folder, found, base)
-        if not any(result._theirs(tensor) for tensor in tensors):
+        if not any(result.theirs(tensor) for tensor in tensors):
             theirs, own = (", ".join([*names][:3]) for names in (sorted(found), (t.name for t in tensors)))
             raise SourceError(
                 f"{folder}: expected a base with tensors of the names and shapes of the model's, found none "
@@ -74,7 +74,7 @@ class Differences:
             )
         return result
 
-    def _theirs(self, tensor: TensorSpec) -> StoredTensor | None:
+    def theirs(self, tensor: TensorSpec) -> StoredTensor | None:
         """The base's tensor to which one of the model's may be a difference."""
         if not tensor.name.startswith(self.base.prefix[0]):
             return None
@@ -84,30 +84,34 @@ class Differences:
         are_floating = theirs.dtype in DTYPES and tensor.dtype in DTYPES
         return theirs if are_floating or theirs.dtype == tensor.dtype else None
 
-    def plan(self, plans: dict[str, Plan]) -> None:
+    def plan(self, plans: dict[str, Plan], are_coded: bool = True) -> None:
         """Replace plans of tensors that are the base's, or differ from it; others are coded by themselves.
 
         Every tensor is read, one at a time, and the base's with it.
+
+        Args:
+            are_coded: whether a size is left for differences; else there are only those that are ready.
 
         Raises:
             SourceError: there is no difference.
         """
         digests, dtypes = {}, {}
         for name, plan in plans.items():
-            theirs = self._theirs(plan.source)
+            theirs = self.theirs(plan.source)
             if theirs is None:
                 continue
             based, digest, is_same = self._compared(plan.source, theirs)
             if is_same:
                 plans[name] = Same(plan.source)
                 dtypes |= {name: plan.source.dtype} if plan.source.dtype != theirs.dtype else {}
-            elif _may_differ(plan):
+            elif are_coded and _may_differ(plan):
                 plans[name] = Coded(plan.source, based)
-            else:
+            elif not isinstance(plan, Ready):  # of which training made the difference
                 continue
             digests[name] = digest
         self.base = replace(self.base, digests=digests, dtypes=dtypes)
-        _make_loud(plans)
+        if not any(isinstance(plan, Ready) for plan in plans.values()):
+            _make_loud(plans)
         if all(isinstance(plan, Same) for plan in plans.values()):
             raise SourceError(
                 f"{self.folder}: expected a model that differs from its base, found the same tensors in "
@@ -183,7 +187,7 @@ def _make_loud(plans: dict[str, Plan]) -> None:
 
 
 def _is_of_base(plan: Plan) -> bool:
-    return isinstance(plan, Same) or (isinstance(plan, Coded) and plan.based is not None)
+    return isinstance(plan, Same | Ready) or (isinstance(plan, Coded) and plan.based is not None)
 
 
 def _may_differ(plan: Plan) -> bool:

@@ -38,6 +38,7 @@ def payload_of_stream(
     scales: Tensor,
     message: Tensor,
     where: str,
+    base: Tensor | None = None,
 ) -> bytes:
     """The payload of a tensor whose weights, in their own order, are a message times its rows' scales.
 
@@ -45,17 +46,20 @@ def payload_of_stream(
         scales: `[1]`, or one for every row of the matrix view, as the format allows them.
         message: of two codes, both, one after the other.
         where: the tensor's name, for messages.
+        base: float32, as many numbers: what the message is the difference to.
 
     Raises:
         NonFiniteWeightError: its dtype cannot hold such weights.
     """
     header = header_of_stream(shape, DTYPE_NAMES[dtype], code, scales.numel() > 1)
+    header = replace(header, is_difference=base is not None)
     words, parts = scales.bfloat16().cpu(), []
     by_row = words if scales.numel() > 1 else words.repeat(len(header.segments))
     messages = message.split(list(header.message_bytes))
     by_segment = by_row.split([segment.n_scales for segment in header.segments])
     for segment, own, bits in zip(header.segments, by_segment, messages, strict=True):
         parts.append(CodedRows(segment.rows, segment.code, own, bits))
-    weights, digest = choose("cpu").decode_matrix(parts, layout_of(header), dtype)
-    require_finite(weights, where)
+    given = dtype if base is None else torch.float32
+    weights, digest = choose("cpu").decode_matrix(parts, layout_of(header), given)
+    require_finite(weights if base is None else (base.view_as(weights) + weights).to(dtype), where)
     return encode_payload(replace(header, digest=digest), body_of(parts))

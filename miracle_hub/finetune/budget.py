@@ -33,6 +33,7 @@ from miracle_hub.format.payload import SCALE_BYTES
 from miracle_hub.format.spec import TensorSpec, bytes_entry
 from miracle_hub.names import matches
 from miracle_hub.options import DEFAULT_SHARD_SIZE, amount, asked_for, budget_bytes, parse_size
+from miracle_hub.training.based import TrainingBase
 from miracle_hub.training.codes import USED_UP, Codes, FilePlan, Unit, codes_within
 from miracle_hub.training.config import VariationalConfig
 from miracle_hub.training.convert import sharings_of, units_of
@@ -40,19 +41,24 @@ from miracle_hub.training.layout import scale_columns
 from miracle_hub.training.targets import Target, find_targets
 
 
-def plan_file(model: nn.Module, config: VariationalConfig) -> FilePlan:
+def plan_file(model: nn.Module, config: VariationalConfig, base: TrainingBase | None = None) -> FilePlan:
     """What the file of a model will be, within the budget of the options.
+
+    Args:
+        base: to which it will be a difference.
 
     Raises:
         BudgetError: the budget is below the least or above the most that the model's file can have, or no
             two neighboring rates use it up; the message says which sizes are possible.
         OptionError: nothing matches, or a parameter cannot be converted.
     """
-    targets = find_targets(model, config)
+    targets = find_targets(model, config, None if base is None else set(base.tensors))
     n_weights = sum(parameter.numel() for parameter in model.parameters())
     budget = budget_bytes(config.bits_per_weight, config.size, n_weights)
     file = (
-        _network_of(model, targets, config) if config.streams == "network" else _files(model, targets, config)
+        _network_of(model, targets, config)
+        if config.streams == "network"
+        else _files(model, targets, config, base)
     )
     units, ladder = units_of(targets, config), list(config.codes())
     least, most = (file.n_bytes(_uniform(units, code)) for code in (ladder[-1], ladder[0]))
@@ -174,6 +180,7 @@ class _Files:
         exact: bytes of buffers that a repository keeps exactly in fewer of them, by name.
         half, one_scale: see `FilePlan`.
         has_row_scales: whether rows that are long have a scale each.
+        is_difference: to a base, which only a repository can be.
     """
 
     coded: Mapping[str, tuple[tuple[int, ...], str]]
@@ -182,6 +189,7 @@ class _Files:
     exact: Mapping[str, int]
     half: frozenset[str] | None
     has_row_scales: bool
+    is_difference: bool = False
     one_scale: frozenset[str] = frozenset()
 
     @property
@@ -204,6 +212,8 @@ class _Files:
             name: _payload_bytes(shape, dtype, codes[name], self._n_row_scales(name) > 0)
             for name, (shape, dtype) in self.coded.items()
         }
+        if self.is_difference:
+            return self._repository_bytes(payloads)
         alone = network_file("", network_entries(self.plain, payloads), self.half or ())
         return max(alone.n_bytes, self._repository_bytes(payloads) if self.half is not None else 0)
 
@@ -218,11 +228,15 @@ class _Files:
         )
 
 
-def _files(model: nn.Module, targets: Sequence[Target], config: VariationalConfig) -> _Files:
+def _files(
+    model: nn.Module, targets: Sequence[Target], config: VariationalConfig, base: TrainingBase | None
+) -> _Files:
     coded = {t.name: (tuple(t.parameter.shape), DTYPE_NAMES[t.parameter.dtype]) for t in targets}
     plain, stored, exact, half = _plain(model, targets), list[TensorSpec](), dict[str, int](), None
     if is_hub_model(model):
         tensors = _stored(model, {id(target.parameter) for target in targets})
+        unchanged = frozenset[str]() if base is None else base.unchanged
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in unchanged}
         kept = config.modules_to_save or []
         half = frozenset(n for n, t in tensors.items() if not matches(n, kept) and is_held_in_half(n, t))
         entries = network_entries(tensors, {})
@@ -236,7 +250,7 @@ def _files(model: nn.Module, targets: Sequence[Target], config: VariationalConfi
         plain |= {
             n: torch.empty_like(plain[n], dtype=torch.float16, device="meta") for n in half & set(plain)
         }
-    return _Files(coded, plain, stored, exact, half, config.scales == "row")
+    return _Files(coded, plain, stored, exact, half, config.scales == "row", base is not None)
 
 
 def statistics_of(model: nn.Module) -> frozenset[str]:

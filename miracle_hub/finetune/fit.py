@@ -29,7 +29,7 @@ from miracle_hub.evaluate.batches import (
 )
 from miracle_hub.evaluate.data import Split, read_split
 from miracle_hub.files.whole import WRITE_ERRORS, alone_in, refuse_existing, writing
-from miracle_hub.finetune.models import make_variational
+from miracle_hub.finetune.models import loading_options, make_variational
 from miracle_hub.finetune.tasks import classification, language_model, pad_with_another
 from miracle_hub.finetune.trainer import MiracleTrainer
 from miracle_hub.hub.resolve import file_names, require_kind
@@ -69,8 +69,9 @@ def fit(
     bits_per_weight: float | None = None,
     size: str | int | None = None,
     rate: float | None = None,
-    target_modules: str | list[str] = "all-matrices",
-    parametrization: str = "test-channel",
+    delta: bool = False,
+    target_modules: str | list[str] | None = None,
+    parametrization: str | None = None,
     text_columns: list[str] | None = None,
     label_column: str = "label",
     epochs: float = 1.0,
@@ -102,10 +103,13 @@ def fit(
         bits_per_weight: bits of the whole files, headers and plain tensors included, over all weights.
         size: the same as bytes, such as "5.5MB"; never exceeded.
         rate: bits per coded value instead; headers, scales and plain tensors come on top.
-        target_modules: what is coded: "all-matrices", "all-linear", "all", a regular expression that matches
-            whole names of modules or parameters; or, in Python, a list of names or ends of names.
-        parametrization: "test-channel" (no noise in the fit), "mean-kl" (for far less than 1 bit) or
-            "mean-var".
+        delta: OUT is a difference to SOURCE, which its readers need too: only what the fit changes is coded;
+            what is not coded, and SOURCE has, stays as it is.
+        target_modules: what is coded: "all-matrices" (by default), "all-linear" (that of a difference),
+            "all", a regular expression that matches whole names of modules or parameters; or, in Python, a
+            list of names or ends of names.
+        parametrization: "test-channel" (no noise in the fit; by default), "mean-kl" (for far less than 1
+            bit; that of a difference) or "mean-var".
         text_columns: one or two columns of text; by default those that can be no others.
         label_column: of a classification: whole numbers from 0 on, or names of classes.
         epochs: passes over the data.
@@ -140,7 +144,7 @@ def _fit(source: str | Path, out: str | Path, data: str | Path, options: FitOpti
     refuse_existing(Path(out), options.overwrite)  # before any work
     require_kind(source, TO_FINE_TUNE)
     read_model_config(source)
-    config, folder = _config(options), Path(f"{out}-fit")
+    config, folder = _config(source, options), Path(f"{out}-fit")
     arguments = _arguments(folder, options)  # with them the processes of a distributed run meet
     with all_processes() as processes, ExitStack() as until_the_end:
         wanted = (data, options.task, options.text_columns, options.label_column, options.seed)
@@ -162,8 +166,9 @@ def _fit(source: str | Path, out: str | Path, data: str | Path, options: FitOpti
         return FitReport(replace(report, left_out=left_out), fitted, found)
 
 
-def _config(options: FitOptions) -> VariationalConfig:
+def _config(source: str | Path, options: FitOptions) -> VariationalConfig:
     return VariationalConfig(
+        base=source if options.delta else None,
         bits_per_weight=options.bits_per_weight, size=options.size, rate=options.rate,
         target_modules=options.target_modules, parametrization=options.parametrization, seed=options.seed,
     )  # fmt: skip
@@ -277,9 +282,9 @@ def _reader(out: str | Path, trainer: MiracleTrainer, splits: Split) -> Trainer:
     """What evaluates the model that a stranger loads."""
     kind: Any = AutoModelForSequenceClassification if splits.class_names else AutoModelForCausalLM
     return Trainer(
-        model=kind.from_pretrained(out), args=trainer.args, eval_dataset=trainer.eval_dataset,
-        data_collator=trainer.data_collator, processing_class=trainer.processing_class,
-        compute_metrics=trainer.compute_metrics,
+        model=kind.from_pretrained(out, **loading_options(trainer.base)), args=trainer.args,
+        eval_dataset=trainer.eval_dataset, data_collator=trainer.data_collator,
+        processing_class=trainer.processing_class, compute_metrics=trainer.compute_metrics,
     )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from miracle_hub.finetune.agreement import (
     say_other_dtypes,
     say_what_changed,
 )
+from miracle_hub.finetune.base import training_base
 from miracle_hub.finetune.budget import plan_file, statistics_of
 from miracle_hub.format.network import NetworkHeader
 from miracle_hub.hub.card import write_card
@@ -61,10 +62,12 @@ def make_variational(
     Args:
         config: or the same as keywords: `make_variational(model, bits_per_weight=1.0)`. Of a budget of the
             whole file (`bits_per_weight`, `size`), which `save` or `compress_model` write, at least 99 % are
-            used, and never more: header, vectors, scales and messages are planned before training.
+            used, and never more: header, vectors, scales and messages are planned before training. With
+            `base` the file is a difference to another model: priors have its weights as their means.
 
     Raises:
         OptionError: nothing matches, a parameter cannot be converted, or an option is unknown.
+        SourceError, BaseModelError: the base cannot be had, or has no tensor of the model.
         BudgetError: the budget is below what the code, or the file, can use, or above it; or between two
             sizes of a file so small that it can have nothing in between.
     """
@@ -77,8 +80,9 @@ def make_variational(
         config = _from_keywords(options)
     elif not isinstance(config, VariationalConfig):
         config = config.variational()
-    plan = plan_file(model, config) if config.is_of_files else None
-    return convert.make_variational(model, config, plan)
+    base = training_base(model, config)
+    plan = plan_file(model, config, base) if config.is_of_files else None
+    return convert.make_variational(model, config, plan, base)
 
 
 def _from_keywords(options: dict[str, Any]) -> VariationalConfig:
@@ -98,13 +102,18 @@ def save(model: nn.Module, path: str | Path) -> int:
     With streams="network" the file is for `load` alone; names and shapes are the module's.
 
     Raises:
-        OptionError: the model is not variational, or not coded.
+        OptionError: the model is not variational, or not coded, or has a base.
         WrittenWeightError: evaluation has other weights than those that were coded.
         ChecksumError: what was written does not decode to the model's weights.
         OutputWriteError: the file cannot be written.
     """
     model, path = unwrapped(model), Path(path)
     variational = convert.check_evaluated(model)
+    if variational.base is not None:
+        raise OptionError(
+            f"{path}: expected a model without a base, which this file cannot state, found one with; write "
+            "a repository (compress_model, MiracleTrainer.compress)"
+        )
     check_model(model)
     half = planned_half(model) or frozenset()
     rounded = round_as_written(model) if half else []  # without a plan the file keeps all bits
@@ -170,18 +179,25 @@ def compress_model(
         size=size, bits_per_weight=bits_per_weight, overwrite=overwrite, progress=progress,
         modules_to_not_convert=[name for name in module_tensors(dense) if matches(name, kept)],
     )  # fmt: skip
-    number = zlib.crc32(b"".join(payloads.values()))
+    number, base = zlib.crc32(b"".join(payloads.values())), variational.base and variational.base.folder
+    made = (tokenizer, options, payloads, half, base)
     report = written_once(
-        Path(out), number,
-        lambda: asdict(_write_repository(dense, Path(out).absolute(), tokenizer, options, payloads, half)),
-    )  # fmt: skip
+        Path(out), number, lambda: asdict(_write_repository(dense, Path(out).absolute(), *made))
+    )
     _require_there(Path(out))
-    loaded = type(dense).from_pretrained(out)  # as a stranger does
+    loaded = type(dense).from_pretrained(out, **loading_options(base))  # as a stranger does
     coded = {name: tensor for name, tensor in module_tensors(dense).items() if name in payloads}
     require_same(Path(out), loaded.state_dict(), coded)
     say_what_changed(Path(out), [*rounded, *adopt(model, loaded)])
     say_other_dtypes(Path(out), dense, loaded)
     return _beside_its_plan(Report(**report), variational.plan, options, Path(out))
+
+
+def loading_options(base: Path | None) -> dict[str, Any]:
+    """What `from_pretrained` is told of a repository that may be a difference to a base."""
+    from miracle_hub.plugin.config import MiracleConfig
+
+    return {} if base is None else {"quantization_config": MiracleConfig(base=base)}
 
 
 def _beside_its_plan(report: Report, plan: FilePlan | None, options: CompressOptions, out: Path) -> Report:
@@ -222,8 +238,13 @@ def _write_repository(
     options: CompressOptions,
     payloads: Mapping[str, bytes],
     half: frozenset[str] | None,
+    base: Path | None,
 ) -> Report:
-    """Save an ordinary model beside the output and compress that, with the payloads that training made."""
+    """Save an ordinary model beside the output and compress that, with the payloads that training made.
+
+    Args:
+        base: to which they are differences.
+    """
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     # Beside the output, where the next run finds what a killed one left, and not where the system keeps it.
@@ -233,11 +254,11 @@ def _write_repository(
             dense.save_pretrained(folder, save_original_format=False)  # or names are not those of payloads
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-        base = getattr(dense.config, "_name_or_path", None) or None
-        base = None if base is None or Path(base).exists() else base
+        origin = getattr(dense.config, "_name_or_path", None) or None
+        origin = None if origin is None or Path(origin).exists() else origin
         return compress_folder(
-            folder, out, options, coded=payloads, half=half,
-            card=lambda target, report: write_card(target, report, folder, base),
+            folder, out, options, coded=payloads, half=half, base=base,
+            card=lambda target, report: write_card(target, report, folder, origin, base),
             roles=lambda _: _roles_in(dense, is_planned=half is not None),
         )  # fmt: skip
 
@@ -305,5 +326,7 @@ def _coded_entries(variational: Variational, names: Mapping[tuple[int, int], str
                 require_finite(weights[names[i, m]].to(own.dtype), names[i, m])
         else:
             own, name = stream.members[0], names[i, 0]
-            entries[name] = payload_of_stream(own.shape, own.dtype, stream.code, scales, message, name)
+            base = None if stream.layout.base is None else stream.layout.base.cpu()
+            given = (own.shape, own.dtype, stream.code, scales, message, name, base)
+            entries[name] = payload_of_stream(*given)
     return entries

@@ -288,6 +288,11 @@ class MiracleTrainer(Trainer):
         """
         return variational_of(self._plain_model())
 
+    @property
+    def base(self) -> Path | None:
+        """The folder of the model to which this one is a difference, if there is one."""
+        return self.variational.base and self.variational.base.folder
+
     def _plain_model(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
 

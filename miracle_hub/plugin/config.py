@@ -51,7 +51,7 @@ class MiracleConfig(QuantizationConfigMixin):
                 instead of once on load.
             backend: who decodes: "cpu", "triton", or "auto" for Triton where a payload is on a GPU.
             base: folder or Hub id of the base, of a repository that is a difference to one; by default the
-                one it names.
+                one it names. For `make_variational`, the model to which one becomes a difference.
             figures: others of config.json; for `make_variational`, the options of
                 `training.config.VariationalConfig`: bits_per_weight or size (of whole files), rate or
                 message_bits, target_modules, exclude_modules, modules_to_save, parametrization, streams,

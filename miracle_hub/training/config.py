@@ -4,8 +4,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
+from pathlib import Path
 
-from miracle_hub.checks import check_choice, check_integer, check_one_budget, check_positive
+from miracle_hub.checks import check_choice, check_integer, check_one_budget, check_path, check_positive
 from miracle_hub.code import MAX_STEP_WEIGHTS, MAX_WINDOW_BITS, Code
 from miracle_hub.coding.sharing import KINDS
 from miracle_hub.errors import BudgetError, OptionError
@@ -18,6 +19,9 @@ STREAMS = ("tensor", "network")
 # At 0.03 bits per weight (LeNet-5) the fit must know the noise. At 1 bit (MiniLM on SST-2, 1,790 steps) noise
 # cost 7.6 points of accuracy; the test channel with distillation 2.7 of 3,000 steps (benchmarks/sst2.py).
 _DEFAULT_PARAMETRIZATIONS = {"tensor": "test-channel", "network": "mean-kl"}
+# Of differences to a base, of which a file has a tenth of a bit per weight: scales of rows of 384 weights
+# would be 0.04 of it.
+_DEFAULTS_OF_DIFFERENCES = {"parametrization": "mean-kl", "scales": "tensor", "target_modules": "all-linear"}
 SCALES = ("row", "tensor")
 CODES = ("sliding", "block")
 SELECTIONS = ("best", "sample")
@@ -42,7 +46,7 @@ class VariationalConfig:
             has at least 99 % of it, and never more.
         target_modules: "all", "all-matrices", "all-linear", a regular expression that must match whole names
             of modules or parameters, or a list of names or ends of names. None means "all" for a network's
-            stream and "all-matrices" for streams of tensors.
+            stream, "all-matrices" for streams of tensors, and "all-linear" with a base.
         exclude_modules: a regular expression or a list, of modules that stay as they are.
         modules_to_save: a regular expression or a list, of modules that stay as they are, are trained, and
             are stored as they are.
@@ -50,10 +54,13 @@ class VariationalConfig:
             construction), "mean-var" (the same, with a KL that is annealed, as published) or "test-channel",
             which is no variational inference: weights are fitted without noise, and each group becomes
             Gaussians when it is coded, whose KL is the rate in the mean. None means "mean-kl" for a network's
-            stream and "test-channel" for streams of tensors, which suits 1 bit per weight and more.
+            stream and with a base, else "test-channel", which suits 1 bit per weight and more.
         streams: "tensor", one message per tensor, for hub models; "network", one for all, for small networks.
         scales: of the prior: "row" (one for every row of at least 128 weights, else one per tensor) or
-            "tensor"; a network's stream has one per tensor.
+            "tensor"; a network's stream has one per tensor. None means "row", and "tensor" with a base.
+        base: folder or Hub id of a model that has weights of the same names: they are the means of priors, so
+            that differences to them are coded. What it lacks, as a new head, is trained and stored as it is;
+            what is not coded and equal to the base's is frozen, and not stored.
         code: "sliding" (a trellis of overlapping windows) or "block" (MIRACLE as published).
         window_bits: L, also the bits of a block of the block code.
         kl_block_weights: weights that share a KL budget; for the block code it is its own V.
@@ -76,7 +83,8 @@ class VariationalConfig:
     modules_to_save: str | list[str] | None = None
     parametrization: str | None = None
     streams: str = "tensor"
-    scales: str = "row"
+    scales: str | None = None
+    base: str | Path | None = None
     code: str = "sliding"
     window_bits: int = 14
     kl_block_weights: int = 128
@@ -88,8 +96,8 @@ class VariationalConfig:
     beta_rate: float = 5e-5
 
     def __post_init__(self) -> None:
-        if self.parametrization is None:
-            object.__setattr__(self, "parametrization", _DEFAULT_PARAMETRIZATIONS.get(self.streams))
+        check_path("base", self.base)
+        self._fill_in()
         for name, choices in (
             ("streams", STREAMS),
             ("parametrization", PARAMETRIZATIONS),
@@ -107,6 +115,25 @@ class VariationalConfig:
         self._check_sharing()
         check_positive("beta", self.beta)
         check_positive("beta_rate", self.beta_rate)
+
+    def _fill_in(self) -> None:
+        """What is not given depends on what else is; a base is its path as text, as JSON has it.
+
+        Raises:
+            OptionError: a network's file cannot state a base.
+        """
+        defaults = {"parametrization": _DEFAULT_PARAMETRIZATIONS.get(self.streams), "scales": "row"}
+        if self.base is not None:
+            object.__setattr__(self, "base", str(self.base))
+            defaults = _DEFAULTS_OF_DIFFERENCES
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.base is not None and self.streams != "tensor":
+            raise OptionError(
+                "base: expected streams='tensor', whose repository states the base, found "
+                f"{self.streams!r}; leave out one of them"
+            )
 
     def _check_sharing(self) -> None:
         for name, factor in self.sharing.items():

@@ -11,6 +11,7 @@ from miracle_hub.code import StreamCode
 from miracle_hub.coding.sharing import Sharing
 from miracle_hub.errors import OptionError, WrittenWeightError
 from miracle_hub.names import is_named, near_selection, offer
+from miracle_hub.training.based import TrainingBase
 from miracle_hub.training.codes import FilePlan, Unit, codes_of
 from miracle_hub.training.config import VariationalConfig
 from miracle_hub.training.drawn import (
@@ -30,7 +31,12 @@ from miracle_hub.training.targets import Target, check_weights, find_targets
 from miracle_hub.training.wrapping import refuse_wrapped
 
 
-def make_variational(model: nn.Module, config: VariationalConfig, plan: FilePlan | None = None) -> nn.Module:
+def make_variational(
+    model: nn.Module,
+    config: VariationalConfig,
+    plan: FilePlan | None = None,
+    base: TrainingBase | None = None,
+) -> nn.Module:
     """Give a model's weights Gaussian posteriors, in place, and return it.
 
     The optimizer must be made after this: the parameters are others. The means start at the weights.
@@ -39,6 +45,7 @@ def make_variational(model: nn.Module, config: VariationalConfig, plan: FilePlan
         model: on any device, with weights to start from.
         config: what is coded, how, and within which budget.
         plan: of the file, where the budget is that of one.
+        base: whose weights are the means of priors; 0 else.
 
     Raises:
         OptionError: nothing matches, a parameter cannot be converted, the model is variational already, or
@@ -50,7 +57,7 @@ def make_variational(model: nn.Module, config: VariationalConfig, plan: FilePlan
     """
     _refuse_variational(model)
     refuse_wrapped(model)
-    targets = find_targets(model, config)
+    targets = find_targets(model, config, None if base is None else set(base.tensors))
     check_weights(model)
     groups = [targets] if config.streams == "network" else [[target] for target in targets]
     one_scale = frozenset() if plan is None else plan.one_scale
@@ -61,8 +68,12 @@ def make_variational(model: nn.Module, config: VariationalConfig, plan: FilePlan
     for group, unit in zip(groups, units, strict=True):
         own, scales = [next(sharings) for _ in group], "tensor" if unit.name in one_scale else config.scales
         options = replace(config, scales=scales)
-        streams.append(_stream(group, own, options, codes[unit.name], len(streams)))
-    variational = Variational(streams, config, plan)
+        mean = None if base is None else base.tensors[group[0].name]
+        streams.append(_stream(group, own, options, codes[unit.name], len(streams), mean))
+    if base is not None:
+        base.freeze(model)
+        base = replace(base, tensors={})
+    variational = Variational(streams, config, plan, base)
     siblings = {id(module): tuple(module._parameters) for t in targets for module, _ in t.owners}
     for s, group in enumerate(groups):
         for m, target in enumerate(group):
@@ -178,13 +189,18 @@ def _make_dense(model: nn.Module, values: dict[int, Tensor]) -> nn.Module:
 
 
 def _stream(
-    group: list[Target], sharings: list[Sharing], config: VariationalConfig, code: StreamCode, number: int
+    group: list[Target],
+    sharings: list[Sharing],
+    config: VariationalConfig,
+    code: StreamCode,
+    number: int,
+    base: Tensor | None,
 ) -> Stream:
     members = [
         Member(target.name, tuple(target.parameter.shape), target.parameter.dtype, sharing)
         for target, sharing in zip(group, sharings, strict=True)
     ]
-    stream = stream_of(members, [target.parameter for target in group], config, code, number)
+    stream = stream_of(members, [target.parameter for target in group], config, code, number, base)
     if not any(target.parameter.requires_grad for target in group):
         stream.requires_grad_(False)  # who froze a tensor wants it coded as it is
     return stream

@@ -40,12 +40,14 @@ class Layout(Protocol):
         n_values: of all of them.
         n_scales: scales of the prior.
         has_columns: whether values are a matrix, row by row, whose columns a layer's inputs meet.
+        base: float32 `[n]`, to which values are differences; None for 0.
     """
 
     members: tuple[Member, ...]
     n_values: int
     n_scales: int
     has_columns: ClassVar[bool]
+    base: Tensor | None
 
     def start(self, weights: Sequence[Tensor]) -> Tensor:
         """The values, float32 `[n]` in stream order, that come nearest to the members' weights."""
@@ -73,23 +75,33 @@ class Layout(Protocol):
 
 
 class Matrix(nn.Module):
-    """One tensor in its own order, with a scale for every row, or one for all of it."""
+    """One tensor in its own order, with a scale for every row, or one for all of it.
+
+    The base is no buffer: no state holds it, and no process need send it to others.
+    """
 
     has_columns: ClassVar[bool] = True
 
-    def __init__(self, member: Member, has_row_scales: bool) -> None:
+    def __init__(self, member: Member, has_row_scales: bool, base: Tensor | None = None) -> None:
         """
         Args:
             member: a tensor none of whose weights share values.
+            base: of the member's shape and any dtype, to which values are differences.
         """
         super().__init__()
+        self.base = None if base is None else base.detach().float().flatten()
         self.members, self.n_values = (member,), member.sharing.n_values
         self.columns = (scale_columns(member.shape) if has_row_scales else 0) or self.n_values
         self.n_scales = self.n_values // self.columns
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Matrix":
+        if self.base is not None:
+            self.base = self.base.to(fn(self.base.new_empty(0)).device)
+        return super()._apply(fn, recurse)
+
     def start(self, weights: Sequence[Tensor]) -> Tensor:
-        """The weights themselves."""
-        return weights[0].detach().float().flatten()
+        """The weights themselves, or what they have beyond the base."""
+        return self.written(weights[0].detach(), 0)[0]
 
     def by_value(self, scales: Tensor) -> Tensor:
         """`[rows]` → `[n]`; one scale stays `[1]`."""
@@ -104,12 +116,14 @@ class Matrix(nn.Module):
         return values.view(-1, self.columns).square().mean(1)
 
     def weight(self, values: Tensor, number: int) -> Tensor:
-        """The values as a tensor."""
-        return values.view(self.members[number].shape).to(self.members[number].dtype)
+        """The values as a tensor, or, added to the base as readers add them, the sum."""
+        total = values if self.base is None else self.base + values
+        return total.view(self.members[number].shape).to(self.members[number].dtype)
 
     def written(self, weight: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """See `Layout`: all of them."""
+        """See `Layout`: all of them; with a base the sum may differ from the weight by its rounding."""
         values = weight.float().flatten()
+        values = values if self.base is None else values - self.base.to(values.device)
         return values, torch.ones_like(values, dtype=torch.bool)
 
 
@@ -125,6 +139,7 @@ class Joint(nn.Module):
     """
 
     has_columns: ClassVar[bool] = False
+    base: Tensor | None = None
 
     def __init__(self, members: Sequence[Member], code: StreamCode) -> None:
         """
@@ -181,14 +196,17 @@ class Joint(nn.Module):
         return values, torch.zeros_like(values, dtype=torch.bool).index_fill_(0, places, True)
 
 
-def layout_of(members: Sequence[Member], code: StreamCode, has_row_scales: bool) -> Matrix | Joint:
+def layout_of(
+    members: Sequence[Member], code: StreamCode, has_row_scales: bool, base: Tensor | None = None
+) -> Matrix | Joint:
     """One tensor without sharing lies in its own order; all others are permuted together.
 
     Args:
         has_row_scales: of a tensor in its own order.
+        base: to which such a tensor's values are differences.
     """
     if len(members) == 1 and members[0].sharing.kind == "none":
-        return Matrix(members[0], has_row_scales)
+        return Matrix(members[0], has_row_scales, base)
     return Joint(members, code)
 
 

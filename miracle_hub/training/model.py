@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from miracle_hub.errors import OptionError, WrittenWeightError
+from miracle_hub.training.based import TrainingBase
 from miracle_hub.training.codes import FilePlan
 from miracle_hub.training.config import VariationalConfig
 from miracle_hub.training.loans import Loans, Seen, is_wrapped
@@ -29,14 +30,19 @@ class Variational(nn.Module):
     """
 
     def __init__(
-        self, streams: Sequence[Stream], config: VariationalConfig, plan: FilePlan | None = None
+        self,
+        streams: Sequence[Stream],
+        config: VariationalConfig,
+        plan: FilePlan | None = None,
+        base: TrainingBase | None = None,
     ) -> None:
         """
         Args:
             plan: of the file, where the budget is that of one.
+            base: to which the streams are differences; they hold what they need of its tensors.
         """
         super().__init__()
-        self.config, self.plan = config, plan
+        self.config, self.plan, self.base = config, plan, base
         self.streams = tuple(streams)
         # On the CPU wherever the model is: a kernel's launch must not wait for the device to read it.
         self.draw_number = torch.zeros((), dtype=torch.int64)

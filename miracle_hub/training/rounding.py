@@ -67,9 +67,10 @@ def round_as_written(model: nn.Module) -> list[str]:
 
 def _held_in_half(model: nn.Module) -> frozenset[str]:
     """What values decide, as `codec.plan` does."""
-    kept = variational_of(model).config.modules_to_save or []
-    named = plain_tensors(model)
-    return frozenset(name for name, t in named if is_held_in_half(name, t) and not matches(name, kept))
+    variational = variational_of(model)
+    kept, base = variational.config.modules_to_save or [], variational.base
+    own = ((n, t) for n, t in plain_tensors(model) if base is None or n not in base.unchanged)
+    return frozenset(name for name, t in own if is_held_in_half(name, t) and not matches(name, kept))
 
 
 def _becomes_a_repository(model: nn.Module) -> bool:

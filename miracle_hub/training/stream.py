@@ -144,7 +144,8 @@ class Stream(nn.Module):
                 f"{member.name}: expected finite weights, found NaN or infinity; what was written is dropped"
             )
         values, are_written = self.layout.written(weight, number)
-        if not torch.equal(self.layout.weight(values, number), weight.float().to(member.dtype)):
+        is_shared = member.sharing.kind != "none"
+        if is_shared and not torch.equal(self.layout.weight(values, number), weight.float().to(member.dtype)):
             raise WrittenWeightError(
                 f"{member.name}: expected equal weights where they share a value, found others; write before "
                 "make_variational, or share less"

@@ -1,6 +1,6 @@
 """Which parameters of a module become variational, in the manner of PEFT's target_modules."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -32,8 +32,13 @@ class Target:
     owners: tuple[tuple[nn.Module, str], ...]
 
 
-def find_targets(model: nn.Module, config: VariationalConfig) -> list[Target]:
+def find_targets(
+    model: nn.Module, config: VariationalConfig, of_base: Set[str] | None = None
+) -> list[Target]:
     """Parameters to convert, in the model's order.
+
+    Args:
+        of_base: names of those that a base has too, if there is one: no others are coded.
 
     Raises:
         OptionError: there is none, or one that cannot be converted.
@@ -56,9 +61,26 @@ def find_targets(model: nn.Module, config: VariationalConfig) -> list[Target]:
             f"{kept}) in {type(model).__name__}; choose one of {', '.join(KEYWORDS)}, or of its modules with "
             f"parameters: {', '.join(list(modules)[:12]) or 'it has none'}{f' ({close})' if close else ''}"
         )
+    if of_base is not None:
+        targets = _those_of_base(targets, of_base)
     for target in targets:
         _check(target)
     return targets
+
+
+def _those_of_base(targets: list[Target], of_base: Set[str]) -> list[Target]:
+    """
+    Raises:
+        OptionError: there is none.
+    """
+    found = [target for target in targets if target.name in of_base]
+    if not found:
+        raise OptionError(
+            "base: expected weights to code that the base has, found none of "
+            f"{', '.join(target.name for target in targets[:4])}, … in it, of their shapes; give the model "
+            "that this one was made from, or other target_modules"
+        )
+    return found
 
 
 def _check_names(model: nn.Module, config: VariationalConfig) -> None:

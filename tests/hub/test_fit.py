@@ -19,6 +19,7 @@ from transformers import (
 )
 
 import miracle_hub
+from miracle_hub import MiracleConfig
 from miracle_hub.errors import BudgetError, DataError, OptionError, OutputExistsError
 from miracle_hub.files.whole import alone_in
 from miracle_hub.finetune.trainer import MiracleTrainer
@@ -69,6 +70,23 @@ def test_a_classifier_learns_within_its_budget_and_loads_plainly(
     rows = json.loads((tmp_path / "out-fit" / "coding.json").read_text())
     assert rows[-1]["coded_values"] == sum(p.numel() for p in model.parameters() if p.ndim > 1)
     assert not (tmp_path / "out-fit" / "coding.safetensors").exists()
+
+
+def test_a_fit_for_a_difference_writes_what_is_added_to_its_source(
+    source: Path, tsv: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = dict(epochs=8, learning_rate=4e-3, groups=4, refit_steps=4, progress=False)
+    options["parametrization"] = "test-channel"  # of 1.4 bits per value that is coded
+    found = miracle_hub.fit(source, tmp_path / "out", data=tsv, size="3kB", delta=True, **options)
+    assert found.coded["accuracy"] >= 0.9
+    assert 0.99 * 3000 <= found.report.compressed_bytes <= 3000 == found.report.budget_bytes
+    assert found.report.base == "a local folder" and found.report.n_differing == 7
+    theirs = BertModel.from_pretrained(source).state_dict()
+    config = MiracleConfig(base=source)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", quantization_config=config)
+    own = model.bert.state_dict()
+    same = {name for name, tensor in theirs.items() if torch.equal(tensor, own[name])}
+    assert len(same) == found.report.n_same == len(theirs) - 7
 
 
 def test_a_language_model_is_fitted_to_text(source: Path, tmp_path: Path) -> None:

@@ -78,6 +78,18 @@ def test_the_dtype_of_a_member_is_that_of_its_weights() -> None:
     assert Joint([half, half], CODE).weight(torch.zeros(12), 1).dtype == torch.bfloat16
 
 
+def test_values_beside_a_base_are_the_difference_and_weights_the_sum_in_float32() -> None:
+    base, weights = normal(64, 128), normal(64, 128, seed=2)
+    layout = Matrix(member("w", 64, 128), True, base.bfloat16())
+    values = layout.start([weights])
+    assert torch.equal(values, (weights - base.bfloat16().float()).flatten())
+    assert torch.equal(layout.weight(values, 0).flatten(), base.bfloat16().float().flatten() + values)
+    assert torch.equal(layout.start([base.bfloat16()]), torch.zeros(64 * 128))
+    kept = layout.base
+    assert layout.to(torch.bfloat16).base is kept and not layout.state_dict()
+    assert layout.to("meta").base.device.type == "meta"  # pyright: ignore[reportOptionalMemberAccess]
+
+
 @pytest.mark.parametrize("kind", ["hash", "tile"])
 def test_weights_that_share_a_value_start_from_their_mean_at_the_size_of_the_weights(kind: str) -> None:
     shared = member("w", 40, 10, shared=50, kind=kind)

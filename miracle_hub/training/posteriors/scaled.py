@@ -17,12 +17,12 @@ from miracle_hub.training.posteriors.protocol import Start
 RATE = 20.0
 
 
-def scales_of(values: Tensor, layout: Layout, share: float | Tensor, of_zeros: float) -> Tensor:
+def scales_of(values: Tensor, layout: Layout, share: float | Tensor, of_zeros: float | Tensor) -> Tensor:
     """The best scales of a prior, `[scales]`: the root of a share of the values' mean squares.
 
     Args:
         share: that the code carries of a value's variance, of all scales or of each; see `shares_of`.
-        of_zeros: the scale where all values are 0.
+        of_zeros: the scale where all values are 0, of all scales or of each.
     """
     power = layout.mean_squares(values)
     return torch.where(power > 0, (share * power).sqrt(), of_zeros)
