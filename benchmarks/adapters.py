@@ -3,9 +3,9 @@
     python benchmarks/adapters.py --tune                the adapter, in 16 bits: minutes
     python benchmarks/adapters.py --bits 2 3 4          rows of results/adapters.json
 
-Both kinds of rows are of the same bytes: factors balanced, as `miracle compress` has them, and as they were trained.
-Bytes are of adapter_model.safetensors and adapter_config.json. `dev.tsv`, a part of the official training set, is for
-choosing settings; `test.tsv`, the official development set, is for figures.
+Both kinds of rows are of the same bytes: factors balanced, as `miracle compress` has them, and as they were
+trained. Bytes are of adapter_model.safetensors and adapter_config.json. `dev.tsv`, a part of the official
+training set, is for choosing settings; `test.tsv`, the official development set, is for figures.
 """
 
 import argparse
@@ -87,9 +87,7 @@ class Task:
     def row(self, bits: float, kind: str) -> dict[str, Any]:
         """One file."""
         out, started = self.folder / f"{kind}-{bits:g}", time.monotonic()
-        report = miracle_hub.compress(
-            self.adapter, out, bits_per_weight=bits, overwrite=True, progress=False
-        )
+        report = miracle_hub.compress(self.adapter, out, bits_per_weight=bits, overwrite=True, progress=False)
         print("\n".join(report.notes), flush=True)
         seconds = round(time.monotonic() - started, 1)
         found = {"kind": kind, "bits_per_weight": report.bits_per_weight, "bytes": n_bytes(out)}

@@ -6,9 +6,9 @@ from figures import load
 
 _HEAD = """## LoRA adapters
 
-Rank {rank} in all linear layers of all-MiniLM-L6-v2, tuned on SST-2 (`benchmarks/adapters.py`): {n_weights:,} weights,
-the head among them. Bytes are adapter_model.safetensors and adapter_config.json; error is that of the products B·A,
-squared, over their square."""
+Rank {rank} in all linear layers of all-MiniLM-L6-v2, tuned on SST-2 (`benchmarks/adapters.py`): {n_weights:,}
+weights, the head among them. Bytes are adapter_model.safetensors and adapter_config.json; error is that of
+the products B·A, squared, over their square."""
 _COLUMNS = ("adapter", "bits per weight", "bytes", "of 16 bits", "error", "dev %", "test %")
 
 

@@ -1,7 +1,7 @@
 """Called by `import torch` through the entry-point group "torch.backends".
 
-Arms hooks that register the plug-in the moment transformers' quantizers, or PEFT's readers, are imported, so that
-plain `from_pretrained` works with nothing of this package imported. An exception here would break
+Arms hooks that register the plug-in the moment transformers' quantizers, or PEFT's readers, are imported, so
+that plain `from_pretrained` works with nothing of this package imported. An exception here would break
 `import torch`, so this file imports the standard library only and does next to nothing.
 """
 

@@ -27,9 +27,9 @@ from miracle_hub.errors import OptionError
 from miracle_hub.options import CompressOptions
 
 _OF_A = re.compile(r"(.*\blora_(?:embedding_)?)A(\..*)?")
-# Of LoraConfig, peft 0.21: what says where factors are, how they began, how their product is scaled, or what is
-# beside it. Of others (KaSA's diagonal, block-diagonal factors, several experts in one) the product may not be
-# all that counts.
+# Of LoraConfig, peft 0.21: what says where factors are, how they began, how their product is scaled, or what
+# is beside it. With others (KaSA's diagonal, block-diagonal factors, several experts in one) more than the
+# product may count.
 _OF_THE_PRODUCT = {
     *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
     *("inference_mode", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout"),
@@ -75,14 +75,14 @@ def _refuse_options_of_models(options: CompressOptions) -> None:
     """
     if options.stages != 1:
         raise OptionError(
-            f"stages: expected 1 for an adapter, which PEFT reads from one file, found {options.stages}; leave "
-            "it out"
+            f"stages: expected 1 for an adapter, which PEFT reads from one file, found {options.stages}; "
+            "leave it out"
         )
     if options.base is not None:
         raise OptionError(
-            f"base: expected none for an adapter, which is added to its own base, found {options.base}; leave "
-            "it out, or merge the adapter into its model (merge_and_unload, save_pretrained), and compress "
-            "that with this base"
+            f"base: expected none for an adapter, which is added to its own base, found {options.base}; "
+            "leave it out, or merge the adapter into its model (merge_and_unload, save_pretrained), and "
+            "compress that with this base"
         )
 
 

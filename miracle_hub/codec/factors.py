@@ -1,11 +1,11 @@
 """The factors of a low-rank product, changed so that coding them costs the product least.
 
 B·A stays the same when B becomes B·R and A becomes R⁻¹·A, for any invertible R: LoRA (Hu et al. 2021,
-arXiv:2106.09685, section 4.1) trains one such pair, and the best to code is another. Noise of equal variance in
-all entries of both adds ‖B‖²·‖A‖² times its share to ‖B·A‖², which is least, (Σ s)² of the singular values s of
-the product, where both factors have the square roots of these: B = U·√S·Q and A = Qᵀ·√S·Vᵀ with orthogonal Q. Of
-those the one is taken in which all columns of B, and all rows of A, have the same square: so one prior suits
-them all.
+arXiv:2106.09685, section 4.1) trains one such pair, and the best to code is another. Noise in all entries of
+both, of a share of their mean squares, adds ‖B‖²·‖A‖² times that share, over the rank, to the square of the
+product. This is least, (Σ s)² of the singular values s of the product, where both factors have the square
+roots of these: B = U·√S·Q and A = Qᵀ·√S·Vᵀ with any orthogonal Q. That one is taken by which all columns of
+B, and all rows of A, have the same square, so that one prior suits them all.
 """
 
 from collections.abc import Sequence

@@ -1,10 +1,10 @@
 """PEFT reads compressed adapters: both of its readers get dense tensors in place of payloads.
 
 `PeftModel.from_pretrained` and `load_adapter` of PEFT read adapter_model.safetensors by one function of
-safetensors, which PEFT names `safe_load_file` (from peft 0.17 on, as far as tested); `load_adapter` of transformers
-gives its path to `PreTrainedModel._load_pretrained_model`. Neither has a hook for others: both are wrapped, once, when
-peft is imported, and all other files pass through. Were a wrapper not met, payloads would be loaded, and their
-shapes fit no factor: an error, never wrong weights.
+safetensors, which PEFT calls `safe_load_file`; `load_adapter` of transformers gives its path to
+`PreTrainedModel._load_pretrained_model`. Neither has a hook for others: both are wrapped, once, when peft is
+imported, and all other files pass through. Where a wrapper is not met, payloads are loaded, whose shapes fit
+no factor: an error, never wrong weights.
 """
 
 from collections.abc import Callable, Mapping

@@ -146,9 +146,7 @@ def test_the_user_imports_nothing_of_this_package_and_without_it_all_is_refused(
 
 
 @pytest.mark.parametrize("first", ["import peft, miracle_hub", "import miracle_hub, peft"])
-def test_without_autoloading_one_import_is_enough(
-    first: str, base: Path, save: Save, tmp_path: Path
-) -> None:
+def test_without_autoloading_one_import_is_enough(first: str, base: Path, save: Save, tmp_path: Path) -> None:
     load = _LOAD.format(base=str(base), folder=str(compressed(save())))
     done = run(first + load, tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
     assert done.stdout.count("loaded 4") == 3, done.stderr
@@ -175,10 +173,10 @@ def test_every_kind_of_lora_is_loaded_as_it_decompresses(name: str, base: Path, 
     small = compressed(source, 8)
     found = miracle_hub.load_state_dict(small)
     state = load_file(source / FILE)
-    assert {k: (v.shape, v.dtype) for k, v in found.items()} == {
-        k: (v.shape, v.dtype) for k, v in state.items()
-    }
-    models = [peft.PeftModel.from_pretrained(model_of(base), folder) for folder in (small, decompressed(small))]
+    specs = [{n: (t.shape, t.dtype) for n, t in tensors.items()} for tensors in (found, state)]
+    assert specs[0] == specs[1]
+    folders = (small, decompressed(small))
+    models = [peft.PeftModel.from_pretrained(model_of(base), folder) for folder in folders]
     assert_same(models[0].state_dict(), models[1].state_dict())
     assert_same({k: v.contiguous() for k, v in peft.get_peft_model_state_dict(models[0]).items()}, found)
     assert error(state, found) < 2e-3
@@ -195,7 +193,9 @@ def coded_pairs(source: Path) -> int:
         source, source.with_name("again"), bits_per_weight=8, window_bits=8, progress=False
     )
     (note,) = report.notes
-    return int(re.match(r"(\d+) pairs of factors, balanced; of their products, relative error² \S+$", note)[1])  # pyright: ignore[reportOptionalSubscript]
+    said = re.fullmatch(r"(\d+) pairs of factors, balanced; of their products, relative error² \S+", note)
+    assert said is not None
+    return int(said[1])
 
 
 def test_the_report_has_the_error_of_the_products_which_is_less_by_balancing(
@@ -236,7 +236,7 @@ def test_adapters_of_other_kinds_are_coded_as_they_are(kind: Any, base: Path, sa
 
 
 @pytest.mark.parametrize("name", ["target_parameters", "use_bdlora", "kasa_config", "of_tomorrow"])
-def test_options_by_which_more_counts_than_the_product_keep_factors_as_they_are(name: str, save: Save) -> None:
+def test_options_by_which_more_than_the_product_counts_keep_factors(name: str, save: Save) -> None:
     config = json.loads((save() / CONFIG).read_text())
     assert why_not_balanced(config) == ""
     assert why_not_balanced({**config, name: ["x"]}) == f"adapter_config.json has {name}"

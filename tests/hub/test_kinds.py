@@ -115,7 +115,7 @@ SOURCES: dict[str, tuple[Kind, Callable[[Path], Path], str]] = {
     "adapter": (
         Kind.PEFT,
         folder_of({"adapter_config.json": {"peft_type": "LORA"}, "adapter_model.safetensors": WEIGHTS}),
-        "found an adapter of PEFT (adapter_model.safetensors); compress it, or, for what needs a model, merge",
+        "found an adapter of PEFT (adapter_model.safetensors); compress it, or, for what needs a model",
     ),
     "adapter as pickle": (
         Kind.ADAPTER,
