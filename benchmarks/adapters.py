@@ -66,8 +66,10 @@ class Task:
         return AutoModelForSequenceClassification.from_pretrained(self.base)
 
     def _batch(self) -> Any:
-        train = self.splits["train"]
-        return self.collator([train[i] for i in torch.randint(len(train), (_BATCH,)).tolist()])
+        """Sentences of nearly the same length."""
+        train = sorted(self.splits["train"], key=lambda row: len(row["input_ids"]))
+        first = int(torch.randint(len(train) - _BATCH, ()))
+        return self.collator(train[first : first + _BATCH])
 
     def accuracies(self, adapter: Path | None) -> dict[str, float]:
         """In percent, as PEFT loads an adapter; None means the base with its new head."""
@@ -120,7 +122,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--folder", type=Path, default=Path("adapters-work"))
     p.add_argument("--tune", action="store_true")
-    p.add_argument("--steps", type=int, default=1500)
+    p.add_argument("--steps", type=int, default=800)
     p.add_argument("--rate", type=float, default=1e-3)
     p.add_argument("--bits", nargs="*", type=float, default=[])
     p.add_argument("--threads", type=int, default=2)
