@@ -9,7 +9,7 @@ _HEAD = """## LoRA adapters
 Rank {rank} in all linear layers of all-MiniLM-L6-v2, tuned on SST-2 (`benchmarks/adapters.py`): {n_weights:,}
 weights, the head among them. Bytes are adapter_model.safetensors and adapter_config.json; error is that of
 the products B·A, squared, over their square."""
-_COLUMNS = ("adapter", "bits per weight", "bytes", "of 16 bits", "error", "dev %", "test %")
+_COLUMNS = ("adapter", "bits per weight", "bytes", "of 16 bits", "error", "test %")
 
 
 def adapters() -> str:
@@ -22,7 +22,7 @@ def adapters() -> str:
             "",
             f"| {' | '.join(_COLUMNS)} |",
             "|---" * len(_COLUMNS) + "|",
-            f"| 16 bits |  | {dense['bytes']:,} | 100 % |  | {dense['dev']:.2f} | {dense['test']:.2f} |",
+            f"| 16 bits |  | {dense['bytes']:,} | 100 % |  | {dense['test']:.2f} |",
             *(_row(row, dense["bytes"]) for row in results["rows"]),
         ]
     )
@@ -31,5 +31,4 @@ def adapters() -> str:
 def _row(row: dict[str, Any], dense_bytes: int) -> str:
     figures = [row["kind"], f"{row['bits_per_weight']:.2f}", f"{row['bytes']:,}"]
     figures += [f"{100 * row['bytes'] / dense_bytes:.1f} %", f"{row['error']:.4f}"]
-    figures += [f"{row['dev']:.2f}", f"{row['test']:.2f}"]
-    return f"| {' | '.join(figures)} |"
+    return f"| {' | '.join([*figures, format(row['test'], '.2f')])} |"

@@ -27,6 +27,7 @@ from miracle_hub.errors import ChecksumError, FormatError, OptionError, SourceEr
 
 from .here import UPLOADS_WARN, use_here
 from .loopback import LoopbackHub
+from .loopback_parts import TOKEN
 from .test_loading import assert_same
 from .test_plugin import run
 
@@ -34,6 +35,7 @@ pytestmark = [
     UPLOADS_WARN,
     # PEFT asks transformers for an attribute of an older name.
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Already found a .peft_config. attribute:UserWarning"),
 ]
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TOKENS = torch.arange(16).view(2, 8)
@@ -159,10 +161,10 @@ KINDS: dict[str, tuple[dict[str, Any], int]] = {
     "a head beside it": ({"task_type": "SEQ_CLS"}, 2),
     "a matrix beside it": ({"modules_to_save": ["pooler"]}, 2),
     "DoRA": ({"use_dora": True}, 2),
-    "rank-stabilized": ({"use_rslora": True, "lora_bias": True}, 2),
+    "rank-stabilized": ({"use_rslora": True}, 2),
     "words": ({"target_modules": ["word_embeddings", "query"]}, 2),
     "tokens": ({"trainable_token_indices": {"word_embeddings": [1, 2]}}, 2),
-    "few weights": ({"r": 2, "rank_pattern": {"value": 8}}, 1),
+    "few weights": ({"r": 2, "rank_pattern": {"value": 24}}, 1),
 }
 
 
@@ -179,7 +181,7 @@ def test_every_kind_of_lora_is_loaded_as_it_decompresses(name: str, base: Path, 
     models = [peft.PeftModel.from_pretrained(model_of(base), folder) for folder in folders]
     assert_same(models[0].state_dict(), models[1].state_dict())
     assert_same({k: v.contiguous() for k, v in peft.get_peft_model_state_dict(models[0]).items()}, found)
-    assert error(state, found) < 2e-3
+    assert error(state, found) < 0.02
     dense = peft.PeftModel.from_pretrained(model_of(base), source)
     torch.testing.assert_close(logits(models[0]), logits(dense), rtol=0.05, atol=0.05)
     transformed = model_of(base)
@@ -245,20 +247,20 @@ def test_options_by_which_more_than_the_product_counts_keep_factors(name: str, s
 def test_two_adapters_take_turns_on_one_model(base: Path, save: Save) -> None:
     small = [compressed(save(name)) for name in ("one", "another")]
     dense = [decompressed(folder) for folder in small]
-    for kind in ("peft", "transformers"):
-        found = []
-        for one, another in (small, dense):
-            if kind == "peft":
-                model = peft.PeftModel.from_pretrained(model_of(base), one, adapter_name="one")
-            else:
-                model = model_of(base)
-                model.load_adapter(str(one), adapter_name="one")
-            model.load_adapter(str(another), adapter_name="another")
-            for name in ("one", "another"):
-                model.set_adapter(name)
-                found.append(logits(model))
-        assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
-        assert not torch.equal(found[0], found[1])
+    found, states = [], []
+    for one, another in (small, dense):
+        model = peft.PeftModel.from_pretrained(model_of(base), one, adapter_name="one")
+        model.load_adapter(str(another), adapter_name="another")
+        for name in ("one", "another"):
+            model.set_adapter(name)
+            found.append(logits(model))
+        transformed = model_of(base)
+        for name, folder in (("one", one), ("another", another)):
+            transformed.load_adapter(str(folder), adapter_name=name)
+        states.append(transformed.state_dict())
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+    assert not torch.equal(found[0], found[1])
+    assert_same(*states)
 
 
 def test_it_is_merged_and_saved_again_as_a_dense_adapter(base: Path, save: Save, tmp_path: Path) -> None:
@@ -294,7 +296,7 @@ def test_a_dense_adapter_passes_through(base: Path, save: Save) -> None:
 
 def test_what_is_left_out_stays_bit_for_bit(save: Save) -> None:
     source = save(modules_to_save=["pooler"])
-    small = compressed(source, 16, modules_to_not_convert=["pooler.dense.weight", "query.lora_A.weight"])
+    small = compressed(source, 28, modules_to_not_convert=["pooler.dense.weight", "query.lora_A.weight"])
     found, state = miracle_hub.load_state_dict(small), load_file(source / FILE)
     kept = [name for name in state if "pooler.dense.weight" in name or "query.lora_A" in name]
     assert len(kept) == 2 and all(torch.equal(found[name], state[name]) for name in kept)
@@ -353,7 +355,7 @@ def test_it_is_pushed_with_a_card_that_names_its_base(
     small = compressed(source)
     with LoopbackHub() as hub:
         use_here(hub, monkeypatch)
-        report = miracle_hub.push(small, "user/small", token="hf_test")
+        report = miracle_hub.push(small, "user/small", token=TOKEN)
         assert report.n_files >= 3
     card = ModelCard.load(small / "README.md")
     assert (card.data.base_model, card.data.library_name) == ("org/base", "peft")
