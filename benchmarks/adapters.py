@@ -28,7 +28,7 @@ from miracle_hub.codec.factors import squared, squared_distance
 
 _FILES = ("adapter_model.safetensors", "adapter_config.json")
 _LAYERS = ["query", "key", "value", "dense"]
-_BATCH = 32
+_RANK, _BATCH = 8, 32
 
 
 class Task:
@@ -36,29 +36,29 @@ class Task:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.base, self.adapter = folder, folder / "base", folder / "adapter"
-        tokenizer: Any = AutoTokenizer.from_pretrained(source())
-        self.collator = DataCollatorWithPadding(tokenizer)
-        self.splits = {name: rows(name, tokenizer) for name in ("train", "test")}
-        self.splits["train"].sort(key=lambda row: len(row["input_ids"]))
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(source())
+        self.collator = DataCollatorWithPadding(self.tokenizer)
 
     def tune(self, steps: int, rate: float) -> None:
         """Write the base with a new head, and an adapter with a tuned one."""
         torch.manual_seed(0)
+        train = sorted(rows("train", self.tokenizer), key=lambda row: len(row["input_ids"]))
         AutoModelForSequenceClassification.from_pretrained(source(), num_labels=2).save_pretrained(self.base)
-        config = LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=_LAYERS)
+        config = LoraConfig(task_type="SEQ_CLS", r=_RANK, lora_alpha=2 * _RANK, target_modules=_LAYERS)
         model: Any = get_peft_model(self._dense(), config)
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, rate)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.06)
         model.train()
         for step in range(steps):
-            loss = model(**self._batch()).loss
+            first = int(torch.randint(len(train) - _BATCH, ()))  # sentences of nearly the same length
+            loss = model(**self.collator(train[first : first + _BATCH])).loss
             loss.backward()
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             if step % 25 == 0:
-                print(step, f"{float(loss):.4f}", flush=True)
+                print(step, f"{loss.item():.4f}", flush=True)
         model.save_pretrained(self.adapter)
         path = self.adapter / _FILES[0]
         save_file({name: t.half() for name, t in load_file(path).items()}, path, {"format": "pt"})
@@ -66,16 +66,10 @@ class Task:
     def _dense(self) -> Any:
         return AutoModelForSequenceClassification.from_pretrained(self.base)
 
-    def _batch(self) -> Any:
-        """Sentences of nearly the same length."""
-        train = self.splits["train"]
-        first = int(torch.randint(len(train) - _BATCH, ()))
-        return self.collator(train[first : first + _BATCH])
-
     def accuracy(self, adapter: Path) -> float:
         """In percent, as PEFT loads an adapter."""
         model: nn.Module = PeftModel.from_pretrained(self._dense(), adapter)
-        return accuracy(model, self.splits["test"], self.collator)
+        return accuracy(model, rows("test", self.tokenizer), self.collator)
 
     def error(self, out: Path) -> float:
         """Squared error of the products of all factors over their square."""
@@ -100,11 +94,11 @@ def n_bytes(folder: Path) -> int:
     return sum((folder / name).stat().st_size for name in _FILES)
 
 
-def measured(task: Task, bits: list[float]) -> dict[str, Any]:
-    """The adapter in 16 bits, and both kinds of rows."""
+def measure(task: Task, bits: list[float], options: dict[str, Any]) -> None:
+    """The adapter in 16 bits, and both kinds of rows; every one is noted as soon as it is there."""
     n_weights = sum(tensor.numel() for tensor in load_file(task.adapter / _FILES[0]).values())
     dense = {"bytes": n_bytes(task.adapter), "test": task.accuracy(task.adapter)}
-    found: dict[str, Any] = {"n_weights": n_weights, "fp16": dense, "rows": []}
+    found: dict[str, Any] = {"n_weights": n_weights, "options": options, "fp16": dense, "rows": []}
     print(json.dumps(found), flush=True)
     for kind in ("balanced", "as trained"):
         if kind == "as trained":
@@ -112,7 +106,7 @@ def measured(task: Task, bits: list[float]) -> dict[str, Any]:
         for each in bits:
             found["rows"].append(task.row(each, kind))
             print(json.dumps(found["rows"][-1]), flush=True)
-    return found
+            record("adapters", found)
 
 
 def main() -> None:
@@ -130,8 +124,7 @@ def main() -> None:
     if a.tune:
         task.tune(a.steps, a.rate)
     if a.bits:
-        options = {"steps": a.steps, "rate": a.rate, "rank": 8, "layers": _LAYERS}
-        record("adapters", {**measured(task, a.bits), "options": options})
+        measure(task, a.bits, {"steps": a.steps, "rate": a.rate, "rank": _RANK, "layers": _LAYERS})
 
 
 if __name__ == "__main__":

@@ -281,7 +281,10 @@ def test_it_is_merged_and_saved_again_as_a_dense_adapter(base: Path, save: Save,
 def test_base_and_adapter_may_both_be_compressed(base: Path, save: Save, tmp_path: Path) -> None:
     miracle_hub.compress(base, tmp_path / "base", bits_per_weight=8, window_bits=8, progress=False)
     small, found = compressed(save()), []
-    for adapter, model in ((small, tmp_path / "base"), (decompressed(small), decompressed(tmp_path / "base"))):
+    for adapter, model in (
+        (small, tmp_path / "base"),
+        (decompressed(small), decompressed(tmp_path / "base")),
+    ):
         config = json.loads((adapter / CONFIG).read_text()) | {"base_model_name_or_path": str(model)}
         (adapter / CONFIG).write_text(json.dumps(config))
         found.append(BertForSequenceClassification.from_pretrained(adapter).state_dict())
