@@ -4,8 +4,8 @@
     python benchmarks/adapters.py --bits 2 3 4          rows of results/adapters.json
 
 Both kinds of rows are of the same bytes: factors balanced, as `miracle compress` has them, and as they were
-trained. Bytes are of adapter_model.safetensors and adapter_config.json. `test.tsv` is the official development
-set, from which nothing is chosen.
+trained. Bytes are of adapter_model.safetensors and adapter_config.json. `test.tsv` is the official
+development set, from which nothing is chosen.
 """
 
 import argparse
