@@ -10,13 +10,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from miracle_hub.calibrate.asked import is_asked
+from miracle_hub.calibrate.asked import is_asked, is_self
 from miracle_hub.code import DEFAULT_WIDTH
 from miracle_hub.codec.decompress import decompress_folder
 from miracle_hub.codec.decompress import load_state_dict as load_folder
 from miracle_hub.codec.detector import TO_COMPRESS, TO_DECODE, TO_INSPECT
 from miracle_hub.codec.inspection import Inspection, inspect_folder
 from miracle_hub.codec.report import Report
+from miracle_hub.codec.source import is_adapter
 from miracle_hub.codec.verification import Verification
 from miracle_hub.errors import OptionError
 from miracle_hub.hub.resolve import local_folder, not_downloaded
@@ -58,7 +59,7 @@ def compress(
     """Write `out`, a repository that `from_pretrained` loads, of exactly the size asked for, or lossless.
 
     Args:
-        source: a folder written by `save_pretrained`, or a Hub id.
+        source: a folder written by `save_pretrained`, of a model or of an adapter of PEFT, or a Hub id.
         out: the folder to write; it appears whole or not at all.
         bits_per_weight: bits of the whole files, headers and plain tensors included, over all weights.
         size: the same as bytes, such as "5.5MB"; never exceeded.
@@ -110,6 +111,8 @@ def compress(
 
     options.require_budget()  # before a Hub source is downloaded
     folder = local_folder(source, options.revision, taken=TO_COMPRESS)
+    if is_adapter(folder):
+        return _compress_adapter(source, folder, Path(out), options, model)
     based_on = _base_folder(options.base, options.base_revision)
     plainly = partial(compress_folder, folder, roles=roles_of, base=based_on)
     about_output: dict[str, Any] = {
@@ -124,6 +127,29 @@ def compress(
     return compress_calibrated(
         plainly, folder, Path(out), options, model=model, base=based_on, **about_output
     )
+
+
+def _compress_adapter(
+    source: str | Path, folder: Path, out: Path, options: CompressOptions, model: nn.Module | None
+) -> Report:
+    """
+    Raises:
+        OptionError: a model is to be run.
+    """
+    from miracle_hub.codec.adapter import compress_adapter
+    from miracle_hub.hub.card import write_card
+
+    if is_asked(options.calibrate) and not is_self(options.calibrate):
+        raise OptionError(
+            f"calibrate: expected none for an adapter, which is coded without its model, found "
+            f"{str(options.calibrate)[:80]!r}; leave it out"
+        )
+    _refuse_idle(model, options.work)
+    return compress_adapter(
+        folder, out, options,
+        card=lambda target, report: write_card(target, report, folder, _hub_id(source)),
+        not_downloaded=not_downloaded(source, options.revision, folder),
+    )  # fmt: skip
 
 
 def _base_folder(base: str | Path | None, revision: str | None = None) -> Path | None:

@@ -95,6 +95,11 @@ class Base:
             ) from error
 
 
+def is_hub_id(text: str) -> bool:
+    """Whether a text may be the id of a repository of the Hub, and no path that leaves its folder."""
+    return _REPOSITORY.fullmatch(text) is not None and ".." not in text
+
+
 def read_base(facts: Mapping[str, Any], where: Path) -> Base | None:
     """The base that a quantization_config states; None if it states none.
 
@@ -137,7 +142,7 @@ def _check(base: Base, where: Path) -> None:
     Raises:
         FormatError: it is no base.
     """
-    if base.repository and not (_REPOSITORY.fullmatch(base.repository) and ".." not in base.repository):
+    if base.repository and not is_hub_id(base.repository):
         raise _unsound(where, "a Hub id as repository", base.repository)
     if base.repository and not _COMMIT.fullmatch(base.revision):
         raise _unsound(where, "a commit of 40 hexadecimal digits as revision", base.revision)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from miracle_hub.codec import purpose
 from miracle_hub.codec.naming import CARD, INDEX, WEIGHTS_ENDING, is_variant, is_weights
-from miracle_hub.codec.source import SourceTensor, list_tensors
+from miracle_hub.codec.source import SourceTensor, is_adapter, list_tensors, weight_files
 from miracle_hub.errors import FormatError, SourceError
 from miracle_hub.files.folders import entries, is_hidden, refuse_leaving
 from miracle_hub.files.whole import writing
@@ -80,8 +80,11 @@ def of_repository(folder: Path) -> Companions:
         SourceError: a file is a link that leaves the folder, or none.
     """
     travel, left_out = [], {}
+    weights = weight_files(folder) if is_adapter(folder) else []
     for path in entries(folder):
         relative = path.relative_to(folder)
+        if path in weights:
+            continue
         why = purpose.HIDDEN if is_hidden(relative) else _why_of_own_name(relative)
         if why:
             left_out[relative.as_posix()] = why

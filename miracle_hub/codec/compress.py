@@ -18,13 +18,13 @@ from miracle_hub.codec.jobs import Job, refining
 from miracle_hub.codec.keeping import Roles, kept_bytes, warn_of_kept
 from miracle_hub.codec.knowledge import Knowledge, weighed
 from miracle_hub.codec.lossless import keep
-from miracle_hub.codec.naming import CARD, CONFIG, stem_of
+from miracle_hub.codec.naming import CARD, CONFIG
 from miracle_hub.codec.payloads import Request
 from miracle_hub.codec.plan import Coded, Exact, Plain, Plan, Ready, Same, Why, lay_out, narrowed, plan_all
 from miracle_hub.codec.rates import Curve
 from miracle_hub.codec.report import Report
 from miracle_hub.codec.repository import OutputFile, open_repository, total_bytes
-from miracle_hub.codec.source import list_tensors, weight_files
+from miracle_hub.codec.source import is_adapter, list_tensors, stem_in, weight_files
 from miracle_hub.codec.stages import refined_files, refinement
 from miracle_hub.codec.stored import StoredTensor
 from miracle_hub.codec.survey import survey
@@ -50,6 +50,7 @@ def compress_folder(
     knowledge: Knowledge | None = None,
     judged: Callable[[Path, Report], Report] = lambda folder, report: report,
     base: Path | None = None,
+    arranged: Callable[[dict[str, Plan]], Mapping[str, float]] = lambda plans: {},
 ) -> Report:
     """Compress a folder written by `save_pretrained`; see `miracle_hub.compress`.
 
@@ -62,6 +63,7 @@ def compress_folder(
         knowledge: what is known of the model beside its weights.
         judged: completes the report by what is written, before the folder has its name.
         base: a folder with the model to whose tensors only the differences are stored.
+        arranged: replaces plans before any rate is chosen, and tells what errors of tensors are worth.
     """
     started, backend, weights = time.monotonic(), choose(options.backend), _source_files(source, out)
     if not coded:
@@ -72,8 +74,9 @@ def compress_folder(
         differences = _differences(source, base, plans, options)
         known = Roles() if options.exact else roles(source)
         non_finite = keep(plans, known, differences, options)
+        shares = arranged(plans) if differences is None else differences.relative
         n_weights = sum(plan.source.n_weights for plan in plans.values()) + copied.n_weights
-        given = (options, copied.n_bytes, n_weights, backend, half, knowledge, differences)
+        given = (options, copied.n_bytes, n_weights, backend, half, knowledge, differences, shares)
         stages, jobs = _decide(source, plans, *given)
         tuned = _take(knowledge, plans, jobs, backend)
         written = Writer(temporary, plans, backend).write(stages, jobs, options.progress)
@@ -159,6 +162,8 @@ def _source_files(source: Path, out: Path) -> list[Path]:
 def _notes(source: Path, differences: Differences | None, is_lossless: bool) -> tuple[str, ...]:
     """What from_pretrained will miss, and what else to know of a difference."""
     told = () if differences is None else differences.notes(source, is_lossless)
+    if is_adapter(source):
+        return told
     lacking = "no config.json" if not (source / CONFIG).exists() else "no model_type in config.json"
     if "model_type" in read_config(source):
         return told
@@ -193,9 +198,10 @@ def _decide(
     half: Set[str] | None,
     knowledge: Knowledge | None,
     differences: Differences | None,
+    shares: Mapping[str, float],
 ) -> tuple[list[list[OutputFile]], list[list[Job]]]:
     """Files and jobs of every stage; tensors that cannot be coded, or have no budget, become plain."""
-    shard_bytes, stem = parse_size(options.max_shard_size, "max_shard_size"), stem_of(1, options.stages)
+    shard_bytes, stem = parse_size(options.max_shard_size, "max_shard_size"), stem_in(source, options.stages)
     left = {name: plan.source for name, plan in plans.items() if isinstance(plan, Coded)}
     is_nothing_left = differences is not None or any(isinstance(plan, Ready) for plan in plans.values())
     are_coded = not left and is_nothing_left
@@ -215,8 +221,7 @@ def _decide(
     plans |= {} if knowledge is None else _changing(knowledge, plans)
     coded = {curve.name: plan for curve in curves if isinstance(plan := plans[curve.name], Coded)}
     worth = worths([plan.source for plan in plans.values()], read_config(source))
-    if differences is not None:  # errors of a difference are relative to it
-        worth |= {name: worth.get(name, 1.0) * share for name, share in differences.relative.items()}
+    worth |= {name: worth.get(name, 1.0) * share for name, share in shares.items()}
     if knowledge is None or differences is None:
         curves = _weighed(by_worth(curves, worth), coded, costs, worth, request)
     else:

@@ -26,13 +26,13 @@ LOSSLESS = "lossless"  # in the quantization_config: true if every tensor is the
 _DEEPEST_CONFIG = 100  # levels; real ones have five, and what is deeper may be impossible to write
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as a dictionary; empty where there is none.
+def read_config(folder: Path, name: str = CONFIG) -> dict[str, Any]:
+    """config.json, or another such file, as a dictionary; empty where there is none.
 
     Raises:
         SourceError: the file is no JSON object.
     """
-    path = folder / CONFIG
+    path = folder / name
     if not path.exists():
         return {}
     if not path.is_file():

@@ -13,7 +13,7 @@ from miracle_hub.codec.dtypes import raw_bytes
 from miracle_hub.codec.naming import STREAM, WEIGHTS_ENDING
 from miracle_hub.codec.payloads import has_magic
 from miracle_hub.codec.repository import open_repository, sharded, write_indices
-from miracle_hub.codec.source import weight_files
+from miracle_hub.codec.source import stem_in, weight_files
 from miracle_hub.codec.stored import StoredTensor
 from miracle_hub.coding.backend import choose
 from miracle_hub.errors import FormatError
@@ -72,7 +72,7 @@ def decompress_folder(
     repository, companions = open_repository(source, options.stages, base), of_repository(source)
     _refuse_stream(repository.tensors)
     tensors = {tensor.name: tensor for tensor in repository.tensors}
-    files = sharded(_dense_entries(tensors.values()), shard_bytes, guard="")
+    files = sharded(_dense_entries(tensors.values()), shard_bytes, stem_in(source), guard="")
     total = sum(tensor.n_weights for tensor in tensors.values())
     with output_folder(out, options.overwrite) as temporary:
         companions.copy(temporary)

@@ -12,8 +12,16 @@ from miracle_hub.code import QUANT_METHOD
 from miracle_hub.codec.config import read_config
 from miracle_hub.codec.guard import GUARD, GUARD_ALONE
 from miracle_hub.codec.inherited import is_inherited
-from miracle_hub.codec.kinds import Found, Kind, found, kind_of_names, refusal, told_by_names
-from miracle_hub.codec.naming import CONFIG
+from miracle_hub.codec.kinds import (
+    Found,
+    Kind,
+    found,
+    is_adapter_by_names,
+    kind_of_names,
+    refusal,
+    told_by_names,
+)
+from miracle_hub.codec.naming import ADAPTER, CONFIG
 from miracle_hub.codec.parts import remove_facts
 from miracle_hub.codec.payloads import has_magic, is_stray_stream
 from miracle_hub.codec.quantized import SIDECARS, method_of_config, method_of_tensors
@@ -38,11 +46,14 @@ class Taken(NamedTuple):
 
 
 # Payloads are refused later, by the names of their tensors.
-TO_COMPRESS = Taken("a dense model", (Kind.DENSE, Kind.TENSORS, Kind.PAYLOADS))
+TO_COMPRESS = Taken("a dense model", (Kind.DENSE, Kind.TENSORS, Kind.PAYLOADS, Kind.PEFT))
 TO_FINE_TUNE = Taken("a dense model", (Kind.DENSE, Kind.TENSORS, Kind.COMPRESSED))
-TO_INSPECT = Taken("a compressed model", (Kind.COMPRESSED, Kind.PAYLOADS))
+TO_INSPECT = Taken("a compressed model", (Kind.COMPRESSED, Kind.PAYLOADS, Kind.CODED_ADAPTER))
 TO_DECODE = Taken("a compressed model", (*TO_INSPECT.kinds, Kind.DENSE, Kind.TENSORS))
-TO_RUN = Taken("a model that transformers loads", (*TO_DECODE.kinds, Kind.QUANTIZED))
+TO_RUN = Taken(
+    "a model that transformers loads",
+    (Kind.COMPRESSED, Kind.PAYLOADS, Kind.DENSE, Kind.TENSORS, Kind.QUANTIZED),
+)
 
 
 def require(path: Path, taken: Taken) -> None:
@@ -100,6 +111,8 @@ def _of_config(path: Path, config: dict[str, Any], names: Sequence[str]) -> Foun
 
 
 def _of_folder(path: Path, names: Sequence[str]) -> Found:
+    if is_adapter_by_names(names):
+        return _of_adapter(path)
     if told := told_by_names(str(path), names):
         return told
     try:
@@ -108,6 +121,15 @@ def _of_folder(path: Path, names: Sequence[str]) -> Found:
         return Found(Kind.UNSOUND, str(path))
     told = _of_files(path, files)
     return told._replace(kind=Kind.TENSORS) if told.kind is Kind.DENSE and CONFIG not in names else told
+
+
+def _of_adapter(path: Path) -> Found:
+    """What a folder of PEFT is, whose weights may not be downloaded."""
+    dense = found(Kind.PEFT, str(path), [ADAPTER])
+    told = _of_files(path, [path / ADAPTER]) if (path / ADAPTER).is_file() else dense
+    if told.kind is Kind.PAYLOADS:
+        return found(Kind.CODED_ADAPTER, str(path), [ADAPTER])
+    return dense if told.kind in (Kind.DENSE, Kind.ADAPTER) else told
 
 
 def _of_file(path: Path) -> Found:

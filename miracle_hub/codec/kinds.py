@@ -1,12 +1,12 @@
 """What a model may come as, by the names of its files; and the error for one that a verb does not take."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from enum import Enum
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
-from miracle_hub.codec.naming import CONFIG, INDEX, SINGLE, WEIGHTS_ENDING
+from miracle_hub.codec.naming import ADAPTER, ADAPTER_CONFIG, CONFIG, INDEX, SINGLE, WEIGHTS_ENDING
 from miracle_hub.errors import MissingWeightsError, PickleRefusedError, SourceError, SourceKindError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -23,6 +23,8 @@ class Kind(Enum):
     QUANTIZED = "a quantized model"
     PIPELINE = "a diffusers pipeline"
     COMPONENT = "a component of a diffusers pipeline"
+    PEFT = "an adapter of PEFT"
+    CODED_ADAPTER = "a compressed adapter of PEFT"
     ADAPTER = "an adapter (LoRA, PEFT) without the model that it adapts"
     ORIGINAL = "weights in their maker's own layout"
     GGUF = "GGUF weights"
@@ -58,7 +60,7 @@ class Found(NamedTuple):
 _MARKS: dict[Kind, tuple[str, ...]] = {
     Kind.PIPELINE: ("model_index.json",),
     Kind.COMPONENT: ("diffusion_pytorch_model*", "diffusion_flax_model*"),
-    Kind.ADAPTER: ("adapter_config.json", "adapter_model.*", "pytorch_lora_weights.*"),
+    Kind.ADAPTER: (ADAPTER_CONFIG, "adapter_model.*", "pytorch_lora_weights.*"),
     Kind.ORIGINAL: ("consolidated*.safetensors", "consolidated*.pth"),
     Kind.GGUF: ("*.gguf", "*.ggml", "ggml-*.bin", "*.llamafile"),
     Kind.TENSORFLOW: ("tf_model*.h5", "*.h5", "*.keras", "*.ckpt.index", "saved_model.pb", "saved_model/*"),
@@ -74,6 +76,9 @@ _MARKS: dict[Kind, tuple[str, ...]] = {
 # What is told before anything else in the folder is looked at; the others where no pickle tells more.
 _FIRST = (Kind.PIPELINE, Kind.COMPONENT, Kind.ADAPTER, Kind.ORIGINAL)
 _SAVED = '.save_pretrained("dense"); then compress that'
+_MERGE = (
+    'merge it into its model: AutoPeftModelForCausalLM.from_pretrained("{path}").merge_and_unload()' + _SAVED
+)
 # Of Keras and of TensorFlow itself, which transformers never read.
 _FOREIGN = (
     "save them as safetensors with the library that made them, or take the same model in the files that "
@@ -84,8 +89,9 @@ _TODO: dict[Kind, str] = {
     "transformers, such as its text encoder ({path}/text_encoder), each as a folder of its own",
     Kind.COMPONENT: "diffusers cannot load it compressed; for its tensors alone put the safetensors file, "
     "renamed to model.safetensors, into a folder of its own, whose result miracle_hub.load_state_dict reads",
-    Kind.ADAPTER: 'merge it into its model: AutoPeftModelForCausalLM.from_pretrained("{path}")'
-    f".merge_and_unload(){_SAVED}",
+    Kind.PEFT: f"compress it, or, for what needs a model, {_MERGE}",
+    Kind.CODED_ADAPTER: f"decompress it first, or, for what needs a model, {_MERGE}",
+    Kind.ADAPTER: _MERGE,
     Kind.ORIGINAL: "take the files of the same model that transformers reads (model.safetensors and "
     "config.json), or convert them with the script of its architecture in transformers",
     Kind.GGUF: 'transformers reads it (pip install gguf): AutoModelForCausalLM.from_pretrained("{folder}", '
@@ -135,8 +141,15 @@ def told_by_names(where: str, names: Sequence[str]) -> Found | None:
     """The same, or None where there are safetensors to look into."""
     right_here = [name for name in names if name.endswith(WEIGHTS_ENDING) and "/" not in name]
     is_read = SINGLE in names or INDEX in names or not all(map(is_other_kind, right_here))
-    is_other = not {"model_index.json", "adapter_config.json"}.isdisjoint(names) and CONFIG not in names
+    is_other = not {"model_index.json", ADAPTER_CONFIG}.isdisjoint(names) and CONFIG not in names
+    if is_adapter_by_names(names):
+        return None
     return None if is_read and not is_other else kind_of_names(where, names)
+
+
+def is_adapter_by_names(names: Collection[str]) -> bool:
+    """Whether files are those of an adapter of PEFT in safetensors, without a model's."""
+    return {ADAPTER_CONFIG, ADAPTER} <= {*names} and {CONFIG, SINGLE, INDEX}.isdisjoint(names)
 
 
 def is_other_kind(name: str) -> bool:

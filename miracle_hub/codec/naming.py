@@ -7,6 +7,7 @@ model.stages-<n>.safetensors.index.json the tensors of the first n stages
 model.<variant>.safetensors             another network of a mixin's repository
 <tensor>.stage_<n>                      the entry of a refinement
 miracle                                 the entry of a network's stream
+adapter_model.safetensors               all tensors of an adapter, beside adapter_config.json
 """
 
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 from miracle_hub.code import MAX_STAGES
 
 CONFIG, CARD = "config.json", "README.md"
+ADAPTER_CONFIG, ADAPTER, ADAPTER_STEM = "adapter_config.json", "adapter_model.safetensors", "adapter_model"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 WEIGHTS_ENDING, INDEX_ENDING = ".safetensors", ".safetensors.index.json"

@@ -12,7 +12,7 @@ from miracle_hub.codec.config import digests_of, read_config, read_facts
 from miracle_hub.codec.guard import GUARD, Contents, Sealing, placeholder, read_contents
 from miracle_hub.codec.guarded import check_config, check_together
 from miracle_hub.codec.inherited import is_inherited
-from miracle_hub.codec.naming import CONFIG, INDEX, index_name, shard_names
+from miracle_hub.codec.naming import ADAPTER_STEM, CONFIG, INDEX, index_name, shard_names
 from miracle_hub.codec.reading import Reading
 from miracle_hub.codec.source import used_index, weight_files
 from miracle_hub.codec.stored import StoredTensor, joined, stored_in
@@ -244,6 +244,9 @@ def sharded(
 
     Args:
         guard: see `OutputFile`.
+
+    Raises:
+        OptionError: an adapter, of which PEFT reads one file, would have several.
     """
     shards: list[list[TensorSpec]] = [[]]
     filled = 0
@@ -253,6 +256,11 @@ def sharded(
             filled = 0
         shards[-1].append(entry)
         filled += entry.n_bytes
+    if stem == ADAPTER_STEM and len(shards) > 1:
+        raise OptionError(
+            f"max_shard_size: expected room for all of an adapter, which PEFT reads from one file, found "
+            f"{max_shard_bytes:,} bytes, {len(shards)} files; give more"
+        )
     names = shard_names(stem, len(shards))
     return [OutputFile(n, shard, {"format": "pt"}, guard) for n, shard in zip(names, shards, strict=True)]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import Tensor
 
-from miracle_hub.codec.kinds import is_other_kind, kind_of_names, refusal
-from miracle_hub.codec.naming import INDEX, SINGLE, WEIGHTS_ENDING
+from miracle_hub.codec.kinds import is_adapter_by_names, is_other_kind, kind_of_names, refusal
+from miracle_hub.codec.naming import ADAPTER, ADAPTER_STEM, INDEX, SINGLE, WEIGHTS_ENDING, stem_of
 from miracle_hub.errors import FormatError, MissingWeightsError, SourceError
 from miracle_hub.files.container import opened
 from miracle_hub.files.folders import entries
@@ -60,6 +60,8 @@ def weight_files(folder: Path, index: str = INDEX) -> list[Path]:
         raise MissingWeightsError(
             f"{folder}: expected a folder with model.safetensors, found a file; give the folder that it is in"
         )
+    if is_adapter(folder):
+        return [folder / ADAPTER]
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if used := used_index(folder, index):
@@ -68,6 +70,16 @@ def weight_files(folder: Path, index: str = INDEX) -> list[Path]:
     if found:
         return found
     raise refusal("model.safetensors", kind_of_names(str(folder), names_in(folder)))
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder is an adapter of PEFT, without a model."""
+    return folder.is_dir() and is_adapter_by_names(os.listdir(folder))
+
+
+def stem_in(folder: Path, n_stages: int = 1) -> str:
+    """What the name of the file begins with that a folder's weights, or those of its first stage, become."""
+    return ADAPTER_STEM if is_adapter(folder) else stem_of(1, n_stages)
 
 
 def names_in(folder: Path) -> list[str]:

@@ -17,9 +17,11 @@ from miracle_hub.codec.parts import is_miracle
 from miracle_hub.codec.reading import read_all
 from miracle_hub.codec.report import Report, told_by_reason
 from miracle_hub.codec.repository import repository_of
+from miracle_hub.codec.source import is_adapter
 from miracle_hub.codec.verification import Verification, verify_folder
-from miracle_hub.errors import DataError
+from miracle_hub.errors import DataError, OptionError
 from miracle_hub.files.whole import whole_file, writing
+from miracle_hub.hub.adapter_card import base_of_adapter, usage_of_adapter
 from miracle_hub.hub.facts import CardFacts, facts_of_folder, versions
 
 # In the package, so that every installation has it; model_cards/template.md is a link to it.
@@ -65,6 +67,7 @@ def write_card(
     kept_tags = set(_tags(metadata)) - _FORMAT_TAGS
     kept = {key: metadata[key] for key in _KEPT if key in metadata} | {"tags": sorted(kept_tags)}
     name = base_model or source.resolve().name
+    base_model = None if is_adapter(folder) else base_model  # which would be a dense adapter's
     update_card(folder, facts, metadata=kept, base=base_model, name=name)
 
 
@@ -92,14 +95,18 @@ def update_card(
     path, config = folder / CARD, read_config(folder)
     text = _text(path) if metadata is None else ""
     head = dict(read_metadata(path) if metadata is None else metadata)
-    is_plugin = is_miracle(read_quantization(folder))
+    is_plugin, of_adapter = is_miracle(read_quantization(folder)), is_adapter(folder)
     if (difference := read_base(read_quantization(folder), path)) is not None:
         base = difference.repository or None
+    if of_adapter:
+        base = base or base_of_adapter(folder)
+        usage = usage_of_adapter(folder, repo_id or PLACEHOLDER)
     base = base or (head.get("base_model") if isinstance(head.get("base_model"), str) else None)
-    data = _completed(head, facts, base, is_plugin and "model_type" in config)
+    reader = "peft" if of_adapter else "transformers" if is_plugin else ""
+    data = _completed(head, facts, base, reader if of_adapter or "model_type" in config else "")
     usage = usage or ("" if is_plugin else _kept_usage(text, repo_id))
     usage = usage or _usage(config, repo_id or PLACEHOLDER, is_plugin)
-    section = rendered(data, facts, base, name, usage, is_plugin, repo_id)
+    section = rendered(data, facts, base, name, usage, reader, repo_id)
     if text.strip():
         own = _SECTION.search(section)
         assert own is not None
@@ -116,15 +123,19 @@ def rendered(
     base: str | None,
     name: str,
     usage: str,
-    is_plugin: bool,
+    reader: str,
     repo_id: str,
 ) -> str:
-    """The whole card; a fact that is missing has no line."""
+    """The whole card; a fact that is missing has no line.
+
+    Args:
+        reader: the library that loads the repository where miracle-hub is installed; empty if none does.
+    """
     rate = f"{facts.bits_per_weight:.4f}" if facts.bits_per_weight else ""
     short = f"{facts.bits_per_weight:.2f} bits per weight" if facts.bits_per_weight else "compressed"
     title = f"{name.split('/')[-1]}, {short}" if name else short
     card = ModelCard.from_template(
-        data, template_path=str(TEMPLATE), title=title, base=base, usage=usage, transformers=is_plugin,
+        data, template_path=str(TEMPLATE), title=title, base=base, usage=usage, reader=reader,
         compressed=f"{facts.n_bytes:,}", dense=f"{facts.dense_bytes:,}" if facts.dense_bytes else "",
         rate=rate, rows=_rows(facts), evaluations=facts.evaluations, calibration=facts.calibration,
         certificate=facts.certificate, limits=facts.limits, copied=facts.copied, left_out=facts.left_out,
@@ -151,13 +162,14 @@ def _rows(facts: CardFacts) -> list[tuple[str, str]]:
     return [(name, value) for name, value in found.items() if value]
 
 
-def _completed(head: dict[str, Any], facts: CardFacts, base: str | None, loads: bool) -> ModelCardData:
+def _completed(head: dict[str, Any], facts: CardFacts, base: str | None, library: str) -> ModelCardData:
     """What the Hub reads: how to load the repository, what it was made from, and what was measured."""
+    relation = "adapter" if library == "peft" else "finetune" if facts.added_to else "quantized"
     head = {**head, "tags": sorted({*_tags(head), "miracle", "compressed"})}
-    if loads:
-        head["library_name"] = "transformers"
+    if library:
+        head["library_name"] = library
     if base is not None:
-        head |= {"base_model": base, "base_model_relation": "finetune" if facts.added_to else "quantized"}
+        head |= {"base_model": base, "base_model_relation": relation}
     head.pop("miracle", None)
     if carried := facts.carried():
         head["miracle"] = carried
@@ -220,7 +232,17 @@ def stale_card(folder: Path, verification: Verification) -> str:
 def verify_with_card(
     folder: Path, dense: Path | None, backend: str = "auto", base: Path | None = None
 ) -> Verification:
-    """Whether a repository is sound, and its card is that of its files; see `miracle_hub.verify`."""
+    """Whether a repository is sound, and its card is that of its files; see `miracle_hub.verify`.
+
+    Raises:
+        OptionError: an adapter is to be compared with a dense one.
+    """
+    if dense is not None and is_adapter(folder):
+        raise OptionError(
+            f"dense: expected none for an adapter, found {dense}: its factors were balanced before they were "
+            "coded, and only their products can be compared; leave it out (the report of compress has the "
+            "error of the products)"
+        )
     found = verify_folder(folder, dense=dense, backend=backend, base=base)
     stale = stale_card(folder, found)
     return replace(found, defects=(*found.defects, stale)) if stale else found

@@ -113,13 +113,18 @@ SOURCES: dict[str, tuple[Kind, Callable[[Path], Path], str]] = {
     ),
     "numpy": (Kind.ARRAYS, folder_of({"weights.npz": b"PK\3\4", "config.json": BERT}), "numpy arrays"),
     "adapter": (
-        Kind.ADAPTER,
+        Kind.PEFT,
         folder_of({"adapter_config.json": {"peft_type": "LORA"}, "adapter_model.safetensors": WEIGHTS}),
+        "found an adapter of PEFT (adapter_model.safetensors); compress it, or, for what needs a model",
+    ),
+    "adapter as pickle": (
+        Kind.ADAPTER,
+        folder_of({"adapter_config.json": {"peft_type": "LORA"}, "adapter_model.bin": b"\x80"}),
         "merge_and_unload()",
     ),
-    "adapter with a value head": (
+    "adapter with a model's config": (
         Kind.ADAPTER,
-        folder_of({"adapter_model.safetensors": WEIGHTS, "adapter_config.json": {}}),
+        folder_of({"adapter_config.json": {}, "adapter_model.safetensors": WEIGHTS, "config.json": BERT}),
         "merge it",
     ),
     "adapter under a model's name": (
@@ -263,6 +268,8 @@ def test_every_verb_says_what_it_found_and_what_to_do(name: str, tmp_path: Path)
     for verb, run in VERBS.items():
         if (kind, verb) == (Kind.QUANTIZED, "compare") or (verb == "push" and source.is_file()):
             continue  # transformers may run it; a push takes folders
+        if (kind, verb) == (Kind.PEFT, "compress"):
+            continue  # which takes it
         if (kind, verb) == (Kind.NOTHING, "certify"):
             continue  # which says first that it is not compressed
         with pytest.raises(SourceError if verb not in ("verify", "push") else ValueError) as raised:
