@@ -21,7 +21,7 @@ from miracle_hub.codec.rates import Chosen, Curve
 from miracle_hub.codec.source import SourceTensor, weight_files
 from miracle_hub.codec.survey import survey
 from miracle_hub.coding.backend import choose
-from miracle_hub.options import budget_bytes, parse_size
+from miracle_hub.sizes import budget_bytes, parse_size
 
 _WINDOW_BITS, _ROTATION = 12, 128
 

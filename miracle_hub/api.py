@@ -105,14 +105,20 @@ def compress(
         OutputExistsError: `out` exists. OutputWriteError: it cannot be written.
     """
     options = chosen(CompressOptions, options, locals())
-    from miracle_hub.codec.compress import compress_folder
-    from miracle_hub.hub.card import write_card
-    from miracle_hub.plugin.roles import roles_of
-
     options.require_budget()  # before a Hub source is downloaded
     folder = local_folder(source, options.revision, taken=TO_COMPRESS)
     if is_adapter(folder):
         return _compress_adapter(source, folder, Path(out), options, model)
+    return _compress_model(source, folder, Path(out), options, model)
+
+
+def _compress_model(
+    source: str | Path, folder: Path, out: Path, options: CompressOptions, model: nn.Module | None
+) -> Report:
+    from miracle_hub.codec.compress import compress_folder
+    from miracle_hub.hub.card import write_card
+    from miracle_hub.plugin.roles import roles_of
+
     based_on = _base_folder(options.base, options.base_revision)
     plainly = partial(compress_folder, folder, roles=roles_of, base=based_on)
     about_output: dict[str, Any] = {
@@ -121,12 +127,10 @@ def compress(
     }
     if options.exact or not is_asked(options.calibrate):
         _refuse_idle(model, options.work)
-        return plainly(Path(out), options, **about_output)
+        return plainly(out, options, **about_output)
     from miracle_hub.calibrate.compression import compress_calibrated
 
-    return compress_calibrated(
-        plainly, folder, Path(out), options, model=model, base=based_on, **about_output
-    )
+    return compress_calibrated(plainly, folder, out, options, model=model, base=based_on, **about_output)
 
 
 def _compress_adapter(

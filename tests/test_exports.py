@@ -82,13 +82,14 @@ def test_every_error_is_ours_and_of_the_standard_kind_that_callers_expect() -> N
 
 
 READING = """
-__init__ _autoload errors checks code names options api calibrate calibrate.asked
-files files.container files.digests files.folders files.whole
+__init__ _autoload errors checks code names options sizes api calibrate calibrate.asked
+files files.container files.digests files.folders files.snapshots files.whole
 format format.frame format.network format.payload format.spec format.varint
 coding coding.backend coding.cpu coding.digest coding.lookup coding.matrix coding.narrowing
 coding.numba_backend coding.order coding.philox coding.posterior coding.quantiles coding.rotation
 coding.scales coding.sharing
-codec codec.body codec.companions codec.comparing codec.config codec.constants codec.curvature
+codec codec.base codec.based codec.body codec.companions codec.comparing codec.config codec.constants
+codec.curvature
 codec.decompress codec.detector codec.dtypes codec.finite codec.guard codec.guarded codec.handed_out
 codec.inherited codec.inspection codec.kinds codec.modules codec.naming codec.network codec.parts
 codec.payloads codec.plan codec.purpose codec.quantized codec.rates codec.reading codec.report

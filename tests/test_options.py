@@ -26,7 +26,7 @@ VERBS: dict[str, tuple[Any, tuple[str, ...]]] = {
 OF_WHOLE_FILES = {
     *("api.compress", "finetune/fit.fit", "finetune/models.compress_model", "finetune/trainer.compress"),
     *("options.CompressOptions", "options.FitOptions", "training/config.VariationalConfig"),
-    *("options.budget_bytes", "options.check_budget", "options.parse_size", "options.asked_for"),
+    *("sizes.budget_bytes", "sizes.check_budget", "sizes.parse_size", "sizes.asked_for"),
     *("codec/report.Report", "codec/budget.Budget"),
 }
 # What only Python can be given, beside its options.

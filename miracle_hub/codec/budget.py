@@ -9,7 +9,7 @@ from miracle_hub.codec.plan import Plain, Plan, lay_out
 from miracle_hub.codec.rates import Chosen, Curve, allocate, extreme_choices
 from miracle_hub.codec.repository import total_bytes
 from miracle_hub.errors import BudgetError
-from miracle_hub.options import amount, asked_for
+from miracle_hub.sizes import amount, asked_for
 
 # Attempts at filling a budget to the byte: a choice.
 _FILL_ROUNDS = 24

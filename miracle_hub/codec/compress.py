@@ -12,7 +12,7 @@ from miracle_hub.codec.comparing import TUNED
 from miracle_hub.codec.config import LOSSLESS, read_config, read_quantization, write_config
 from miracle_hub.codec.curvature import Curvature
 from miracle_hub.codec.detector import TO_COMPRESS, require
-from miracle_hub.codec.differences import Differences, by_answers, differing
+from miracle_hub.codec.differences import Differences, by_answers, differences_of, differing
 from miracle_hub.codec.finite import NON_FINITE
 from miracle_hub.codec.jobs import Job, refining
 from miracle_hub.codec.keeping import Roles, kept_bytes, warn_of_kept
@@ -32,9 +32,10 @@ from miracle_hub.codec.worth import by_worth, worths
 from miracle_hub.codec.writer import Writer
 from miracle_hub.coding.backend import Backend, choose
 from miracle_hub.coding.narrowing import half_holds
-from miracle_hub.errors import BudgetError, OptionError, SourceError
+from miracle_hub.errors import BudgetError
 from miracle_hub.files.whole import output_folder, refuse_overlap, writing
-from miracle_hub.options import CompressOptions, budget_bytes, parse_size
+from miracle_hub.options import CompressOptions
+from miracle_hub.sizes import budget_bytes, parse_size
 
 
 def compress_folder(
@@ -71,41 +72,42 @@ def compress_folder(
     with output_folder(out, options.overwrite) as temporary:
         copied = _copy_and_count(source, temporary, weights)
         plans = plan_all(weights, options.modules_to_not_convert or [], coded or {}, half)
-        differences = _differences(source, base, plans, options)
-        known = Roles() if options.exact else roles(source)
-        non_finite = keep(plans, known, differences, options)
+        differences = differences_of(source, base, plans, options, _tensors_of)
+        non_finite = keep(plans, known := Roles() if options.exact else roles(source), differences, options)
         shares = arranged(plans) if differences is None else differences.relative
         n_weights = sum(plan.source.n_weights for plan in plans.values()) + copied.n_weights
         given = (options, copied.n_bytes, n_weights, backend, half, knowledge, differences, shares)
         stages, jobs = _decide(source, plans, *given)
         tuned = _take(knowledge, plans, jobs, backend)
         written = Writer(temporary, plans, backend).write(stages, jobs, options.progress)
-        report = replace(
-            _report(plans, copied, sum(map(total_bytes, stages)), n_weights, weights),
-            digest=written.digests[-1],
-            backend=backend.name,
-            left_out={**copied.left_out, **(not_downloaded or {})},
-            notes=_notes(source, differences, options.exact),
-            judged_by=known.said_by,
-            budget_bytes=_asked(options, n_weights),
-            lossless=options.exact,
-            **_told_of_base(differences, plans),
-        )
+        told = _told(source, options, n_weights, differences, plans) | {"judged_by": known.said_by}
+        told |= {"digest": written.digests[-1], "backend": backend.name}
+        told |= {"left_out": {**copied.left_out, **(not_downloaded or {})}}
+        report = _report(plans, copied, sum(map(total_bytes, stages)), n_weights, weights, told)
         facts = _facts(report, options, plans, {NON_FINITE: non_finite, TUNED: tuned})
-        facts |= {} if differences is None else differences.base.facts()
+        facts |= differences.base.facts() if differences else {}
         tensors, made = [plan.source for plan in plans.values()], (written.digests, written.guards)
         write_config(source, temporary, facts, tensors, *made, bool(report.exact), base is not None)
         report = replace(judged(temporary, report), seconds=time.monotonic() - started)
         _write_card(card, temporary, report)
-    if not options.exact:
-        warn_of_kept(plans, report.compressed_bytes)
+    _warn_of_kept(plans, report)
     return report
 
 
+def _warn_of_kept(plans: Mapping[str, Plan], report: Report) -> None:
+    if not report.lossless:  # which was asked for
+        warn_of_kept(plans, report.compressed_bytes)
+
+
 def _report(
-    plans: Mapping[str, Plan], copied: "_Copied", staged_bytes: int, n_weights: int, weights: list[Path]
+    plans: Mapping[str, Plan],
+    copied: "_Copied",
+    staged_bytes: int,
+    n_weights: int,
+    weights: list[Path],
+    told: Mapping[str, Any],
 ) -> Report:
-    """What plans and copies tell of a compression."""
+    """What plans and copies tell of a compression, and all else that is told."""
     n_bytes = staged_bytes + copied.n_bytes
     return Report(
         dense_bytes=sum(path.stat().st_size for path in weights) + copied.n_bytes,
@@ -116,6 +118,7 @@ def _report(
         exact=_whys(plans, Exact),
         kept_bytes=sum(kept_bytes(plans).values()),
         carried=copied.carried,
+        **told,
     )
 
 
@@ -292,43 +295,29 @@ def _take(
     return sorted(tuned)
 
 
-def _differences(
-    source: Path, base: Path | None, plans: dict[str, Plan], options: CompressOptions
-) -> Differences | None:
-    """What of the tensors to be stored is a difference to a base; None if there is none.
-
-    Raises:
-        OptionError: there are stages besides.
-        BaseModelError, SourceError: see `Differences`.
-    """
-    if base is None:
-        return None
-    if options.stages > 1:
-        raise OptionError(
-            f"stages: expected 1 with a base, found {options.stages}; leave out either stages or base"
-        )
-    if not (source / CONFIG).exists():
-        raise SourceError(
-            f"{source}: expected a config.json beside the weights, which states the base, found none; "
-            "add one, or compress without a base"
-        )
-    found = Differences.of(source, base, [plan.source for plan in plans.values()], _tensors_of)
-    found.plan(plans, options.has_budget)
-    return found
-
-
 def _tensors_of(folder: Path) -> Sequence[StoredTensor]:
     """See `based.Read`."""
     return open_repository(folder).tensors
 
 
-def _told_of_base(differences: Differences | None, plans: Mapping[str, Plan]) -> dict[str, Any]:
-    """What a report says of a base."""
+def _told(
+    source: Path,
+    options: CompressOptions,
+    n_weights: int,
+    differences: Differences | None,
+    plans: Mapping[str, Plan],
+) -> dict[str, Any]:
+    """What a report says of what was asked for, and of a base."""
+    asked = {
+        "notes": _notes(source, differences, options.exact),
+        "budget_bytes": _asked(options, n_weights),
+        "lossless": options.exact,
+    }
     if differences is None:
-        return {}
+        return asked
     same = [name for name, plan in plans.items() if isinstance(plan, Same) and plan.based is None]
     base = differences.base
-    return {
+    return asked | {
         "base": base.said,
         "n_same": len(same),
         "n_differing": len(base.digests) - len(same),

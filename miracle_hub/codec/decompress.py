@@ -20,7 +20,8 @@ from miracle_hub.errors import FormatError
 from miracle_hub.files.container import files_kept_open
 from miracle_hub.files.whole import output_folder, refuse_overlap
 from miracle_hub.format.spec import TensorSpec, item_bits
-from miracle_hub.options import DecompressOptions, parse_size
+from miracle_hub.options import DecompressOptions
+from miracle_hub.sizes import parse_size
 
 
 @files_kept_open()

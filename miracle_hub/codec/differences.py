@@ -16,14 +16,16 @@ from miracle_hub.codec.dtypes import TORCH_DTYPES
 from miracle_hub.codec.exact import exact_payload
 from miracle_hub.codec.handed_out import left_by
 from miracle_hub.codec.ladder import SIZE_EXPONENT
+from miracle_hub.codec.naming import CONFIG
 from miracle_hub.codec.plan import Coded, Exact, Plain, Plan, Ready, Same, Why
 from miracle_hub.codec.rates import LEFT_OUT, Chosen, Curve, Option
 from miracle_hub.codec.source import SourceTensor
 from miracle_hub.codec.stored import StoredTensor, base_digest_of
 from miracle_hub.codec.thin import THIN
-from miracle_hub.errors import BudgetError, SourceError
+from miracle_hub.errors import BudgetError, OptionError, SourceError
 from miracle_hub.format.payload import DTYPES
 from miracle_hub.format.spec import TensorSpec
+from miracle_hub.options import CompressOptions
 
 # Plain tensors that are differences where a base has them too.
 _SMALL = (Why.SHORT_VECTOR, Why.SMALL)
@@ -173,6 +175,31 @@ class Differences:
         digests = {name: digest for name, digest in self.base.digests.items() if _is_of_base(plans[name])}
         dtypes = {**self.base.dtypes, **casts}
         self.base = replace(self.base, left_out=tuple(names), dtypes=dtypes, digests=digests)
+
+
+def differences_of(
+    source: Path, base: Path | None, plans: dict[str, Plan], options: CompressOptions, read: Read
+) -> Differences | None:
+    """What of the tensors to be stored is a difference to a base, in `plans` too; None if there is none.
+
+    Raises:
+        OptionError: there are stages besides.
+        BaseModelError, SourceError: see `Differences`.
+    """
+    if base is None:
+        return None
+    if options.stages > 1:
+        raise OptionError(
+            f"stages: expected 1 with a base, found {options.stages}; leave out either stages or base"
+        )
+    if not (source / CONFIG).exists():
+        raise SourceError(
+            f"{source}: expected a config.json beside the weights, which states the base, found none; "
+            "add one, or compress without a base"
+        )
+    found = Differences.of(source, base, [plan.source for plan in plans.values()], read)
+    found.plan(plans)
+    return found
 
 
 def _make_loud(plans: dict[str, Plan]) -> None:

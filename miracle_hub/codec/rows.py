@@ -165,9 +165,9 @@ class Rows:
         return encode_rows(tuple(weights.shape), recipe.rows, whole)
 
 
-def _unpacked(bits: bytes, n_rows: int) -> np.ndarray:
+def _unpacked(packed: bytes, n_rows: int) -> np.ndarray:
     """A bit for each row as bool `[rows]`."""
-    return np.unpackbits(np.frombuffer(bits, np.uint8), count=n_rows, bitorder="little").astype(bool)
+    return np.unpackbits(np.frombuffer(packed, np.uint8), count=n_rows, bitorder="little").astype(bool)
 
 
 def _squared(values: Tensor) -> float:

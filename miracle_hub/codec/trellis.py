@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from miracle_hub.code import Code
-from miracle_hub.codec.aligned import gain
 from miracle_hub.codec.body import body_of, check_payload, coded_rows
 from miracle_hub.codec.curvature import Curvature
 from miracle_hub.codec.dtypes import DTYPE_NAMES, TORCH_DTYPES
@@ -305,6 +304,8 @@ def _encode_segment(
 
 def _gain(rows: Tensor, found: Tensor) -> float:
     """By which values of least squared error are multiplied; see `aligned`."""
+    from miracle_hub.codec.aligned import gain
+
     power = float(rows.double().square().sum())
     return gain(min(1.0, float((rows - found).double().square().sum()) / power)) if power else 1.0
 

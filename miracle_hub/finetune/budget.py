@@ -32,7 +32,8 @@ from miracle_hub.format.network import NetworkHeader, SharedSpec, encode_network
 from miracle_hub.format.payload import SCALE_BYTES
 from miracle_hub.format.spec import TensorSpec, bytes_entry
 from miracle_hub.names import matches
-from miracle_hub.options import DEFAULT_SHARD_SIZE, amount, asked_for, budget_bytes, parse_size
+from miracle_hub.options import DEFAULT_SHARD_SIZE
+from miracle_hub.sizes import amount, asked_for, budget_bytes, parse_size
 from miracle_hub.training.based import TrainingBase
 from miracle_hub.training.codes import USED_UP, Codes, FilePlan, Unit, codes_within
 from miracle_hub.training.config import VariationalConfig

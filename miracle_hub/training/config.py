@@ -11,7 +11,7 @@ from miracle_hub.code import MAX_STEP_WEIGHTS, MAX_WINDOW_BITS, Code
 from miracle_hub.coding.sharing import KINDS
 from miracle_hub.errors import BudgetError, OptionError
 from miracle_hub.names import check_names
-from miracle_hub.options import check_budget, check_rate
+from miracle_hub.sizes import check_budget, check_rate
 from miracle_hub.training.blocks import MAX_BLOCK_WEIGHTS
 
 PARAMETRIZATIONS = ("mean-kl", "mean-var", "test-channel")

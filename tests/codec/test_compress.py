@@ -14,7 +14,8 @@ from miracle_hub.codec.decompress import decompress_folder, load_state_dict
 from miracle_hub.codec.inspection import inspect_folder
 from miracle_hub.codec.report import Report
 from miracle_hub.errors import OptionError
-from miracle_hub.options import DecompressOptions, parse_size
+from miracle_hub.options import DecompressOptions
+from miracle_hub.sizes import parse_size
 
 Compress = Callable[..., Report]
 LeastSize = Callable[..., int]
