@@ -70,7 +70,7 @@ def compress_folder(
     if not coded:
         options.require_budget()
     with output_folder(out, options.overwrite) as temporary:
-        copied = _copy_and_count(source, temporary, weights)
+        copied = _copy_and_count(source, temporary, weights, not_downloaded or {})
         plans = plan_all(weights, options.modules_to_not_convert or [], coded or {}, half)
         differences = differences_of(source, base, plans, options, _tensors_of)
         non_finite = keep(plans, known := Roles() if options.exact else roles(source), differences, options)
@@ -82,7 +82,6 @@ def compress_folder(
         written = Writer(temporary, plans, backend).write(stages, jobs, options.progress)
         told = _told(source, options, n_weights, differences, plans) | {"judged_by": known.said_by}
         told |= {"digest": written.digests[-1], "backend": backend.name}
-        told |= {"left_out": {**copied.left_out, **(not_downloaded or {})}}
         report = _report(plans, copied, sum(map(total_bytes, stages)), n_weights, weights, told)
         facts = _facts(report, options, plans, {NON_FINITE: non_finite, TUNED: tuned})
         facts |= differences.base.facts() if differences else {}
@@ -118,6 +117,7 @@ def _report(
         exact=_whys(plans, Exact),
         kept_bytes=sum(kept_bytes(plans).values()),
         carried=copied.carried,
+        left_out=copied.left_out,
         **told,
     )
 
@@ -183,12 +183,14 @@ class _Copied:
     left_out: Mapping[str, str]
 
 
-def _copy_and_count(source: Path, target: Path, weights: list[Path]) -> _Copied:
+def _copy_and_count(
+    source: Path, target: Path, weights: list[Path], not_downloaded: Mapping[str, str]
+) -> _Copied:
     companions = of_source(source, weights)
     companions.copy(target)
     n_bytes = sum(path.stat().st_size for path in companions.weights)
     n_weights = sum(t.n_weights for path in companions.weights for t in list_tensors([path]))
-    return _Copied(n_bytes, n_weights, companions.carried, companions.left_out)
+    return _Copied(n_bytes, n_weights, companions.carried, {**companions.left_out, **not_downloaded})
 
 
 def _decide(
