@@ -12,22 +12,23 @@ from miracle_hub.codec.comparing import TUNED
 from miracle_hub.codec.config import LOSSLESS, read_config, read_quantization, write_config
 from miracle_hub.codec.curvature import Curvature
 from miracle_hub.codec.detector import TO_COMPRESS, require
-from miracle_hub.codec.differences import Differences, by_answers, differences_of, differing
+from miracle_hub.codec.differences import Differences, differences_of
 from miracle_hub.codec.finite import NON_FINITE
 from miracle_hub.codec.jobs import Job, refining
 from miracle_hub.codec.keeping import Roles, kept_bytes, warn_of_kept
-from miracle_hub.codec.knowledge import Knowledge, weighed
+from miracle_hub.codec.knowledge import Knowledge, curvatures
 from miracle_hub.codec.lossless import keep
 from miracle_hub.codec.naming import CARD, CONFIG
 from miracle_hub.codec.payloads import Request
 from miracle_hub.codec.plan import Coded, Exact, Plain, Plan, Ready, Same, Why, lay_out, narrowed, plan_all
-from miracle_hub.codec.rates import Curve
+from miracle_hub.codec.rates import Chosen
 from miracle_hub.codec.report import Report
 from miracle_hub.codec.repository import OutputFile, open_repository, total_bytes
 from miracle_hub.codec.source import is_adapter, list_tensors, stem_in, weight_files
 from miracle_hub.codec.stages import refined_files, refinement
 from miracle_hub.codec.stored import StoredTensor
 from miracle_hub.codec.survey import survey
+from miracle_hub.codec.weighing import by_cost
 from miracle_hub.codec.worth import by_worth, worths
 from miracle_hub.codec.writer import Writer
 from miracle_hub.coding.backend import Backend, choose
@@ -208,9 +209,8 @@ def _decide(
     """Files and jobs of every stage; tensors that cannot be coded, or have no budget, become plain."""
     shard_bytes, stem = parse_size(options.max_shard_size, "max_shard_size"), stem_in(source, options.stages)
     left = {name: plan.source for name, plan in plans.items() if isinstance(plan, Coded)}
-    is_nothing_left = differences is not None or any(isinstance(plan, Ready) for plan in plans.values())
-    are_coded = not left and is_nothing_left
-    if not options.has_budget or are_coded:
+    is_ready = differences is not None or any(isinstance(plan, Ready) for plan in plans.values())
+    if not options.has_budget or (is_ready and not left):
         plans |= {name: narrowed(Plain(tensor, Why.NO_BUDGET), half) for name, tensor in left.items()}
         files = lay_out(plans, {}, shard_bytes, stem)
         _require_within(total_bytes(files) + copied_bytes, options, n_weights)
@@ -218,39 +218,36 @@ def _decide(
     request = Request(options.window_bits, options.rotation, options.seed, len(left), backend)
     curves, contents = survey(plans, request)
     refined = [refined_files(plans, request, stage, shard_bytes) for stage in range(2, options.stages + 1)]
-    target = budget_bytes(options.bits_per_weight, options.size, n_weights)
-    other_bytes = copied_bytes + sum(map(total_bytes, refined))
+    target, other_bytes = _asked(options, n_weights), copied_bytes + sum(map(total_bytes, refined))
+    assert target is not None
     budget = Budget(target, other_bytes, n_weights, shard_bytes, stem, options.bits_per_weight)
     require_reachable(plans, curves, budget)
-    costs = {} if knowledge is None else _curvatures(knowledge, plans, curves)
+    costs = {} if knowledge is None else curvatures(knowledge, plans, curves)
     plans |= {} if knowledge is None else _changing(knowledge, plans)
-    coded = {curve.name: plan for curve in curves if isinstance(plan := plans[curve.name], Coded)}
     worth = worths([plan.source for plan in plans.values()], read_config(source))
     worth |= {name: worth.get(name, 1.0) * share for name, share in shares.items()}
-    if knowledge is None or differences is None:
-        curves = _weighed(by_worth(curves, worth), coded, costs, worth, request)
-    else:
-        curves = by_answers(by_worth(curves, worth), coded, knowledge.without)
+    curves = by_cost(by_worth(curves, worth), plans, costs, worth, request, knowledge)
     choices = meet_budget(plans, curves, budget)
     if differences is not None:
         differences.leave_out(plans, choices)
-    first = [
-        Job(plan.source, contents[name], choices[name], curvature=costs.get(name), based=plan.based)
-        for name in sorted(choices)
-        if isinstance(plan := plans[name], Coded)
-    ]
-    jobs = [first]
+    jobs = [_first_jobs(plans, choices, contents, costs)]
     for _ in refined:
         last = {job.source.name: job for job in jobs[-1]}
         jobs.append(refining(last, lambda source: refinement(source, request), backend))
     return [lay_out(plans, choices, shard_bytes, stem), *refined], jobs
 
 
-def _curvatures(
-    knowledge: Knowledge, plans: Mapping[str, Plan], curves: Sequence[Curve]
-) -> dict[str, Curvature]:
-    found = {curve.name: knowledge.curvature(plans[curve.name].source) for curve in curves}
-    return {name: curvature for name, curvature in found.items() if curvature is not None}
+def _first_jobs(
+    plans: Mapping[str, Plan],
+    choices: Mapping[str, Chosen],
+    contents: Mapping[str, str],
+    costs: Mapping[str, Curvature],
+) -> list[Job]:
+    return [
+        Job(plan.source, contents[name], choices[name], curvature=costs.get(name), based=plan.based)
+        for name in sorted(choices)
+        if isinstance(plan := plans[name], Coded)
+    ]
 
 
 def _changing(knowledge: Knowledge, plans: Mapping[str, Plan]) -> dict[str, Plan]:
@@ -265,21 +262,6 @@ def _changing(knowledge: Knowledge, plans: Mapping[str, Plan]) -> dict[str, Plan
             fits = plan.source.dtype == "F32" and half_holds(plan.source.load())
             found[name] = Plain(plan.source, why, fits)
     return found
-
-
-def _weighed(
-    curves: list[Curve],
-    coded: Mapping[str, Coded],
-    known: Mapping[str, Curvature],
-    worth: Mapping[str, float],
-    request: Request,
-) -> list[Curve]:
-    """Curves by what errors cost, as far as anything is known of that."""
-    costs = {
-        name: curvature.cost(differing(coded[name]), request.rotation, request.backend)
-        for name, curvature in known.items()
-    }
-    return weighed(curves, costs, {name: plan.source.n_weights for name, plan in coded.items()}, worth)
 
 
 def _take(

@@ -113,3 +113,11 @@ def _scaled(curve: Curve, rows: int, share_of_cost: float, factor: float) -> Cur
         replace(o, error=o.error * factor, n_bytes=max(1, round(o.n_bytes * share))) for o in curve.options
     ]
     return replace(curve, rows=rows, options=tuple(options))
+
+
+def curvatures(
+    knowledge: Knowledge, plans: Mapping[str, Plan], curves: Sequence[Curve]
+) -> dict[str, Curvature]:
+    """What errors of tensors cost, of those where that is known."""
+    found = {curve.name: knowledge.curvature(plans[curve.name].source) for curve in curves}
+    return {name: curvature for name, curvature in found.items() if curvature is not None}
