@@ -33,7 +33,7 @@ from transformers import (
 import miracle_hub
 
 # Sentences that the head is fitted to, and those that calibration sees.
-_HEAD_ROWS, _CALIBRATION_ROWS = 8192, 4096
+_HEAD_ROWS, _CALIBRATION_ROWS = 8192, 16384
 # Of the head alone; without it answers are so sure that the fine-tune begins with a loss of 2.
 _DECAY = 1e-3
 
