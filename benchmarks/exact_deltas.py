@@ -22,6 +22,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ def measured(what: str, dtype: str, tuned: Path, base: Path) -> dict[str, Any]:
     n_weights = sum(own.numel() for own, _ in pairs.values())
     print(what, dtype, f"{n_weights:,} weights; predicted {predicted:,} bytes", flush=True)
     rows = []
-    for row in (ours(tuned, base, tuned.with_name("out")), *peers(pairs)):
+    for row in chain([ours(tuned, base, tuned.with_name("out"))], peers(pairs)):
         rows.append(row | {"bits_per_weight": round(8 * row["bytes"] / n_weights, 3)})
         print(row, flush=True)
     dense = sum(own.numel() * own.dtype.itemsize for own, _ in pairs.values())
