@@ -35,7 +35,7 @@ from torch import Tensor
 import miracle_hub
 
 # Of weights of deviation 0.05, and what a fine-tuning moves them by.
-_DEVIATION, _MOVES, _SIDE = 0.05, (3e-5, 3e-4, 3e-3), 2048
+_DEVIATION, _MOVES, _SIDE = 0.05, (3e-5, 3e-4, 3e-3), 1024
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 _FRACTION_BITS = {torch.float32: 23, torch.bfloat16: 7}
 _BIAS = 127
