@@ -22,6 +22,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from torch import Tensor
 import miracle_hub
 
 # Of weights of deviation 0.05, and what a fine-tuning moves them by.
-_DEVIATION, _MOVES, _SIDE = 0.05, (3e-5, 3e-4, 3e-3), 2048
+_DEVIATION, _MOVES, _SIDE = 0.05, (3e-5, 3e-4, 3e-3), 1024
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 _FRACTION_BITS = {torch.float32: 23, torch.bfloat16: 7}
 _BIAS = 127
@@ -145,7 +146,7 @@ def measured(what: str, dtype: str, tuned: Path, base: Path) -> dict[str, Any]:
     n_weights = sum(own.numel() for own, _ in pairs.values())
     print(what, dtype, f"{n_weights:,} weights; predicted {predicted:,} bytes", flush=True)
     rows = []
-    for row in (ours(tuned, base, tuned.with_name("out")), *peers(pairs)):
+    for row in chain([ours(tuned, base, tuned.with_name("out"))], peers(pairs)):
         rows.append(row | {"bits_per_weight": round(8 * row["bytes"] / n_weights, 3)})
         print(row, flush=True)
     dense = sum(own.numel() * own.dtype.itemsize for own, _ in pairs.values())

@@ -69,8 +69,8 @@ def decode_piece(
     Raises:
         FormatError: the strings are none that it gives.
     """
-    strings = [np.frombuffer(string, np.uint8) for string in (coded, plain)]
-    found = _decode(base, 8 * base.itemsize, fraction_bits, *strings, own)
+    first, second = (np.frombuffer(string, np.uint8) for string in (coded, plain))
+    found = _decode(base, 8 * base.itemsize, fraction_bits, first, second, own)
     if found != _SOUND:
         raise FormatError(
             f"{where}: bits payload: expected {_DEFECTS[found]}, found others; the file is damaged or was "
