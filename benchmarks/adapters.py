@@ -94,14 +94,14 @@ def n_bytes(folder: Path) -> int:
     return sum((folder / name).stat().st_size for name in _FILES)
 
 
-def measure(task: Task, bits: list[float], options: dict[str, Any]) -> None:
-    """The adapter in 16 bits, and both kinds of rows; every one is noted as soon as it is there."""
+def measure(task: Task, bits: list[float], kinds: list[str], options: dict[str, Any]) -> None:
+    """The adapter in 16 bits, and rows of kinds; every one is noted as soon as it is there."""
     n_weights = sum(tensor.numel() for tensor in load_file(task.adapter / _FILES[0]).values())
     dense = {"bytes": n_bytes(task.adapter), "test": task.accuracy(task.adapter)}
     found: dict[str, Any] = {"n_weights": n_weights, "options": options, "fp16": dense, "rows": []}
     print(json.dumps(found), flush=True)
-    for kind in ("balanced", "as trained"):
-        if kind == "as trained":
+    for kind in kinds:
+        if kind == "as-trained":
             coding.why_not_balanced = lambda config: "to compare"
         for each in bits:
             found["rows"].append(task.row(each, kind))
@@ -117,6 +117,7 @@ def main() -> None:
     p.add_argument("--steps", type=int, default=250)
     p.add_argument("--rate", type=float, default=2e-3)
     p.add_argument("--bits", nargs="*", type=float, default=[])
+    p.add_argument("--kinds", nargs="+", default=["balanced", "as-trained"])
     p.add_argument("--threads", type=int, default=2)
     a = p.parse_args()
     torch.set_num_threads(a.threads)
@@ -124,7 +125,7 @@ def main() -> None:
     if a.tune:
         task.tune(a.steps, a.rate)
     if a.bits:
-        measure(task, a.bits, {"steps": a.steps, "rate": a.rate, "rank": _RANK, "layers": _LAYERS})
+        measure(task, a.bits, a.kinds, {"steps": a.steps, "rate": a.rate, "rank": _RANK, "layers": _LAYERS})
 
 
 if __name__ == "__main__":

@@ -106,14 +106,14 @@ class Balancing:
         for b_plan, a_plan in () if self.why_not else list(_pairs(plans)):
             sources = b_plan.source, a_plan.source
             b, a = (source.load() for source in sources)
-            pair = balanced(b, a)
-            if not all(bool(torch.isfinite(factor).all()) for factor in pair):
-                continue  # float16 is too narrow for these
+            power, pair = squared(b, a), balanced(b, a)
+            if power == 0 or not all(bool(torch.isfinite(factor).all()) for factor in pair):
+                continue  # nothing to balance, or float16 is too narrow for the result
             self.pairs.append(sources)
             for plan, factor in zip((b_plan, a_plan), pair, strict=True):
                 name = plan.source.name
                 found[name] = factor.contiguous()
-                powers[name] = squared(b, a) / (b.shape[0] * a[0].numel())
+                powers[name] = power / (b.shape[0] * a[0].numel())
                 plans[name] = replace(plan, source=replace(plan.source, path=self.path))
         save_file(found, self.path)
         mean = math.exp(sum(map(math.log, powers.values())) / max(1, len(powers)))
@@ -143,13 +143,11 @@ def _error(pairs: list[tuple[SourceTensor, SourceTensor]], folder: Path) -> floa
 
 
 def _pairs(plans: Mapping[str, Plan]) -> Iterator[tuple[Coded, Coded]]:
-    """B and A of every pair, both to be coded, of which only the product counts, and is not zero."""
+    """B and A of every pair, both to be coded."""
     for name, a in plans.items():
         match = _OF_A.fullmatch(name)
         b = plans.get(f"{match[1]}B{match[2] or ''}") if match else None
-        if not isinstance(a, Coded) or not isinstance(b, Coded):
-            continue
-        if are_factors(b.source.shape, a.source.shape) and squared(b.source.load(), a.source.load()) > 0:
+        if isinstance(a, Coded) and isinstance(b, Coded) and are_factors(b.source.shape, a.source.shape):
             yield b, a
 
 
