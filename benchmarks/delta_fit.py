@@ -73,7 +73,8 @@ def tuned(task: Task, a: argparse.Namespace) -> Path:
     if not folder.exists():
         model = load(task.headed)
         penalty = UpdatePenalty(model, a.method, a.weight)
-        trainer(Trainer, task, model, a.steps, a.rate, [penalty]).train()
+        tuner: Any = trainer(Trainer, task, model, a.steps, a.rate, [penalty])
+        tuner.train()
         model.save_pretrained(folder)
         task.tokenizer.save_pretrained(folder)
         print(folder.name, task.accuracies(model), flush=True)

@@ -57,6 +57,10 @@ class Task:
         labels = torch.tensor([row["labels"] for row in self.splits[split]])
         return 100 * float((logits.argmax(1) == labels).float().mean())
 
+    def accuracies(self, model: nn.Module) -> dict[str, float]:
+        """In percent."""
+        return {split: self.right(self.logits(model, split), split) for split in ("dev", "test")}
+
     def logits(self, model: nn.Module, split: str, n_rows: int | None = None) -> Tensor:
         """Of the first rows of a split."""
         data, found = self.splits[split][:n_rows], []
@@ -86,9 +90,8 @@ class Task:
             learning_rate=rate, seed=0, warmup_steps=0.06, bf16=True, use_cpu=True, report_to=[],
             save_strategy="no", logging_steps=100, disable_tqdm=True, dataloader_pin_memory=False,
         )  # fmt: skip
-        Trainer(
-            model=model, args=arguments, train_dataset=self.splits["train"], data_collator=self.collator
-        ).train()
+        data: Any = self.splits["train"]
+        Trainer(model=model, args=arguments, train_dataset=data, data_collator=self.collator).train()
         model.save_pretrained(self.tuned)
         self.tokenizer.save_pretrained(self.tuned)
 

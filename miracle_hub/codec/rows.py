@@ -155,8 +155,7 @@ class Rows:
         kept = torch.from_numpy(recipe.kept(len(weights)))
         own, theirs = (tensor.reshape(len(weights), -1)[kept] for tensor in (weights, base))
         inner, _ = self._inner(TensorSpec(where, "F32", tuple(weights.shape)), recipe)
-        known = {} if curvature is None else {"curvature": curvature}
-        payload = TRELLIS.encode(own, inner, where, backend, base=theirs, **known)
+        payload = TRELLIS.encode(own, inner, where, backend, curvature=curvature, base=theirs)
         header, start = decode_header(payload, where)
         power = _squared(left_by([base.to(weights.dtype).float()], weights))
         left = _squared(left_by([theirs.to(own.dtype).float()], own))

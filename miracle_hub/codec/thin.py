@@ -97,7 +97,8 @@ class Thin:
         n = min(_RANKS[-1], min(matrix.shape) // 4)
         _, values, _ = singular(matrix, n)
         power = float(matrix.double().square().sum())
-        return _Spectrum(*matrix.shape, (values.double().square() / power).tolist())
+        shares = (values.double().square() / power).tolist()
+        return _Spectrum(matrix.shape[0], matrix.shape[1], shares)
 
     def offers(self, surveys: Sequence[Any], request: Request) -> list[list[Option]]:
         """Factors of some ranks and rates, and what they leave at some rates or not at all."""

@@ -70,7 +70,7 @@ def decode_piece(
         FormatError: the strings are none that it gives.
     """
     first, second = (np.frombuffer(string, np.uint8) for string in (coded, plain))
-    found = _decode(base, 8 * base.itemsize, fraction_bits, first, second, own)
+    found: int = _decode(base, 8 * base.itemsize, fraction_bits, first, second, own)
     if found != _SOUND:
         raise FormatError(
             f"{where}: bits payload: expected {_DEFECTS[found]}, found others; the file is damaged or was "

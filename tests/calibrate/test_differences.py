@@ -53,7 +53,9 @@ def difference(folders: tuple[Path, Path], out: Path, **options: Any) -> Report:
 
 
 def answers(folder: Path, base: Path | None = None) -> Tensor:
-    also = {} if base is None else {"quantization_config": miracle_hub.MiracleConfig(base=base)}
+    also: dict[str, Any] = (
+        {} if base is None else {"quantization_config": miracle_hub.MiracleConfig(base=base)}
+    )
     model = BertForSequenceClassification.from_pretrained(folder, **also)
     ids = torch.randint(5, 20, (64, 8), generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():

@@ -3,6 +3,7 @@
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,7 +112,7 @@ def test_what_moved_everywhere_or_is_short_is_left_to_the_trellis(n_rows: int) -
 
 def inner(rows: int = 2, columns: int = COLUMNS, base: bool = True) -> bytes:
     segments = [Segment(rows, Code(8, 2, 1), False)]
-    given = {"base": torch.zeros(rows, columns)} if base else {}
+    given: Any = {"base": torch.zeros(rows, columns)} if base else {}
     return encode_tensor(torch.ones(rows, columns), segments, 1, where="words", **given)
 
 

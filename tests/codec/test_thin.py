@@ -3,6 +3,7 @@
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -150,7 +151,7 @@ def test_a_sum_that_the_dtype_cannot_hold_is_refused() -> None:
 
 
 def factor(rank: int, length: int, base: bool = False) -> bytes:
-    given = {"base": torch.zeros(rank, length)} if base else {}
+    given: Any = {"base": torch.zeros(rank, length)} if base else {}
     values = torch.ones(rank, length)
     segments = [Segment(encode_rows_of(values), Code(8, 2, 1), False)]
     return encode_tensor(values, segments, 1, where="low", **given)

@@ -43,11 +43,12 @@ def of_low_rank(raw):
     (dtype, n_dimensions), at = numbers_at(raw, 9, 2)
     shape, at = numbers_at(raw, at, n_dimensions)
     (n_left, n_right), at = numbers_at(raw, at, 2)
-    at, weights = at + 12, None
+    at = at + 12
     (_, left, *_), (_, right, *_) = decode(raw[at : at + n_left]), decode(raw[at + n_left :][:n_right])
-    for one, other in zip(left, right, strict=True):
+    weights = np.zeros((), "<f4")
+    for k, (one, other) in enumerate(zip(left, right, strict=True)):
         term = np.multiply(one[:, None], other, dtype="<f4")
-        weights = term if weights is None else weights + term
+        weights = weights + term if k else term
     weights = weights.reshape(shape)
     rest = raw[at + n_left + n_right :]
     return dtype, weights + difference(rest)[1] if rest else weights

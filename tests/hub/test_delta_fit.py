@@ -33,7 +33,8 @@ def make_base(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.01 * torch.randn(parameter.shape)
-    model.to(dtype).save_pretrained(folder)
+    nn.Module.to(model, dtype)
+    model.save_pretrained(folder)
     return folder
 
 
@@ -119,14 +120,14 @@ def test_vectors_of_the_base_keep_all_bits_beside_a_rate(base: Path, tmp_path: P
     model = make_variational(headed(base), rate=0.25, base=base)
     fitted(model, tmp_path / "out")
     bias = "embeddings.LayerNorm.bias"
-    assert torch.equal(model.bert.get_parameter(bias), load_file(base / "model.safetensors")[bias])
+    assert torch.equal(model.get_parameter(f"bert.{bias}"), load_file(base / "model.safetensors")[bias])
     assert_equal_states(loaded_from(tmp_path / "out", base), posterior_mean(model))
 
 
 def test_a_tensor_that_is_changed_all_the_same_is_stored(base: Path, tmp_path: Path) -> None:
     model = make_variational(headed(base), rate=0.25, base=base)
     with torch.no_grad():
-        model.bert.embeddings.LayerNorm.bias += 1 / 3
+        model.get_parameter("bert.embeddings.LayerNorm.bias").add_(1 / 3)
     report = fitted(model, tmp_path / "out")
     assert "bert.embeddings.LayerNorm.bias" in report.plain
     assert_equal_states(loaded_from(tmp_path / "out", base), posterior_mean(model))
@@ -159,7 +160,7 @@ def test_a_size_for_the_rest_codes_what_changed_beside_the_fit(base: Path, tmp_p
     options: dict[str, Any] = {"target_modules": r".*encoder.*", "exclude_modules": r".*output.*"}
     model = make_variational(headed(base), rate=0.25, base=base, **options)
     with torch.no_grad():
-        model.bert.pooler.dense.weight += 0.01 * torch.randn(64, 64)
+        model.get_parameter("bert.pooler.dense.weight").add_(0.01 * torch.randn(64, 64))
     trainer = MiracleTrainer(model=model, args=TrainingArguments(str(tmp_path / "t"), use_cpu=True))
     report = trainer.compress(tmp_path / "out", size="8kB", options=CodingOptions(groups=2, refit_steps=0))
     assert report.compressed_bytes <= 8000
