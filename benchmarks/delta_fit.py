@@ -71,10 +71,9 @@ def tuned(task: Task, a: argparse.Namespace) -> Path:
         return task.tuned
     folder = task.folder / f"tuned-{a.method}-{a.weight:g}"
     if not folder.exists():
-        model = load(task.headed)
+        model: Any = load(task.headed)
         penalty = UpdatePenalty(model, a.method, a.weight)
-        tuner: Any = trainer(Trainer, task, model, a.steps, a.rate, [penalty])
-        tuner.train()
+        trainer(Trainer, task, model, a.steps, a.rate, [penalty]).train()
         model.save_pretrained(folder)
         task.tokenizer.save_pretrained(folder)
         print(folder.name, task.accuracies(model), flush=True)

@@ -7,7 +7,10 @@ import re
 from pathlib import Path
 
 from ablation_report import section as ablation
+from adapters_report import adapters
 from calibration_report import section as calibration
+from deltas_report import section as deltas
+from exact_deltas_report import exact_deltas
 from expectations import table as expectations
 from figures import PEERS, load, write_figures
 from kept_report import section as kept
@@ -321,7 +324,8 @@ def summary() -> str:
 def results_page() -> str:
     """docs/results.md."""
     models = (minilm(), stories(), section(), ablation(), self_made(), calibration(), size_rule())
-    parts = (_HEAD, *models, fine_tuning(), lenet(), rate_distortion(), speed(), kept(), gpu())
+    differences = (deltas(), exact_deltas(), adapters())
+    parts = (_HEAD, *models, fine_tuning(), *differences, lenet(), rate_distortion(), speed(), kept(), gpu())
     return "\n\n".join(parts) + "\n"
 
 
