@@ -9,7 +9,8 @@ _HEAD = """## A fine-tune beside its base
 all-MiniLM-L6-v2 with a head, tuned on SST-2 ({n_weights:,} weights; `benchmarks/deltas.py`). With the head
 alone {headed[test]:.2f} % of test are right ({headed[dev]:.2f} of dev), after the fine-tune {tuned[test]:.2f}
 ({tuned[dev]:.2f}); gain is the share of that difference which is left. Bytes are whole files, with what
-config.json states of the base. A sentence of test is {step:.2f} % of the gain."""
+config.json states of the base. A sentence of test is {step:.2f} % of the gain. Of fit --delta the
+time was not taken; all ran beside other work."""
 _COLUMNS = ("method", "setting", "bytes", "bits per weight", "dev %", "gain on dev, %", "test %")
 _COLUMNS += ("gain on test, %", "KL to the tune, test", "seconds")
 
@@ -39,5 +40,5 @@ def _row(row: dict[str, Any]) -> str:
     figures = [f"{row['bytes']:,}", f"{row['bits_per_weight']:.3f}"]
     for split in ("dev", "test"):
         figures += [f"{row[split]:.2f}", f"{row[f'{split} gain']:.1f}"]
-    figures += [f"{row['test kl']:.4f}", f"{row['seconds']:.0f}"]
+    figures += [f"{row['test kl']:.4f}", "" if row["seconds"] is None else f"{row['seconds']:.0f}"]
     return f"| {row['method']} | {row['setting']} | {' | '.join(figures)} |"

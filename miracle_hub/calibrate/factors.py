@@ -22,7 +22,8 @@ from miracle_hub.codec.thin import ThinRecipe, encode_factor, encode_sum, thin_f
 from miracle_hub.codec.trellis import TrellisPayload
 from miracle_hub.coding.backend import Backend
 
-# Of factors, over their root mean square. PLACEHOLDER
+# Of factors, over their root mean square. Tried by hand on MiniLM tuned on SST-2, rank 8, without its words:
+# 100 steps at 0.01 leave 0.0338 of 0.0404 nats, 50 at 0.05 0.0387 of 0.0393. No other model was tried.
 _RATE = 0.01
 
 

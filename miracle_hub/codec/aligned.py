@@ -14,6 +14,7 @@ ten differences and multiplies the others by ten.
 # κ, chosen on three fine-tunes (benchmarks/delta_gain.py). Divergence over the base's at two rates each, with
 # 1, 10, 30 and 300: MiniLM on SST-2 .016 .0056 .0038 .0035 and .048 .030 .029 .028; stories260K on plays .16
 # .070 .073 .077 and .45 .17 .20 .22; ResNet-20 on JPEG images .044 .0082 .0084 .010 and .15 .074 .068 .078.
+# Not chosen by: ResNet-44 .030 .0073 .0057 .0058 and .094 .059 .054 .047.
 ALIGNMENT = 30.0
 
 
