@@ -243,14 +243,13 @@ def test_the_format_has_the_limits_of_the_code() -> None:
 def test_the_format_has_the_versions_and_the_table_of_the_code() -> None:
     versions = dict(re.findall(r"^\| (repository|payload|network) \| (.+?) \|", FORMAT, re.MULTILINE))
     assert max(map(int, re.findall(r"\d+", versions["repository"]))) == FORMAT_VERSION
-    assert versions["payload"] == str(payload.VERSION)
+    assert versions["payload"] == f"{payload.VERSION}; {payload.DIFFERENCE_VERSION} is a difference"
     assert max(map(int, re.findall(r"\d+", versions["network"]))) == network.VERSION
     magics = f"`{payload.MAGIC.decode()}` for a payload, `{network.MAGIC.decode()}` for a network's stream"
     assert f"| 4 | magic: {magics} |" in FORMAT
-    assert (
-        payload.VERSION == 1
-        and "| 1 | version: 1 for a payload; for a stream 1, or 2 of two codes |" in FORMAT
-    )
+    assert (payload.VERSION, payload.DIFFERENCE_VERSION) == (1, 2)
+    of_payloads = "1 for a payload, 2 for one that is a difference"
+    assert f"| 1 | version: {of_payloads}; for a stream 1, or 2 of two codes |" in FORMAT
     assert QUANTILES_SHA256 in FORMAT
     dtypes = ", ".join(f"{number} {dtype}" for number, dtype in enumerate(payload.DTYPES))
     assert f"dtype ({dtypes})" in FORMAT

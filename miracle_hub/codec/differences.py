@@ -198,7 +198,7 @@ def differences_of(
             "add one, or compress without a base"
         )
     found = Differences.of(source, base, [plan.source for plan in plans.values()], read)
-    found.plan(plans)
+    found.plan(plans, options.has_budget or options.exact)
     return found
 
 

@@ -42,6 +42,10 @@ _LOG = logging.getLogger(__name__)
 _NAMES = "modules_to_not_convert"
 
 
+def _nothing() -> None:
+    """There are no stand-ins."""
+
+
 class Loading:
     """What a load knows, in the order in which transformers asks.
 
@@ -60,7 +64,7 @@ class Loading:
         self._digests = digests_of(self._facts, Path(CONFIG))
         self._stages = 1
         self._model: PreTrainedModel | None = None
-        self._remove_stand_ins: Callable[[], object] = lambda: None
+        self._remove_stand_ins: Callable[[], object] = _nothing
         self._stored: list[StoredTensor] = []
         self._conversions: list[WeightTransform] = []
 
@@ -196,6 +200,7 @@ class Loading:
         self._decoder.warn_of_overflow()
         self._model, self._stored = None, []
         self._remove_stand_ins()
+        self._remove_stand_ins = _nothing  # a finalizer cannot be pickled
         self._decoder.forget()
         is_staged = "stage_digests" in self._facts
         forget_facts(model, is_kept=self.config.keep_compressed, is_staged=is_staged)

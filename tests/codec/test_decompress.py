@@ -221,13 +221,13 @@ def test_truncated_and_missing_files_are_named(compressed: Path, tmp_path: Path)
 
 def test_a_repository_of_a_newer_format_says_to_upgrade(compressed: Path) -> None:
     config = json.loads((compressed / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 4
+    config["quantization_config"]["format_version"] = 5
     (compressed / "config.json").write_text(json.dumps(config))
     for read in (load_state_dict, inspect_folder):
         with pytest.raises(UnsupportedVersionError) as raised:
             read(compressed)
         assert str(raised.value) == (
-            f"{compressed / 'config.json'}: this miracle-hub reads format versions up to 3, found 4; "
+            f"{compressed / 'config.json'}: this miracle-hub reads format versions up to 4, found 5; "
             "upgrade: pip install -U miracle-hub"
         )
 

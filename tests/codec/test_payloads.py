@@ -65,7 +65,7 @@ class Constant:
         """A toy payload."""
         return ConstantPayload(data, where)
 
-    def survey(self, spec: TensorSpec, weights: Tensor, request: Request) -> Any:
+    def survey(self, spec: TensorSpec, weights: Tensor, request: Request, is_difference: bool = False) -> Any:
         """The only number of a tensor, if it has one only."""
         return spec if spec.dtype == "F32" and bool((weights == weights.flatten()[0]).all()) else None
 

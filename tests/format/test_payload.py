@@ -160,15 +160,16 @@ def test_a_damaged_byte_names_both_checksums() -> None:
 
 def test_a_newer_version_says_to_upgrade() -> None:
     with pytest.raises(UnsupportedVersionError) as raised:
-        decode_header(sealed(bytes(40), version=2), "layer.weight")
+        decode_header(sealed(bytes(40), version=3), "layer.weight")
     assert str(raised.value) == (
-        "layer.weight: this miracle-hub reads payload version 1, found 2; upgrade: pip install -U miracle-hub"
+        "layer.weight: this miracle-hub reads payload version 1 or 2, found 3; upgrade: "
+        "pip install -U miracle-hub"
     )
 
 
 def test_version_zero_never_existed() -> None:
     assert defect(sealed(bytes(40), version=0)).startswith(
-        "layer.weight: byte 4 of the payload header: expected format version 1, found 0; "
+        "layer.weight: byte 4 of the payload header: expected format version 1 or 2, found 0; "
     )
 
 

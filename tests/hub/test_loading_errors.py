@@ -138,20 +138,20 @@ def test_a_payload_of_another_shape_is_a_size_mismatch(folder: Path) -> None:
 
 
 def test_a_newer_payload_asks_for_an_upgrade(folder: Path) -> None:
-    change(folder, lambda payload: payload[:4] + b"\x02" + payload[5:])
+    change(folder, lambda payload: payload[:4] + b"\x03" + payload[5:])
     with pytest.raises(
         UnsupportedVersionError,
-        match=rf"^{_NAME}: this miracle-hub reads payload version 1, found 2; upgrade: pip install -U",
+        match=rf"^{_NAME}: this miracle-hub reads payload version 1 or 2, found 3; upgrade: pip install -U",
     ):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("version", [4, 0, "1.5", None])
+@pytest.mark.parametrize("version", [5, 0, "1.5", None])
 def test_a_newer_repository_asks_for_an_upgrade(folder: Path, version: object) -> None:
     change_config(folder, format_version=version)
     with pytest.raises(
         UnsupportedVersionError,
-        match=rf"^config\.json: this miracle-hub reads format versions up to 3, found {version!r}; "
+        match=rf"^config\.json: this miracle-hub reads format versions up to 4, found {version!r}; "
         "upgrade: pip install -U miracle-hub$",
     ):
         AutoModel.from_pretrained(folder)
