@@ -12,7 +12,8 @@ _HEAD = """## What calibration takes
 Compressions one after the other, each in a process of its own that has the machine for itself
 (`benchmarks/calibration_time.py`); "said" is what is said before the work begins. Texts of its own are in
 the time. Each row names its commit; in 7fb06f2 texts, trials and answers to fit to were in float32.
-Times are over the data-free run of the last commit; MiniLM's compiled its kernels, without which it took 13.5 s."""
+Times are over the data-free run of the last commit; MiniLM's compiled its kernels, without which it took
+13.5 s."""
 _MEMORY = """Most memory that is resident while each part of it runs, in MB, and, after a slash, its seconds
 (`benchmarks/calibration_memory.py`); coding is with windows of 8 bits here, which take less time and about
 as much memory as those of 14."""
