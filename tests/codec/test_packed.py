@@ -148,6 +148,8 @@ def test_weights_are_rounded_to_the_sources_dtype_and_then_to_the_layers(
 def test_kernels_multiply_with_the_same_weights(shape: tuple[int, ...], payload: Tensor) -> None:
     """To the 8 bits of bfloat16 results; batches of more than 64 rows are multiplied band by band."""
     packed, weights = PackedMatrix(payload, "w", backend="triton"), dense(payload)
+    # A row of few results may be small beside what it is the sum of: the same numbers whatever ran before.
+    torch.manual_seed(0)
     x = torch.randn(*shape, packed.columns).bfloat16()
     found, expected = packed.linear(x).float(), x.float() @ weights.T
     assert (found - expected).norm() <= 2**-7 * expected.norm()
